@@ -1,0 +1,42 @@
+"""What a Llama is before it has layers: a config, initial weights, a dtype."""
+
+import math
+
+import torch
+from torch import nn
+
+from config import LlamaConfig
+
+
+class LlamaPreTrainedModel(nn.Module):
+    config_class = LlamaConfig
+    base_model_prefix = "llama"
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.n_layers = config.n_layers
+
+    def init_weights(self) -> None:
+        """Draws every weight anew from normal(0, 0.02).
+
+        The projections that write into the residual stream (`compute_output` and `w2`) get
+        0.02 / sqrt(2 n_layers), so that the stream's variance does not grow with the 2 n_layers
+        additions to it (Radford et al. 2019, GPT-2, section 2.3).
+        """
+        self.apply(self._init_weights)
+        residual_std = 0.02 / math.sqrt(2 * self.n_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("compute_output.weight", "w2.weight")):
+                nn.init.normal_(parameter, mean=0.0, std=residual_std)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())

@@ -1,0 +1,328 @@
+"""Llama 2 (Touvron et al. 2023, arXiv 2307.09288): RMSNorm, grouped-query attention, SwiGLU.
+
+Shapes: B batch, T sequence, S keys in reach (T plus whatever a cache holds), H query heads,
+K key/value heads, D head size (dim = H * D), F feed-forward hidden size, V vocabulary.
+"""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from base_llama import LlamaPreTrainedModel
+from checkpoint import read_checkpoint
+from config import LlamaConfig
+from rope import apply_rotary_emb
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Squares of half-precision values overflow, so at least float32 here.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self._norm(wide).type_as(x) * self.weight
+
+
+class KVCache:
+    """Keys and values of the positions already seen, (layer, B, position, K, D), unrepeated.
+
+    Only causal attention has them to offer: there no later token changes an earlier state. Without
+    a mask every new token changes all of them, so any other mode is refused with a ValueError.
+    """
+
+    def __init__(self, config: LlamaConfig, batch_size: int, capacity: int, like: torch.Tensor):
+        if config.attention != "causal":
+            raise ValueError(
+                f"a KV cache needs attention='causal', not {config.attention!r}: "
+                "without a mask each new token changes every earlier key and value"
+            )
+        shape = (config.n_layers, batch_size, capacity, config.n_kv_heads, config.head_dim)
+        self.keys = torch.empty(shape, device=like.device, dtype=like.dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0  # positions seen by all layers; `Llama.forward` advances it
+
+    def extend(
+        self, layer_id: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores one layer's new (B, T, K, D) and returns all its (B, S, K, D) so far."""
+        end = self.length + key.shape[1]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"KV cache of {self.keys.shape[2]} positions cannot hold {end}")
+        self.keys[layer_id, :, self.length : end] = key
+        self.values[layer_id, :, self.length : end] = value
+        return self.keys[layer_id, :, :end], self.values[layer_id, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K <= H key/value heads (arXiv 2305.13245)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.causal = config.attention == "causal"
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads
+        self.n_rep = config.n_heads // config.n_kv_heads
+        self.head_dim = config.head_dim
+        self.max_seq_len = config.max_seq_len
+        self.compute_query = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
+        self.compute_key = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.compute_value = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.compute_output = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def compute_query_key_value_scores(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """softmax(Q K^T / sqrt(D)) V (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+
+        query (B, H, T, D) holds the last T of the S positions of key and value (B, H, S, D);
+        key_mask (B, S) is True where a key may be read. Returns (B, H, T, D).
+        """
+        T, S = query.shape[-2], key.shape[-2]
+        # The query is scaled, not the scores: T x D numbers instead of T x S.
+        scores = query / math.sqrt(self.head_dim) @ key.transpose(-2, -1)  # (B, H, T, S)
+        if self.causal:
+            future = torch.ones(T, S, dtype=torch.bool, device=query.device).triu(S - T + 1)
+            scores = scores.masked_fill(future, -torch.inf)
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+        weights = self.attn_dropout(F.softmax(scores, dim=-1))
+        return weights @ value
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        layer_id: int = 0,
+    ) -> torch.Tensor:
+        B, T, _ = x.shape
+        query = self.compute_query(x).view(B, T, self.n_heads, self.head_dim)  # (B, T, H, D)
+        key = self.compute_key(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, D)
+        value = self.compute_value(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, D)
+
+        start_pos = 0 if cache is None else cache.length
+        query, key = apply_rotary_emb(
+            query, key, self.head_dim, self.max_seq_len, start_pos=start_pos
+        )
+        if cache is not None:
+            key, value = cache.extend(layer_id, key, value)  # (B, S, K, D)
+
+        # Query head h reads key/value head h // n_rep.
+        key = key.repeat_interleave(self.n_rep, dim=2)  # (B, S, H, D)
+        value = value.repeat_interleave(self.n_rep, dim=2)
+
+        output = self.compute_query_key_value_scores(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), key_mask
+        )  # (B, H, T, D)
+        output = output.transpose(1, 2).reshape(B, T, -1)  # (B, T, dim)
+        return self.resid_dropout(self.compute_output(output))
+
+
+class FeedForward(nn.Module):
+    """W2 (SiLU(W1 x) * W3 x), a gated layer without biases (Shazeer 2020, arXiv 2002.05202).
+
+    Three matrices instead of two: `hidden_dim=None` takes 2/3 of the usual 4 dim, rounded up to
+    `multiple_of`, so that the parameter count stays.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int | None, multiple_of: int, dropout: float):
+        super().__init__()
+        if hidden_dim is None:
+            hidden_dim = multiple_of * math.ceil(2 * 4 * dim // 3 / multiple_of)
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def SwiGLU(self, x: torch.Tensor) -> torch.Tensor:  # noqa: N802, the assignment's name
+        return F.silu(self.w1(x)) * self.w3(x)  # (B, T, F)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.w2(self.SwiGLU(x)))
+
+
+class LlamaLayer(nn.Module):
+    """h = x + Attention(norm(x)); h + FeedForward(norm(h)): the stream itself is never normed."""
+
+    def __init__(self, layer_id: int, config: LlamaConfig):
+        super().__init__()
+        self.layer_id = layer_id
+        self.attention_norm = RMSNorm(config.dim, eps=config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(
+            config.dim, config.hidden_dim, config.multiple_of, config.dropout
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), key_mask, cache, self.layer_id)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Llama(LlamaPreTrainedModel):
+    """Token embedding, `n_layers` layers, a final norm, and the embedding again as output."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.params = config  # the assignment's name beside `config`
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, eps=config.layer_norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.tok_embeddings.weight = self.output.weight  # tied (Press and Wolf, arXiv 1608.05859)
+        self.init_weights()
+
+    @classmethod
+    def from_weights(cls, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> "Llama":
+        """A model in eval mode with exactly these weights, which keep their names' meaning.
+
+        `output.weight` may be absent or equal to the embedding (tied), or differ (then untied).
+        ValueError lists every missing, unexpected and misshapen tensor.
+        """
+        model = cls(config)
+        weights = dict(weights)
+        embedding = weights.get("tok_embeddings.weight")
+        output = weights.get("output.weight")
+        if output is None and embedding is not None:
+            weights["output.weight"] = embedding
+        elif output is not None and embedding is not None and not torch.equal(output, embedding):
+            model.output.weight = nn.Parameter(model.output.weight.detach().clone())
+        load_exactly(model, weights)
+        return model.eval()
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens (B, T) -> logits, hidden states (B, T, dim) after the final norm.
+
+        logits are (B, T, V) if `targets` is given (its values are not read), else those of the last
+        position alone, (B, 1, V).
+
+        `lengths` (B,) counts the real tokens of right-padded rows: keys beyond them are masked, and
+        the last position is each row's last real one, so that padding changes no real state.
+        Without it every token is real, pads included, which is what the assignment computes.
+
+        `cache` holds the positions before these tokens and takes these tokens too.
+        """
+        B, T = tokens.shape
+        key_mask = None
+        if lengths is not None:
+            if cache is not None:
+                raise ValueError("lengths and cache exclude each other: a cache holds no padding")
+            if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
+                raise ValueError(f"lengths {lengths.tolist()} are not {B} numbers in 1..{T}")
+            if self.config.attention == "full":  # a causal row's real tokens never see its pads
+                key_mask = torch.arange(T, device=tokens.device) < lengths[:, None]  # (B, T)
+
+        h = self.dropout(self.tok_embeddings(tokens))  # (B, T, dim)
+        for layer in self.layers:
+            h = layer(h, key_mask, cache)
+        h = self.norm(h)
+        if cache is not None:
+            cache.length += T
+
+        if targets is not None:
+            return self.output(h), h
+        return self.output(h[:, [-1]] if lengths is None else last_real(h, lengths)), h
+
+    def generate(
+        self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0
+    ) -> torch.Tensor:
+        """Appends `max_new_tokens` to every row of idx (B, T) and returns (B, T + max_new_tokens).
+
+        Temperature 0 takes the likeliest token, any other samples softmax(logits / temperature)
+        from PyTorch's global generator. The model reads the last `max_seq_len` tokens. With causal
+        attention it keeps a `KVCache`, until the window is full and begins to slide: then, as in
+        full mode always, every step reads the whole window again. Call `eval()` first.
+        """
+        if not temperature >= 0.0:
+            raise ValueError(f"temperature={temperature} is negative")
+        if idx.ndim != 2 or idx.shape[1] == 0:
+            raise ValueError(f"idx {tuple(idx.shape)} is not (B, T) with at least one token")
+        window = self.config.max_seq_len
+        with torch.inference_mode():
+            cache = None
+            if self.config.attention == "causal":
+                capacity = min(window, idx.shape[1] + max_new_tokens)
+                cache = KVCache(self.config, len(idx), capacity, like=self.norm.weight)
+            for _ in range(max_new_tokens):
+                if cache is not None and idx.shape[1] <= window:
+                    logits, _ = self(idx[:, cache.length :], cache=cache)
+                else:
+                    logits, _ = self(idx[:, -window:])
+                idx = torch.cat((idx, pick_next(logits[:, -1], temperature)), dim=1)
+        return idx.clone()  # an ordinary tensor again, fit for autograd
+
+
+def pick_next(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(B, V) -> (B, 1): the likeliest token at temperature 0, else a sample."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1, keepdim=True)
+    return torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1)
+
+
+def last_real(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Picks each row's last real position: (B, T, dim), (B,) -> (B, 1, dim)."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[rows, lengths - 1].unsqueeze(1)
+
+
+def load_exactly(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """load_state_dict, but a mismatch of any kind is one ValueError that lists the names."""
+    wanted = module.state_dict()
+    faults = {
+        "missing": [name for name in wanted if name not in weights],
+        "unexpected": [name for name in weights if name not in wanted],
+        "misshapen": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(wanted[name].shape)}"
+            for name in wanted
+            if name in weights and weights[name].shape != wanted[name].shape
+        ],
+    }
+    if any(faults.values()):
+        raise ValueError(
+            "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        )
+    module.load_state_dict(weights)
+
+
+def load_pretrained(checkpoint: str | os.PathLike, attention: str | None = None) -> Llama:
+    """Reads a checkpoint (see `checkpoint.read_checkpoint`) into a float32 model in eval mode.
+
+    `attention=None` takes the mode that the checkpoint records in `model_args`, else "full", as the
+    assignment computes. Raises ValueError, naming the file, for whatever is wrong with it.
+    """
+    model_args, weights = read_checkpoint(checkpoint)
+    if attention is not None:
+        model_args = {**model_args, "attention": attention}
+    try:
+        return Llama.from_weights(LlamaConfig(**model_args), weights)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error

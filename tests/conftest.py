@@ -1,0 +1,111 @@
+"""Small stand-ins for the real thing, made on the spot, and the real thing where it lies about."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+import cli
+import run_llama
+from config import LlamaConfig
+from llama import Llama
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+LABEL_NAMES = ["bad", "good"]
+
+
+def shared_asset(path: str) -> Path:
+    """A file of `../shared`, or the test is skipped."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"needs ../shared/{path}, which is not here")
+    return SHARED / path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 320 tokens with byte fallback, trained on a few sentences."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    sentence = "good bad this movie is a good bad film and the story was good or bad"
+    words = sentence.split(" ")
+    text = folder / "text.txt"
+    text.write_text("\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words))))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file: Path) -> Tokenizer:
+    return Tokenizer(tokenizer_model=tokenizer_file)
+
+
+def random_llama(seed: int = 0, scale: float = 5.0, **config) -> Llama:
+    """A small model in eval mode with weights large enough for every part to matter."""
+    shape = {"vocab_size": 320, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    torch.manual_seed(seed)
+    model = Llama(LlamaConfig(**{**shape, "max_seq_len": 96, "multiple_of": 4, **config}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def save_llama(model: Llama, path: Path, **model_args) -> Path:
+    """Writes {"model", "model_args"} as the assignment's checkpoints have it."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "attention"}
+    torch.save({"model": model.state_dict(), "model_args": {**config, **model_args}}, path)
+    return path
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder holds model.pt, its tokenizer, label names and three small data files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    save_llama(random_llama(scale=1.0), tmp_path / "model.pt")
+    (tmp_path / "labels.json").write_text('["bad", "good"]')
+    good = ["this film is good", "a warm movie", "her story is good", "the heart is warm"]
+    bad = ["this film is bad", "a bad movie", "her story was bad", "this was a bad film"]
+    lines = [
+        f"{label} ||| {s}" for pair in zip(bad, good, strict=True) for label, s in enumerate(pair)
+    ]
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"toy-{name}.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def run(workplace: Path, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """run("prompt", ...) calls run_llama.py's entry point on the workplace's files.
+
+    Returns exit code, standard output and standard error. Later options override earlier ones.
+    """
+
+    def call(option: str, *options: str) -> tuple[int, str, str]:
+        kind = {"finetune": "finetuning"}.get(option, "prompting")
+        argv = ["--option", option, "--train", "toy-train.txt", "--dev", "toy-dev.txt"]
+        argv += ["--test", "toy-test.txt", "--label-names", "labels.json"]
+        argv += ["--pretrained-model-path", "model.pt"]
+        argv += ["--dev_out", f"toy-dev-{kind}-output.txt"]
+        argv += ["--test_out", f"toy-test-{kind}-output.txt", *options]
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda: run_llama.main(argv))
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call

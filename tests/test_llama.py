@@ -1,0 +1,370 @@
+"""The model against float64 NumPy, against transformers, and against its own laws."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+import sanity_check
+from config import LlamaConfig
+from conftest import random_llama
+from llama import Attention, FeedForward, KVCache, Llama, LlamaLayer, RMSNorm, load_exactly
+
+MODES = ("full", "causal")
+
+
+def random_tokens(B: int = 3, T: int = 11, V: int = 320, seed: int = 1) -> torch.Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, tokens, **kwargs):
+    with torch.no_grad():
+        return model(tokens, **kwargs)
+
+
+def assert_near(actual: torch.Tensor, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    """Largest difference over the largest expected value: the measure of sanity_check.py."""
+    assert np.abs(actual.numpy() - expected).max() / np.abs(expected).max() < tolerance
+
+
+@pytest.mark.parametrize("attention", MODES)
+@pytest.mark.parametrize("shape", [{"n_heads": 8, "n_kv_heads": 4, "dim": 64}, {"n_kv_heads": 1}])
+def test_model_computes_what_float64_numpy_computes(attention, shape):
+    model = random_llama(attention=attention, **shape)
+    tokens = random_tokens()
+    logits, hidden = run(model, tokens, targets=tokens)
+    expected_logits, expected_hidden = oracle.forward(model.state_dict(), model.config, tokens)
+    assert_near(logits, expected_logits)
+    assert_near(hidden, expected_hidden)
+
+
+def test_float64_model_agrees_with_numpy_to_float64_precision():
+    model = random_llama().double()
+    tokens = random_tokens()
+    expected, _ = oracle.forward(model.state_dict(), model.config, tokens)
+    assert_near(run(model, tokens, targets=tokens)[0], expected, 1e-12)
+
+
+@pytest.mark.parametrize("attention", MODES)
+def test_model_with_lengths_computes_what_masked_numpy_computes(attention):
+    model = random_llama(attention=attention)
+    tokens, lengths = random_tokens(), torch.tensor([11, 4, 1])
+    logits, hidden = run(model, tokens, lengths=lengths)
+    expected_logits, expected_hidden = oracle.forward(
+        model.state_dict(), model.config, tokens, lengths
+    )
+    for row, length in enumerate(lengths.tolist()):
+        assert_near(hidden[row, :length], expected_hidden[row, :length])
+        assert_near(logits[row, 0], expected_logits[row, length - 1])
+
+
+def test_causal_model_is_the_llama_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="development extra")
+    model = random_llama(attention="causal", n_heads=8, n_kv_heads=4, dim=64)
+    c = model.config
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.dim,
+            intermediate_size=model.layers[0].feed_forward.w1.out_features,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            max_position_embeddings=c.max_seq_len,
+            rms_norm_eps=c.layer_norm_eps,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    names = {
+        "tok_embeddings": "model.embed_tokens",
+        "layers": "model.layers",
+        "attention.compute_query": "self_attn.q_proj",
+        "attention.compute_key": "self_attn.k_proj",
+        "attention.compute_value": "self_attn.v_proj",
+        "attention.compute_output": "self_attn.o_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+    }
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if "compute_query" in name or "compute_key" in name:  # they pair the halves of a head
+            pairs = tensor.view(-1, c.head_dim // 2, 2, c.dim)
+            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+        renamed = name if name != "norm.weight" else "model.norm.weight"
+        for ours, hf in names.items():
+            renamed = renamed.replace(ours, hf)
+        weights[renamed.replace("output.weight", "lm_head.weight")] = tensor
+    theirs.load_state_dict(weights)
+    tokens = random_tokens()
+    with torch.no_grad():
+        expected = theirs(tokens).logits.numpy()
+    assert_near(run(model, tokens, targets=tokens)[0], expected)
+
+
+def test_last_position_logits_are_the_last_of_all_logits():
+    model, tokens = random_llama(), random_tokens()
+    last, _ = run(model, tokens)
+    every, _ = run(model, tokens, targets=tokens)
+    assert last.shape == (3, 1, 320)
+    torch.testing.assert_close(last, every[:, -1:])
+
+
+def test_full_attention_lets_a_later_token_change_earlier_states_and_causal_does_not():
+    tokens = random_tokens(1)
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 320
+    for attention, earlier_change in (("full", True), ("causal", False)):
+        model = random_llama(attention=attention)
+        difference = (run(model, tokens)[1] - run(model, changed)[1]).abs().amax(dim=-1)[0]
+        assert difference[-1] > 1e-3
+        assert (difference[:-1].min() > 1e-4) == earlier_change
+        assert (difference[:-1].max() == 0) == (not earlier_change)
+
+
+@pytest.mark.parametrize("attention", MODES)
+def test_padding_never_changes_a_masked_result(attention):
+    model = random_llama(attention=attention)
+    tokens = random_tokens(1, 6)
+    alone, alone_hidden = run(model, tokens, lengths=torch.tensor([6]))
+    for pad_id, width in ((3, 4), (200, 17)):
+        padded = torch.nn.functional.pad(tokens, (0, width), value=pad_id)
+        logits, hidden = run(model, padded, lengths=torch.tensor([6]))
+        torch.testing.assert_close(logits, alone)
+        torch.testing.assert_close(hidden[:, :6], alone_hidden)
+
+
+def test_padding_does_change_the_assignment_mode():
+    model, tokens = random_llama(), random_tokens(1, 6)
+    padded = torch.nn.functional.pad(tokens, (0, 4), value=3)
+    assert (run(model, padded)[1][:, :6] - run(model, tokens)[1]).abs().max() > 1e-3
+
+
+def test_lengths_that_fit_no_row_are_refused():
+    model, tokens = random_llama(), random_tokens(2, 5)
+    for lengths in ([5, 6], [0, 5], [5]):
+        with pytest.raises(ValueError, match="lengths"):
+            model(tokens, lengths=torch.tensor(lengths))
+
+
+# ---------------------------------------------------------------- cache and generation
+
+
+def test_cached_forward_equals_the_whole_forward_however_it_is_cut():
+    model, tokens = random_llama(attention="causal"), random_tokens(2, 12)
+    _, expected = run(model, tokens)
+    for cuts in ((12,), (1,) * 12, (5, 1, 6), (2, 10)):
+        cache = KVCache(model.config, 2, 12, like=model.norm.weight)
+        pieces = [run(model, piece, cache=cache)[1] for piece in tokens.split(cuts, dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cache_holds_unrepeated_heads():
+    model = random_llama(attention="causal", n_heads=4, n_kv_heads=2)
+    cache = KVCache(model.config, 3, 7, like=model.norm.weight)
+    assert cache.keys.shape == cache.values.shape == (2, 3, 7, 2, 8)
+
+
+def test_cache_refuses_full_attention_padding_and_overflow():
+    model = random_llama(attention="full")
+    with pytest.raises(ValueError, match="causal"):
+        KVCache(model.config, 1, 4, like=model.norm.weight)
+    model = random_llama(attention="causal")
+    cache = KVCache(model.config, 1, 4, like=model.norm.weight)
+    with pytest.raises(ValueError, match="lengths and cache"):
+        model(random_tokens(1, 4), lengths=torch.tensor([4]), cache=cache)
+    with pytest.raises(ValueError, match="4 positions cannot hold 5"):
+        model(random_tokens(1, 5), cache=cache)
+
+
+def generate_without_cache(model, idx, n, temperature):
+    for _ in range(n):
+        logits = run(model, idx[:, -model.config.max_seq_len :])[0][:, -1]
+        if temperature == 0:
+            token = logits.argmax(dim=-1, keepdim=True)
+        else:
+            token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
+        idx = torch.cat((idx, token), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("attention", MODES)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(("prompt", "new"), [(5, 9), (14, 8), (16, 3), (20, 4)])
+def test_generation_equals_recomputing_the_cropped_context(attention, temperature, prompt, new):
+    model = random_llama(attention=attention, max_seq_len=16)
+    idx = random_tokens(2, prompt)
+    torch.manual_seed(5)
+    expected = generate_without_cache(model, idx, new, temperature)
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(idx, new, temperature), expected)
+
+
+def test_causal_generation_reads_each_token_once(monkeypatch):
+    model = random_llama(attention="causal")
+    widths = []
+    forward = Llama.forward
+    monkeypatch.setattr(
+        Llama, "forward", lambda self, t, **kw: widths.append(t.shape[1]) or forward(self, t, **kw)
+    )
+    model.generate(random_tokens(1, 5), 4, 0.0)
+    assert widths == [5, 1, 1, 1]
+
+
+def test_sampling_follows_the_softmax_of_the_scaled_logits():
+    model = random_llama()
+    idx = random_tokens(1, 4).expand(20000, -1)
+    temperature = 3.0
+    torch.manual_seed(0)
+    drawn = model.generate(idx, 1, temperature)[:, -1]
+    expected = torch.softmax(run(model, idx[:1])[0][0, 0].double() / temperature, dim=-1)
+    observed = torch.bincount(drawn, minlength=320) / len(drawn)
+    standard_error = (expected * (1 - expected) / len(drawn)).sqrt()
+    assert ((observed - expected).abs() <= 5 * standard_error + 1e-3).all()
+
+
+def test_low_temperature_approaches_the_argmax():
+    model, idx = random_llama(), random_tokens(2, 4)
+    assert torch.equal(model.generate(idx, 6, 1e-4), model.generate(idx, 6, 0.0))
+
+
+def test_generated_tokens_can_be_trained_on():
+    model = random_llama(attention="causal")
+    idx = model.generate(random_tokens(1, 4), 3)
+    logits, _ = model(idx, targets=idx)
+    logits.sum().backward()
+    assert model.norm.weight.grad.isfinite().all()
+
+
+def test_generate_refuses_what_it_cannot_continue():
+    model = random_llama()
+    for temperature in (-0.5, math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            model.generate(random_tokens(1, 4), 1, temperature)
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate(random_tokens(1, 0), 1)
+    assert torch.equal(model.generate(random_tokens(1, 4), 0), random_tokens(1, 4))
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def test_rms_norm_divides_by_the_root_mean_square():
+    norm = RMSNorm(6, eps=0.5)
+    norm.weight.data = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    expected = oracle.rms_norm(x.double().numpy(), norm.weight.detach().double().numpy(), 0.5)
+    np.testing.assert_allclose(norm(x).detach().numpy(), expected, rtol=1e-6)
+    unscaled = oracle.rms_norm(x.double().numpy(), np.ones(6), 0.5)
+    np.testing.assert_allclose(norm._norm(x).numpy(), unscaled, rtol=1e-6)
+
+
+def test_rms_norm_survives_half_precision_squares():
+    x = torch.full((1, 4), 300.0, dtype=torch.float16)  # 300^2 overflows float16
+    out = RMSNorm(4).half()(x)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize(
+    ("dim", "multiple_of", "hidden"), [(512, 32, 1376), (64, 4, 172), (288, 32, 768), (3, 1, 8)]
+)
+def test_default_hidden_size_is_two_thirds_of_four_dim_rounded_up(dim, multiple_of, hidden):
+    assert FeedForward(dim, None, multiple_of, 0.0).w1.out_features == hidden
+    assert FeedForward(dim, 77, multiple_of, 0.0).w2.in_features == 77
+
+
+def test_attention_scores_are_scaled_dot_products():
+    attention = Attention(LlamaConfig(dim=32, n_heads=4, n_kv_heads=4, attention="causal"))
+    q, k, v = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(attention.compute_query_key_value_scores(q, k, v), expected)
+
+
+def test_attention_drops_weights_and_keeps_their_expectation():
+    config = LlamaConfig(dim=8, n_heads=1, n_kv_heads=1, dropout=0.5)
+    attention = Attention(config).train()
+    q = k = torch.zeros(4000, 1, 1, 8)
+    v = torch.ones(4000, 1, 1, 8)
+    torch.manual_seed(0)
+    out = attention.compute_query_key_value_scores(q, k, v)[:, 0, 0, 0]
+    assert set(out.tolist()) == {0.0, 2.0}  # a single weight of 1 is dropped or doubled
+    assert out.mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_layer_is_pre_norm_with_two_residuals():
+    config = random_llama().config
+    layer = LlamaLayer(0, config).eval()
+    x = torch.randn(2, 5, config.dim, generator=torch.Generator().manual_seed(0))
+    for silenced in ("attention.compute_output", "feed_forward.w2"):
+        layer.get_submodule(silenced).weight.data.zero_()
+    assert torch.equal(layer(x), x)  # both branches silent: the stream passes through unnormed
+
+
+def test_initial_weights_have_the_stated_spread():
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(vocab_size=2000, dim=256, n_layers=8, n_heads=8, n_kv_heads=4))
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert torch.equal(parameter, torch.ones_like(parameter))
+            continue
+        residual = name.endswith(("compute_output.weight", "w2.weight"))
+        expected = 0.02 / math.sqrt(2 * 8) if residual else 0.02
+        assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+        assert abs(parameter.mean().item()) < expected / 20
+
+
+def test_embedding_and_output_are_one_tensor_and_the_published_size_comes_out():
+    with torch.device("meta"):
+        model = Llama(LlamaConfig())
+    assert model.tok_embeddings.weight is model.output.weight
+    assert sum(parameter.numel() for parameter in model.parameters()) == 41_689_600  # 41.7M
+    assert model.params is model.config
+    assert (model.vocab_size, model.n_layers) == (32000, 8)
+    assert model.dtype == torch.float32
+
+
+def test_gradients_reach_every_parameter():
+    model = random_llama().train()
+    tokens = random_tokens()
+    logits, _ = model(tokens, targets=tokens)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_strict_loading_lists_every_mismatch_and_changes_nothing():
+    model = random_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    del weights["layers.0.feed_forward.w1.weight"], weights["norm.weight"]
+    weights["extra"] = torch.zeros(1)
+    weights["layers.1.attention.compute_key.weight"] = torch.zeros(3, 5)
+    with pytest.raises(ValueError) as caught:
+        load_exactly(model, weights)
+    assert "missing: layers.0.feed_forward.w1.weight, norm.weight" in str(caught.value)
+    assert "unexpected: extra" in str(caught.value)
+    assert "compute_key.weight (3, 5) instead of (16, 32)" in str(caught.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_halved_pairs_undo_a_rope_that_pairs_halves(monkeypatch):
+    def pair_halves(query, key, head_dim, max_seq_len, theta=10000.0, start_pos=0):
+        T, half = query.shape[1], head_dim // 2
+        angles = torch.outer(torch.arange(T), theta ** (-torch.arange(half) / half))
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return tuple(
+            torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+            for a, b in (query.chunk(2, dim=-1), key.chunk(2, dim=-1))
+        )
+
+    model, tokens = random_llama(), random_tokens()
+    expected = run(model, tokens)[1]
+    monkeypatch.setattr("llama.apply_rotary_emb", pair_halves)
+    assert (run(model, tokens)[1] - expected).abs().max() > 1e-2
+    sanity_check.pair_halves(model)
+    torch.testing.assert_close(run(model, tokens)[1], expected, rtol=1e-4, atol=1e-4)
