@@ -1,0 +1,43 @@
+"""The assignment's optimizer check: 1000 AdamW steps on a small regression must end where the
+reference implementation's did."""
+
+import sys
+
+import numpy as np
+import torch
+
+from optimizer import AdamW
+
+# The weights of the assignment's optimizer_test.npy.
+REFERENCE = torch.tensor([[0.554828, 0.866657, 0.072920], [-0.447245, -0.295123, -0.271727]])
+TOLERANCE = 1e-4
+
+
+def final_weights(opt_class: type[torch.optim.Optimizer]) -> torch.Tensor:
+    """(2, 3) weights after learning y = [x0 + x1, -x2] from 1000 uniform samples."""
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2, bias=False)
+    optimizer = opt_class(model.parameters(), lr=1e-3, weight_decay=1e-4, correct_bias=True)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        x = torch.tensor(rng.uniform(size=3), dtype=torch.float32)
+        target = torch.stack((x[0] + x[1], -x[2]))
+        loss = (target - model(x)).square().sum()
+        loss.backward()
+        optimizer.step()
+    return model.weight.detach()
+
+
+def main() -> int:
+    difference = (final_weights(AdamW) - REFERENCE).abs().max().item()
+    print(f"largest difference {difference:.2e} (tolerance {TOLERANCE:.0e})")
+    if not difference <= TOLERANCE:
+        print("Optimizer test failed: check the bias correction and where the decay is added.")
+        return 1
+    print("Optimizer test passed!")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

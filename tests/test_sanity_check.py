@@ -1,0 +1,127 @@
+"""sanity_check.py agrees with the float64 oracle and names the usual mistakes."""
+
+import pytest
+import torch
+
+import cli
+import llama
+import oracle
+import sanity_check
+from conftest import random_llama, save_llama, shared_asset
+
+
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    """A checkpoint with the vocabulary of stories42M and what float64 NumPy makes of it."""
+    monkeypatch.chdir(tmp_path)
+    model = random_llama(vocab_size=32000, n_layers=3)
+    save_llama(model, tmp_path / "stories42M.pt")
+    logits, hidden = oracle.forward(model.state_dict(), model.config, sanity_check.TOKEN_IDS)
+    reference = {
+        "logits": torch.tensor(logits[:, -1:]).float(),
+        "hidden_states": torch.tensor(hidden).float(),
+    }
+    torch.save(reference, tmp_path / "sanity_check.data")
+    return tmp_path
+
+
+def test_a_right_model_passes_and_the_differences_are_printed(pair, capsys):
+    assert sanity_check.main([]) == 0
+    out = capsys.readouterr().out
+    assert "Your Llama implementation is correct!" in out
+    assert out.count("largest difference") == 2
+    assert "tolerance 1e-04" in out
+
+
+def causal_mask(monkeypatch):
+    init = llama.Attention.__init__
+
+    def with_mask(self, config):
+        init(self, config)
+        self.causal = True
+
+    monkeypatch.setattr(llama.Attention, "__init__", with_mask)
+
+
+def halves_paired(monkeypatch):
+    def rotate(x, cos, sin):
+        a, b = x.chunk(2, dim=-1)
+        cos, sin = cos[:, None], sin[:, None]
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+    monkeypatch.setattr("rope._rotate", rotate)
+
+
+def weights_not_loaded(monkeypatch):
+    def skip_attention(module, weights):
+        kept = {name: tensor for name, tensor in weights.items() if "attention." not in name}
+        module.load_state_dict(kept, strict=False)
+
+    monkeypatch.setattr(llama, "load_exactly", skip_attention)
+
+
+def wrong_eps(monkeypatch):
+    norm = llama.RMSNorm._norm
+
+    def with_other_eps(self, x):
+        self.eps = 0.3
+        return norm(self, x)
+
+    monkeypatch.setattr(llama.RMSNorm, "_norm", with_other_eps)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (causal_mask, "a causal mask"),
+        (halves_paired, "wrong RoPE pairing"),
+        (weights_not_loaded, "random weights"),
+        (wrong_eps, "none of the usual mistakes"),
+    ],
+)
+def test_a_broken_model_fails_and_is_told_what_it_looks_like(
+    pair, monkeypatch, capsys, break_it, words
+):
+    break_it(monkeypatch)
+    assert sanity_check.main([]) == 1
+    out = capsys.readouterr().out
+    assert f"It looks like {words}" in out
+    assert "is correct" not in out
+
+
+def test_nan_is_a_difference(pair, capsys):
+    saved = torch.load("stories42M.pt", weights_only=True)
+    saved["model"]["norm.weight"][0] = torch.nan
+    torch.save(saved, "stories42M.pt")
+    assert sanity_check.main([]) == 1
+    assert "is correct" not in capsys.readouterr().out
+
+
+def run(*argv):
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: sanity_check.main(list(argv)))
+    return ended.value.code
+
+
+@pytest.mark.parametrize("absent", ["stories42M.pt", "sanity_check.data"])
+def test_missing_downloads_are_named_with_exit_code_2(pair, capsys, absent):
+    (pair / absent).unlink()
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert f"missing {absent}" in error
+    assert "setup.sh" in error
+    assert error.count("\n") == 1
+
+
+def test_a_reference_of_another_model_is_a_usage_error(pair, capsys):
+    save_llama(random_llama(vocab_size=32000, dim=64), pair / "other.pt")
+    assert run("--checkpoint", "other.pt") == 2
+    assert "do not belong together" in capsys.readouterr().err
+
+
+def test_published_reference_has_no_causal_mask():
+    """Equal beginnings with unequal states: the fact behind the default attention mode."""
+    path = shared_asset("reference/sanity_check.data")
+    hidden = torch.load(path, weights_only=True)["hidden_states"]
+    assert sanity_check.TOKEN_IDS[0][:2] == sanity_check.TOKEN_IDS[1][:2]
+    assert (hidden[0, 0] - hidden[1, 0]).abs().max() > 10
