@@ -1,0 +1,174 @@
+"""`label ||| sentence` files -> examples -> right-padded batches that carry their lengths."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tokenizer import Tokenizer
+
+SEPARATOR = " ||| "
+NO_GOLD_LABEL = -1
+# cfimdb-test.txt as it is published: every label is 0, a placeholder.
+PLACEHOLDER_SHA256 = frozenset({"8ad2f6da7bfb0e8fc36cf89eda47c574cc9c35d6347e665f31bc904d9ecfe0a7"})
+
+
+class Example(NamedTuple):
+    sentence: str
+    label: int
+    tokens: list[int]
+
+
+def read_label_names(path: str | os.PathLike) -> list[str]:
+    """The names of the labels 0, 1, 2, ...: a JSON list of at least two different strings."""
+    try:
+        names = json.loads(_read_text(Path(path)))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{error.lineno}: is not JSON ({error.msg}); "
+            'label names are a JSON list such as ["bad", "good"]'
+        ) from error
+    is_list_of_names = isinstance(names, list) and all(
+        isinstance(name, str) and name.strip() for name in names
+    )
+    if not is_list_of_names or len(set(names)) != len(names) or len(names) < 2:
+        raise ValueError(
+            f"{path}: is not a JSON list of at least two different names "
+            f'such as ["bad", "good"], but {json.dumps(names)[:100]}'
+        )
+    return names
+
+
+def read_sentences(
+    path: str | os.PathLike, n_labels: int | None = None, unlabelled: bool = False
+) -> list[tuple[str, int]]:
+    """(sentence, label) of every line but blank ones, in the file's order.
+
+    Lines read `label ||| sentence`, split at the first separator; UTF-8, where a byte order mark
+    and CRLF do no harm. Labels lie in [0, n_labels) (None: no upper bound). With `unlabelled`, for
+    test files, -1 says that a label is not known, and placeholder labels are read as -1. Raises
+    ValueError naming file, line and value for anything else.
+    """
+    path = Path(path)
+    rows = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            rows.append(_parse_line(line, f"{path}:{number}", n_labels, unlabelled))
+    if not rows:
+        raise ValueError(f"{path}: holds no example; lines read 'label{SEPARATOR}sentence'")
+    if hashlib.sha256(path.read_bytes()).hexdigest() in PLACEHOLDER_SHA256:
+        if not unlabelled:
+            raise ValueError(f"{path}: carries placeholder labels, fit for --test alone")
+        rows = [(sentence, NO_GOLD_LABEL) for sentence, _ in rows]
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    if not path.exists():
+        raise FileNotFoundError(2, "no such file; `bash setup.sh` downloads the data", str(path))
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{number}: byte 0x{content[error.start]:02x} is not UTF-8; convert the file"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _parse_line(line: str, place: str, n_labels: int | None, unlabelled: bool) -> tuple[str, int]:
+    shown = repr(line if len(line) <= 60 else line[:57] + "...")
+    label_text, separator, sentence = line.partition(SEPARATOR.rstrip())
+    if not separator:
+        raise ValueError(f"{place}: {shown} has no separator; write 'label{SEPARATOR}sentence'")
+    label_text, sentence = label_text.strip(), sentence.strip()
+    if not re.fullmatch(r"-?[0-9]{1,9}", label_text):
+        raise ValueError(f"{place}: label {label_text[:60]!r} is not an integer")
+    label = int(label_text)
+    if label == NO_GOLD_LABEL and not unlabelled:
+        raise ValueError(f"{place}: label -1 (not known) is allowed in test files only")
+    if label < NO_GOLD_LABEL or (n_labels is not None and label >= n_labels):
+        known = "" if n_labels is None else f" of the {n_labels} label names (see --label-names)"
+        raise ValueError(f"{place}: label {label} is none{known}")
+    if not sentence:
+        raise ValueError(f"{place}: {shown} has an empty sentence")
+    return sentence, label
+
+
+def encode_examples(
+    rows: list[tuple[str, int]],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    max_sentence_len: int | None = None,
+    suffix: str | None = None,
+) -> tuple[list[Example], int]:
+    """Tokenizes each sentence once: bos, sentence, and with `suffix` a space and that.
+
+    A sentence keeps its first `max_sentence_len` tokens, or fewer where the whole would exceed
+    `max_tokens`; the suffix, the question of a prompt, is kept whole. Also returns how many
+    sentences `max_tokens` cut. ValueError where it leaves a sentence no token.
+    """
+    n_suffix = len(tokenizer.encode(suffix, bos=False, eos=False)) if suffix else 0
+    if max_tokens < n_suffix + 2:  # bos and one token of the sentence
+        raise ValueError(f"a prompt of {n_suffix} tokens leaves no room in {max_tokens} positions")
+
+    def cut(ids: list[int], length: int) -> list[int]:
+        return ids[: length - n_suffix] + ids[len(ids) - n_suffix :]
+
+    examples, n_truncated = [], 0
+    for sentence, label in rows:
+        text = f"{sentence} {suffix}" if suffix else sentence
+        ids = tokenizer.encode(text, bos=True, eos=False)
+        if max_sentence_len is not None and len(ids) > 1 + max_sentence_len + n_suffix:
+            ids = cut(ids, 1 + max_sentence_len + n_suffix)
+        if len(ids) > max_tokens:
+            ids = cut(ids, max_tokens)
+            n_truncated += 1
+        examples.append(Example(sentence, label, ids))
+    return examples, n_truncated
+
+
+class SentenceDataset(Dataset):
+    """Examples and how to batch them."""
+
+    def __init__(self, examples: list[Example], pad_id: int):
+        self.examples = examples
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def collate_fn(self, batch: list[Example]) -> dict[str, Any]:
+        """token_ids (B, T) padded on the right, labels (B,), lengths (B,), sents (B strings)."""
+        lengths = [len(example.tokens) for example in batch]
+        width = max(lengths)
+        padded = [e.tokens + [self.pad_id] * (width - len(e.tokens)) for e in batch]
+        return {
+            "token_ids": torch.tensor(padded),
+            "labels": torch.tensor([example.label for example in batch]),
+            "lengths": torch.tensor(lengths),
+            "sents": [example.sentence for example in batch],
+        }
+
+
+def make_loader(
+    dataset: SentenceDataset, batch_size: int, shuffle_by: torch.Generator | None = None
+) -> DataLoader:
+    """Batches in the file's order, or shuffled anew each epoch by the given generator."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle_by is not None,
+        generator=shuffle_by,
+        collate_fn=dataset.collate_fn,
+    )

@@ -1,0 +1,349 @@
+"""The assignment's command line: generate text, classify by prompting, or finetune a classifier.
+
+`args` ends in this file: everything below takes named parameters. The functions under the
+assignment's own names take what they take there, so its scripts run on; an `args` that lacks one of
+our optional options (`attention`, `pooling`, `tokenizer_path`, `label_names`) means its default.
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+import cli
+from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+from dataset import (
+    Example,
+    SentenceDataset,
+    encode_examples,
+    make_loader,
+    read_label_names,
+    read_sentences,
+)
+from llama import Llama, load_pretrained
+from options import checkpoint_path, get_args, require_folder, require_output_names
+from tokenizer import Tokenizer, find_tokenizer_model
+from training import (
+    EpochReport,
+    Evaluation,
+    evaluate,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
+from utils import atomic_write, pick_device, seed_everything
+
+PREFIX = (
+    "I have wanted to see this thriller for a while, and it didn't disappoint. "
+    "Keanu Reeves, playing the hero John Wick, is"
+)
+
+
+# ---------------------------------------------------------------- the assignment's data functions
+
+
+class LlamaDataset(SentenceDataset):
+    """(sentence, label, ...) tuples, tokenized by the tokenizer that `args` names."""
+
+    def __init__(self, dataset: list[tuple], args: argparse.Namespace, eos: bool = False):
+        self.tokenizer = _tokenizer(args, max_len=args.max_sentence_len)
+        examples = [
+            Example(sentence, label, self.tokenizer.encode(sentence, bos=True, eos=eos))
+            for sentence, label, *_ in dataset
+        ]
+        super().__init__(examples, self.tokenizer.pad_id)
+
+
+def create_data(
+    filename: str,
+    tokenizer: Tokenizer,
+    flag: str = "train",
+    lower: bool = False,
+    eos: bool = True,
+    prompt_suffix: str | None = None,
+) -> list[Example] | tuple[list[Example], int]:
+    """Reads a file into (sentence, label, tokens); with flag "train" also the number of labels,
+    which is the largest label + 1, so that a label missing from the file leaves no hole."""
+    examples = []
+    for sentence, label in read_sentences(filename, unlabelled=flag == "test"):
+        sentence = sentence.lower() if lower else sentence
+        sentence = sentence if prompt_suffix is None else f"{sentence} {prompt_suffix}"
+        examples.append(Example(sentence, label, tokenizer.encode(sentence, bos=True, eos=eos)))
+    print(f"load {len(examples)} data from {filename}")
+    if flag == "train":
+        return examples, max(example.label for example in examples) + 1
+    return examples
+
+
+def model_eval(
+    dataloader: DataLoader, model: torch.nn.Module, device: torch.device
+) -> tuple[float | None, float | None, list[int], list[int], list[str]]:
+    """(accuracy, macro F1, predictions, labels, sentences), in the dataloader's order."""
+    result = evaluate(model, dataloader, device)
+    return result.accuracy, result.macro_f1, result.predictions, result.labels, result.sentences
+
+
+def save_model(
+    model: LlamaEmbeddingClassifier,
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    config: Any,
+    filepath: str,
+) -> None:
+    save_classifier(filepath, model, config, optim=optimizer.state_dict(), args=vars(args))
+    print(f"save the model to {filepath}")
+
+
+def write_predictions_to_file(
+    split: str, outfile: str, acc: float | None, pred: list[int], sents: list[str]
+) -> None:
+    """Writes `pred ||| sentence` lines and prints the accuracy (None: there are no gold labels)."""
+    shown = "n/a (no gold labels)" if acc is None else f"{acc:.3f}"
+    print(f"{split} acc :: {shown}")
+    with atomic_write(outfile) as file:
+        file.writelines(f"{p} ||| {s}\n" for p, s in zip(pred, sents, strict=True))
+
+
+# ---------------------------------------------------------------- the three modes
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Continues the assignment's prefix at temperature 0 and at temperature 1."""
+    require_folder(args.generated_sentence_low_temp_out)
+    require_folder(args.generated_sentence_high_temp_out)
+    llama, tokenizer, device = _load_backbone(args)
+    _announce(args, llama, device)
+    for outfile, temperature in (
+        (args.generated_sentence_low_temp_out, 0.0),
+        (args.generated_sentence_high_temp_out, 1.0),
+    ):
+        _write_continuation(llama, tokenizer, PREFIX, outfile, 75, temperature)
+
+
+def generate_sentence(
+    args: argparse.Namespace,
+    prefix: str,
+    outfile: str,
+    max_new_tokens: int = 75,
+    temperature: float = 0.0,
+) -> None:
+    llama, tokenizer, _ = _load_backbone(args)
+    _write_continuation(llama, tokenizer, prefix, outfile, max_new_tokens, temperature)
+
+
+def _write_continuation(
+    llama: Llama,
+    tokenizer: Tokenizer,
+    prefix: str,
+    outfile: str,
+    max_new_tokens: int,
+    temperature: float,
+) -> None:
+    start = tokenizer.encode(prefix, bos=True, eos=False)
+    idx = torch.tensor([start], device=llama.norm.weight.device)  # (1, T)
+    sentence = tokenizer.decode(llama.generate(idx, max_new_tokens, temperature)[0].tolist())
+    print(f"Temperature is {temperature}\n{sentence}\n---------------")
+    with atomic_write(outfile) as file:
+        file.write(sentence)
+    print(f"Wrote generated sentence to {outfile}.")
+
+
+def test_with_prompting(args: argparse.Namespace) -> None:
+    """Zero-shot: asks the frozen model the question of `prompt_suffix` and scores the labels."""
+    require_output_names(args, "prompting")
+    label_names = read_label_names(args.label_names)
+    splits = _read_dev_and_test(args, len(label_names))
+    llama, tokenizer, device = _load_backbone(args)
+    config = SimpleNamespace(num_labels=len(label_names), pooling=_option(args, "pooling"))
+    model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama)
+    _announce(args, llama, device, model.pooling)
+
+    suffix = prompt_suffix(label_names)
+    if llama.config.attention == "causal":
+        suffix = suffix.rstrip()  # a token of its own, which no " good" can follow
+    room = llama.config.max_seq_len - model.longest_label
+    for split, rows in splits.items():
+        data = _encode(args, split, rows, tokenizer, room, suffix)
+        _evaluate_and_write(args, split, model, data, device)
+
+
+def prompt_suffix(label_names: list[str]) -> str:
+    """The assignment's question with its trailing space: Is this movie a, b, or c? This movie is"""
+    if len(label_names) == 2:
+        choices = " or ".join(label_names)
+    else:
+        choices = f"{', '.join(label_names[:-1])}, or {label_names[-1]}"
+    return f"Is this movie {choices}? This movie is "
+
+
+def train(args: argparse.Namespace) -> list[EpochReport]:
+    """Finetunes on --train, keeping the checkpoint of the best dev accuracy."""
+    label_names = read_label_names(args.label_names)
+    train_rows = read_sentences(args.train, len(label_names))
+    dev_rows = read_sentences(args.dev, len(label_names))
+    llama, tokenizer, device = _load_backbone(args)
+    config = SimpleNamespace(
+        num_labels=len(label_names),
+        pretrained_model_path=args.pretrained_model_path,
+        option=args.option,
+        hidden_dropout_prob=args.hidden_dropout_prob,
+        pooling=_option(args, "pooling"),
+    )
+    model = LlamaEmbeddingClassifier(config, llama).to(device)
+    _announce(args, llama, device, model.pooling)
+    room = llama.config.max_seq_len
+    filepath = checkpoint_path(args)
+    provenance = {
+        "args": vars(args),
+        "label_names": label_names,
+        "tokenizer_path": tokenizer.model_path,
+        "tokenizer_sha256": hashlib.sha256(Path(tokenizer.model_path).read_bytes()).hexdigest(),
+    }
+
+    def on_epoch(report: EpochReport, is_best: bool) -> None:
+        if is_best:
+            save_classifier(filepath, model, config, **provenance)
+            print(f"save the model to {filepath}")
+        print(
+            f"epoch {report.epoch}: train loss :: {report.train_loss:.3f}, "
+            f"train acc :: {report.train_accuracy:.3f}, dev acc :: {report.dev_accuracy:.3f}",
+            flush=True,
+        )
+
+    return train_classifier(
+        model,
+        _encode(args, "train", train_rows, tokenizer, room),
+        _encode(args, "dev", dev_rows, tokenizer, room),
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        device=device,
+        on_epoch=on_epoch,
+    )
+
+
+def test(args: argparse.Namespace) -> dict[str, Evaluation]:
+    """Evaluates the checkpoint that `train` kept and writes both outputs."""
+    require_output_names(args, "finetuning")
+    splits = _read_dev_and_test(args, len(read_label_names(args.label_names)))
+    filepath = checkpoint_path(args)
+    device = pick_device(args.use_gpu)
+    model = load_classifier(filepath).to(device)
+    print(f"load model from {filepath}")
+    tokenizer = _tokenizer(args)
+    tokenizer.require_vocab_size(model.llama.config.vocab_size)
+    results = {}
+    for split, rows in splits.items():
+        data = _encode(args, split, rows, tokenizer, model.llama.config.max_seq_len)
+        results[split] = _evaluate_and_write(args, split, model, data, device)
+    return results
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """`train`, the table of its epochs, `test`, macro F1."""
+    require_output_names(args, "finetuning")
+    _read_dev_and_test(args, len(read_label_names(args.label_names)))  # before the work, not after
+    history = train(args)
+    print("Epoch | Train Loss | Train Acc | Dev Acc")
+    for r in history:
+        print(
+            f"{r.epoch:5d} | {r.train_loss:10.3f} | {r.train_accuracy:9.3f} | {r.dev_accuracy:7.3f}"
+        )
+    for split, result in test(args).items():
+        if result.macro_f1 is not None:
+            print(f"{split} macro f1 :: {result.macro_f1:.3f}")
+
+
+# ---------------------------------------------------------------- from args to named parameters
+
+
+def _option(args: argparse.Namespace, name: str) -> Any:
+    return getattr(args, name, None)
+
+
+def _tokenizer(args: argparse.Namespace, max_len: int | None = None) -> Tokenizer:
+    path = _option(args, "tokenizer_path") or find_tokenizer_model(args.pretrained_model_path)
+    return Tokenizer(max_len=max_len, tokenizer_model=path)
+
+
+def _load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device]:
+    device = pick_device(args.use_gpu)
+    llama = load_pretrained(args.pretrained_model_path, attention=_option(args, "attention"))
+    tokenizer = _tokenizer(args)
+    tokenizer.require_vocab_size(llama.config.vocab_size)
+    print(f"load model from {args.pretrained_model_path}")
+    return llama.to(device), tokenizer, device
+
+
+def _announce(
+    args: argparse.Namespace, llama: Llama, device: torch.device, pooling: str | None = None
+) -> None:
+    n_parameters = sum(parameter.numel() for parameter in llama.parameters())
+    print(
+        f"device: {device}, attention: {llama.config.attention}, "
+        + (f"pooling: {pooling}, " if pooling else "")
+        + f"model: {Path(args.pretrained_model_path).name}, parameters: {n_parameters:,}",
+        flush=True,
+    )
+
+
+def _read_dev_and_test(args: argparse.Namespace, n_labels: int) -> dict[str, list[tuple[str, int]]]:
+    return {
+        "dev": read_sentences(args.dev, n_labels),
+        "test": read_sentences(args.test, n_labels, unlabelled=True),
+    }
+
+
+def _encode(
+    args: argparse.Namespace,
+    split: str,
+    rows: list[tuple[str, int]],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    suffix: str | None = None,
+) -> SentenceDataset:
+    path = getattr(args, split)
+    examples, n_truncated = encode_examples(
+        rows,
+        tokenizer,
+        max_tokens=max_tokens,
+        max_sentence_len=args.max_sentence_len,
+        suffix=suffix,
+    )
+    print(f"load {len(examples)} data from {path}")
+    if n_truncated:
+        print(
+            f"warning: {path}: {n_truncated} of {len(rows)} sentences do not fit the model's "
+            f"{max_tokens} positions and lose their end",
+            file=sys.stderr,
+        )
+    return SentenceDataset(examples, tokenizer.pad_id)
+
+
+def _evaluate_and_write(
+    args: argparse.Namespace,
+    split: str,
+    model: torch.nn.Module,
+    data: SentenceDataset,
+    device: torch.device,
+) -> Evaluation:
+    result = evaluate(model, make_loader(data, args.batch_size), device, f"eval {split}")
+    outfile = getattr(args, f"{split}_out")
+    write_predictions_to_file(split, outfile, result.accuracy, result.predictions, result.sentences)
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_args(argv)
+    seed_everything(args.seed)
+    {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}[args.option](args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

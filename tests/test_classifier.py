@@ -1,0 +1,163 @@
+"""Both classifiers against the model's own logits and states, and the laws of pooling."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier, choose_pooling
+from conftest import LABEL_NAMES, random_llama, save_llama
+from training import load_classifier, save_classifier
+
+TOKENS = torch.randint(3, 320, (3, 9), generator=torch.Generator().manual_seed(2))
+LENGTHS = torch.tensor([9, 4, 1])
+
+
+def embedding_config(**options) -> SimpleNamespace:
+    defaults = {"num_labels": 5, "option": "finetune", "hidden_dropout_prob": 0.3}
+    return SimpleNamespace(**{**defaults, "pretrained_model_path": "unread", **options})
+
+
+def embedding_classifier(attention="full", **options) -> LlamaEmbeddingClassifier:
+    torch.manual_seed(0)
+    llama = random_llama(attention=attention)
+    return LlamaEmbeddingClassifier(embedding_config(**options), llama).eval()
+
+
+def zero_shot(tokenizer, attention="full", label_names=LABEL_NAMES, **options):
+    config = SimpleNamespace(num_labels=len(label_names), **options)
+    llama = random_llama(attention=attention, vocab_size=tokenizer.n_words)
+    return LlamaZeroShotClassifier(config, tokenizer, label_names, llama).eval()
+
+
+def test_default_pooling_is_the_assignments_in_full_mode_and_the_last_token_in_causal_mode():
+    assert choose_pooling(None, "full") == "position"
+    assert choose_pooling(None, "causal") == "last"
+    assert choose_pooling("mean", "full") == "mean"
+    with pytest.raises(ValueError, match="'first'"):
+        choose_pooling("first", "full")
+
+
+def head(model: LlamaEmbeddingClassifier, pooled: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(model.classifier_head(pooled), dim=-1)
+
+
+def test_assignment_mode_reads_the_last_column_and_no_lengths():
+    model = embedding_classifier()
+    assert not model.reads_lengths
+    expected = head(model, model.llama(TOKENS)[1][:, -1])
+    assert torch.equal(model(TOKENS), expected)
+    assert torch.equal(model(TOKENS, lengths=LENGTHS), expected)
+    torch.testing.assert_close(model(TOKENS).exp().sum(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+def test_masked_poolings_equal_each_sentence_alone(attention):
+    for pooling in ("last", "mean"):
+        model = embedding_classifier(attention, pooling=pooling)
+        together = model(TOKENS, lengths=LENGTHS)
+        for row, length in enumerate(LENGTHS.tolist()):
+            _, hidden = model.llama(TOKENS[row : row + 1, :length])
+            pooled = hidden[:, -1] if pooling == "last" else hidden.mean(dim=1)
+            torch.testing.assert_close(
+                together[row : row + 1], head(model, pooled), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_masked_poolings_need_lengths():
+    model = embedding_classifier(pooling="mean")
+    with pytest.raises(ValueError, match="'mean' needs lengths"):
+        model(TOKENS)
+
+
+def test_dropout_acts_on_the_pooled_state_in_training_alone():
+    model = embedding_classifier(hidden_dropout_prob=0.5)
+    assert torch.equal(model(TOKENS), model(TOKENS))
+    model.train()
+    assert not torch.equal(model(TOKENS), model(TOKENS))
+
+
+def test_pretrain_freezes_the_llama_and_finetune_trains_all():
+    frozen = embedding_classifier(option="pretrain")
+    trainable = [name for name, p in frozen.named_parameters() if p.requires_grad]
+    assert trainable == ["classifier_head.weight", "classifier_head.bias"]
+    assert all(p.requires_grad for p in embedding_classifier().parameters())
+    with pytest.raises(ValueError, match="'freeze'"):
+        embedding_classifier(option="freeze")
+
+
+def test_classifier_reads_its_backbone_from_the_configured_path(tmp_path):
+    path = save_llama(random_llama(), tmp_path / "model.pt")
+    config = embedding_config(pretrained_model_path=str(path), attention="causal", pooling="mean")
+    model = LlamaEmbeddingClassifier(config)
+    assert model.llama.config.attention == "causal"
+    assert torch.equal(model.llama.output.weight, random_llama().output.weight)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_classifier_comes_back_without_the_pretrained_file(tmp_path, tied):
+    model = embedding_classifier("causal", pooling="mean")
+    if not tied:
+        model.llama.output.weight = torch.nn.Parameter(model.llama.output.weight.detach() * 2)
+    path = tmp_path / "classifier.pt"
+    save_classifier(path, model, embedding_config(pooling="mean"), label_names=["a"])
+    loaded = load_classifier(path)
+    assert loaded.pooling == "mean"
+    assert not loaded.training
+    assert torch.equal(loaded(TOKENS, lengths=LENGTHS), model(TOKENS, lengths=LENGTHS))
+    assert torch.equal(loaded.llama(TOKENS)[0], model.llama(TOKENS)[0])
+    assert torch.load(path, weights_only=True)["label_names"] == ["a"]
+
+
+def test_loading_something_else_as_a_classifier_names_the_file(tmp_path):
+    path = save_llama(random_llama(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt: is no finetuned classifier"):
+        load_classifier(path)
+
+
+# ---------------------------------------------------------------- zero-shot
+
+
+def test_one_token_labels_score_their_log_probability_at_the_last_position(tokenizer):
+    model = zero_shot(tokenizer)
+    ids = [tokenizer.encode(name, bos=False, eos=False) for name in LABEL_NAMES]
+    assert [len(label) for label in ids] == [1, 1]
+    log_probs = F.log_softmax(model.llama(TOKENS)[0][:, -1], dim=-1)
+    torch.testing.assert_close(model(TOKENS), log_probs[:, [ids[0][0], ids[1][0]]])
+    assert model.longest_label == 0
+
+
+@pytest.mark.parametrize(
+    ("attention", "pooling"), [("full", "position"), ("full", "last"), ("causal", "last")]
+)
+def test_labels_of_several_tokens_score_by_the_chain_rule(tokenizer, attention, pooling):
+    names = ["bad xyz", "bad xq", "good"]
+    model = zero_shot(tokenizer, attention, names, pooling=pooling)
+    scores = model(TOKENS, lengths=LENGTHS)
+    for row, length in enumerate(LENGTHS.tolist()):
+        prompt = TOKENS[row].tolist() if pooling == "position" else TOKENS[row, :length].tolist()
+        for column, name in enumerate(names):
+            label = tokenizer.encode(name, bos=False, eos=False)
+            expected = 0.0
+            for i, token in enumerate(label):  # one sentence, one step at a time, no batch
+                logits, _ = model.llama(torch.tensor([prompt + label[:i]]))
+                expected += F.log_softmax(logits[0, -1].double(), dim=-1)[token].item()
+            assert scores[row, column].item() == pytest.approx(expected, rel=1e-4)
+    assert model.longest_label == len(tokenizer.encode("bad xyz", bos=False, eos=False)) - 1
+
+
+def test_zero_shot_model_is_frozen(tokenizer):
+    assert not any(p.requires_grad for p in zero_shot(tokenizer).parameters())
+
+
+def test_zero_shot_refuses_what_cannot_be_asked(tokenizer):
+    with pytest.raises(ValueError, match="'mean' cannot prompt"):
+        zero_shot(tokenizer, pooling="mean")
+    config = SimpleNamespace(num_labels=3)
+    with pytest.raises(ValueError, match="2 label names for num_labels=3"):
+        LlamaZeroShotClassifier(config, tokenizer, LABEL_NAMES, random_llama())
+    with pytest.raises(ValueError, match="has 320 tokens, the checkpoint has 100"):
+        LlamaZeroShotClassifier(
+            SimpleNamespace(num_labels=2), tokenizer, LABEL_NAMES, random_llama(vocab_size=100)
+        )

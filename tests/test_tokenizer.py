@@ -1,0 +1,186 @@
+"""The tokenizer against SentencePiece itself, and which model file a checkpoint gets."""
+
+import re
+
+import pytest
+import sentencepiece
+
+import tokenizer as tokenizer_module
+from conftest import shared_asset
+from tokenizer import TOKENIZER_MODEL, Tokenizer, find_tokenizer_model
+
+TEXTS = [
+    "this movie is good",
+    "Amélie, naïve façade: ÄÖÜ ß",
+    "東京物語 / Дерсу Узала / שלום / مرحبا",
+    "🎬👩‍👩‍👧 great 🙂!",
+    "a  b   c\ttabs\nand\nlines",
+    "x",
+    "",
+]
+REAL = {"models/tokenizer.model": 32000, "models/stories260K/tok512.model": 512}
+
+
+def train_tiny(folder, **options) -> str:
+    """A SentencePiece model of the given traits; returns its file."""
+    text = folder / "text.txt"
+    text.write_text("a good film\na bad film\nthe story was good\n" * 4)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tiny"),
+        model_type="bpe",
+        minloglevel=2,
+        **{"vocab_size": 300, "byte_fallback": True, **options},
+    )
+    return str(folder / "tiny.model")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("eos", [True, False])
+def test_decoding_undoes_encoding(tokenizer, text, bos, eos):
+    assert tokenizer.decode(tokenizer.encode(text, bos=bos, eos=eos)) == text
+
+
+@pytest.mark.parametrize("model", REAL)
+@pytest.mark.parametrize("text", TEXTS)
+def test_decoding_undoes_encoding_with_the_real_tokenizers(model, text):
+    tokenizer = Tokenizer(tokenizer_model=shared_asset(model))
+    if "tok512" in model:  # its own normalization squeezes runs of spaces
+        text = re.sub(" +", " ", text)
+    assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
+
+
+def test_a_character_outside_the_vocabulary_becomes_its_utf8_bytes(tokenizer):
+    ids = tokenizer.encode("🎬", bos=False, eos=False)
+    pieces = [f"<0x{byte:02X}>" for byte in "🎬".encode()]
+    assert [tokenizer.sp_model.id_to_piece(i) for i in ids[-4:]] == pieces
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bos_comes_first_and_eos_last_around_the_pieces(tokenizer, tokenizer_file, text):
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file)).encode(text)
+    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
+    assert tokenizer.encode(text, bos=False, eos=False) == pieces
+    assert tokenizer.encode(text, bos=True, eos=False) == bos + pieces
+    assert tokenizer.encode(text, bos=False, eos=True) == pieces + eos
+    assert tokenizer.encode(text, bos=True, eos=True) == bos + pieces + eos
+
+
+@pytest.mark.parametrize("max_len", [1, 3, 100])
+def test_max_len_bounds_the_pieces_before_bos_and_eos_are_added(tokenizer, tokenizer_file, max_len):
+    short = Tokenizer(max_len=max_len, tokenizer_model=tokenizer_file)
+    text = "this movie is good and the story was bad"
+    pieces = tokenizer.encode(text, bos=False, eos=False)[:max_len]
+    assert short.encode(text, bos=False, eos=False) == pieces
+    assert short.encode(text, bos=True, eos=True) == [short.bos_id, *pieces, short.eos_id]
+
+
+@pytest.mark.parametrize("max_len", [0, -1])
+def test_max_len_is_positive(tokenizer_file, max_len):
+    with pytest.raises(ValueError, match=f"max_len={max_len} "):
+        Tokenizer(max_len=max_len, tokenizer_model=tokenizer_file)
+
+
+def test_padding_is_the_zero_byte_and_every_id_has_an_embedding(tokenizer):
+    assert tokenizer.sp_model.id_to_piece(tokenizer.pad_id) == "<0x00>"
+    assert tokenizer.n_words == 320  # as the fixture was trained
+    special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+    assert len(special) == 3
+    assert special <= set(range(tokenizer.n_words))
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_the_real_tokenizers_have_llamas_special_tokens(model):
+    tokenizer = Tokenizer(tokenizer_model=shared_asset(model))
+    assert tokenizer.n_words == REAL[model]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
+    tokenizer.require_vocab_size(REAL[model])
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_without_a_name_the_tokenizer_at_the_root_is_read(tokenizer_file, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "TOKENIZER_MODEL", tokenizer_file)
+    assert Tokenizer().model_path == str(tokenizer_file)
+    assert Tokenizer().n_words == 320
+
+
+def test_a_missing_tokenizer_is_named_with_the_remedy(tmp_path):
+    for path in (tmp_path / "absent.model", tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"setup\.sh") as caught:
+            Tokenizer(tokenizer_model=path)
+        assert caught.value.filename == str(path)
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "bytes", "zeros", "truncated"])
+def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, tokenizer_file, content):
+    real = tokenizer_file.read_bytes()
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(
+        {
+            "empty": b"",
+            "text": b"<!DOCTYPE html><title>Not found</title>",
+            "bytes": bytes(reversed(range(256))) * 8,
+            "zeros": bytes(1000),
+            "truncated": real[: len(real) // 2],
+        }[content]
+    )
+    with pytest.raises(ValueError) as caught:
+        Tokenizer(tokenizer_model=path)
+    assert str(caught.value) == f"{path}: is not a SentencePiece model"
+
+
+@pytest.mark.parametrize(
+    "lacking", [{"byte_fallback": False, "vocab_size": 30}, {"bos_id": -1}, {"eos_id": -1}]
+)
+def test_a_model_without_bos_eos_or_the_zero_byte_is_refused(tmp_path, lacking):
+    path = train_tiny(tmp_path, **lacking)
+    with pytest.raises(ValueError) as caught:
+        Tokenizer(tokenizer_model=path)
+    assert str(caught.value).startswith(f"{path}: lacks one of bos, eos and <0x00>")
+    assert "byte fallback" in str(caught.value)
+    assert Tokenizer(tokenizer_model=train_tiny(tmp_path)).n_words == 300
+
+
+def test_a_vocabulary_of_another_size_is_refused_naming_both(tokenizer, tokenizer_file):
+    tokenizer.require_vocab_size(320)
+    for size in (319, 321, 32000):
+        with pytest.raises(ValueError) as caught:
+            tokenizer.require_vocab_size(size)
+        message = str(caught.value)
+        assert message.startswith(str(tokenizer_file))
+        assert "has 320 tokens" in message
+        assert f"the checkpoint has {size}" in message
+        assert "--tokenizer_path" in message
+
+
+@pytest.mark.parametrize(
+    ("beside", "found"),
+    [
+        (["tokenizer.model"], "tokenizer.model"),
+        (["tok512.model"], "tok512.model"),
+        (["a.model", "tokenizer.model", "z.model"], "tokenizer.model"),
+        (["a.model", "z.model"], None),
+        (["tokenizer.model.bak", "tokenizer.txt"], None),
+        ([], None),
+    ],
+)
+def test_a_checkpoint_takes_the_tokenizer_beside_it_or_else_the_one_at_the_root(
+    tmp_path, monkeypatch, beside, found
+):
+    for name in beside:
+        (tmp_path / name).touch()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "tokenizer.model").touch()  # not beside
+    expected = tmp_path / found if found else TOKENIZER_MODEL
+    assert find_tokenizer_model(tmp_path / "model.pt") == expected
+    assert find_tokenizer_model(str(tmp_path / "model.pt")) == expected
+    monkeypatch.chdir(tmp_path)
+    assert find_tokenizer_model("model.pt") == expected
+
+
+def test_the_root_is_where_the_code_lies():
+    assert TOKENIZER_MODEL.name == "tokenizer.model"
+    assert (TOKENIZER_MODEL.parent / "run_llama.py").is_file()

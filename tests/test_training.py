@@ -1,0 +1,155 @@
+"""The training loop against the same steps written out, and what evaluation promises."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import f1_score
+
+from classifier import LlamaEmbeddingClassifier
+from conftest import random_llama
+from dataset import Example, SentenceDataset, make_loader
+from optimizer import AdamW
+from training import evaluate, log_probs_of, train_classifier
+
+CPU = torch.device("cpu")
+
+
+def random_data(n: int = 10, seed: int = 0) -> SentenceDataset:
+    rng = torch.Generator().manual_seed(seed)
+    examples = []
+    for i in range(n):
+        length = int(torch.randint(2, 8, (), generator=rng))
+        tokens = torch.randint(3, 320, (length,), generator=rng).tolist()
+        examples.append(Example(f"sentence {i}", i % 2, tokens))
+    return SentenceDataset(examples, pad_id=3)
+
+
+def classifier(pooling: str = "mean", **shape) -> LlamaEmbeddingClassifier:
+    config = SimpleNamespace(
+        num_labels=2, option="finetune", hidden_dropout_prob=0.0, pooling=pooling
+    )
+    llama = random_llama(scale=1.0, **shape)
+    torch.manual_seed(0)
+    return LlamaEmbeddingClassifier(config, llama)
+
+
+def train(model, data, dev=None, **options):
+    defaults = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "seed": 7}
+    return train_classifier(
+        model,
+        data,
+        dev or data,
+        device=CPU,
+        **{**defaults, "on_epoch": lambda report, best: None, **options},
+    )
+
+
+def test_an_epoch_is_the_steps_written_out():
+    data, model, twin = random_data(), classifier(), classifier()
+    history = train(model, data, epochs=1)
+
+    optimizer = AdamW(twin.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(7)
+    losses = []
+    for batch in make_loader(data, 4, generator):
+        log_probs = twin(batch["token_ids"], lengths=batch["lengths"])
+        picked = log_probs[torch.arange(len(log_probs)), batch["labels"]]
+        loss = -picked.sum() / 4  # also for the last batch of two
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert len(losses) == 3
+    assert history[0].train_loss == pytest.approx(sum(losses) / 3, rel=1e-6)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_equal_seeds_give_equal_weights_and_other_seeds_do_not():
+    runs = []
+    for seed in (7, 7, 8):
+        model = classifier()
+        train(model, random_data(), seed=seed)
+        runs.append(model.classifier_head.weight)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_best_is_the_first_epoch_with_the_highest_dev_accuracy(monkeypatch):
+    dev_accuracies = iter([0.0, 0.5, 0.5, 0.4, 0.6])
+
+    def scripted(model, loader, device, description):
+        accuracy = next(dev_accuracies) if "dev" in description else 1.0
+        return SimpleNamespace(accuracy=accuracy)
+
+    monkeypatch.setattr("training.evaluate", scripted)
+    calls = []
+    history = train(
+        classifier(), random_data(), epochs=5, on_epoch=lambda report, best: calls.append(best)
+    )
+    assert calls == [True, True, False, False, True]  # also an accuracy of 0 leaves a checkpoint
+    assert [report.epoch for report in history] == [0, 1, 2, 3, 4]
+
+
+def test_training_overfits_eight_sentences():
+    data = random_data(8)
+    history = train(classifier(), data, epochs=40, lr=3e-3, batch_size=8)
+    assert history[-1].train_accuracy == 1.0
+    assert history[-1].train_loss < 0.1 < history[0].train_loss
+
+
+def test_evaluation_matches_scikit_learn_and_keeps_the_order():
+    data, model = random_data(), classifier()
+    result = evaluate(model.train(), make_loader(data, 3), CPU)
+    assert not model.training
+    assert result.sentences == [example.sentence for example in data.examples]
+    assert result.labels == [example.label for example in data.examples]
+    matches = [p == y for p, y in zip(result.predictions, result.labels, strict=True)]
+    assert result.accuracy == sum(matches) / len(matches)
+    assert result.macro_f1 == pytest.approx(
+        f1_score(result.labels, result.predictions, average="macro")
+    )
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("attention", ["full", "causal"])
+def test_masked_predictions_do_not_depend_on_the_batching(pooling, attention):
+    model, data = classifier(pooling, attention=attention).eval(), random_data()
+    with torch.no_grad():
+        by_batch_size = [
+            torch.cat([log_probs_of(model, batch, CPU) for batch in make_loader(data, size)])
+            for size in (1, 3, 10)
+        ]
+    for other in by_batch_size[1:]:
+        torch.testing.assert_close(by_batch_size[0], other, rtol=1e-5, atol=1e-5)
+
+
+def test_examples_without_gold_label_are_predicted_but_not_counted():
+    model, data = classifier(), random_data()
+    full = evaluate(model, make_loader(data, 4), CPU)
+    half = [e._replace(label=-1) if i >= 4 else e for i, e in enumerate(data.examples)]
+    partly = evaluate(model, make_loader(SentenceDataset(half, 3), 4), CPU)
+    assert partly.predictions == full.predictions
+    hits = [full.predictions[i] == data.examples[i].label for i in range(4)]
+    assert partly.accuracy == sum(hits) / 4
+    none = [e._replace(label=-1) for e in data.examples]
+    unlabelled = evaluate(model, make_loader(SentenceDataset(none, 3), 4), CPU)
+    assert unlabelled.accuracy is None
+    assert unlabelled.macro_f1 is None
+
+
+def test_a_model_that_takes_token_ids_alone_is_handed_nothing_else():
+    data = random_data()
+    received = []
+
+    class Plain(torch.nn.Module):
+        def forward(self, input_ids):
+            received.append(input_ids.shape)
+            return F.log_softmax(torch.tensor([[0.0, math.log(3.0)]]), -1).repeat(len(input_ids), 1)
+
+    result = evaluate(Plain(), make_loader(data, 5), CPU)
+    assert result.predictions == [1] * 10
+    assert len(received) == 2
