@@ -1,0 +1,60 @@
+"""The layer rule of structure.md: a module imports only from the layers above its own."""
+
+import ast
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+LAYERS = [
+    {"cli", "config", "rope", "optimizer", "tokenizer", "utils", "checkpoint"},
+    {"base_llama"},
+    {"llama"},
+    {"classifier", "dataset", "options"},
+    {"training"},
+    {"run_llama", "sanity_check", "prepare_submit", "optimizer_test", "rope_test"},
+]
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+RUNTIME_PACKAGES = {"torch", "numpy", "sentencepiece", "tqdm", "sklearn"}
+
+
+def imported_modules(source: str) -> set[str]:
+    """Top-level names of every import in a source, wherever it stands."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def test_every_top_level_module_has_a_layer():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", sorted(LEVEL))
+def test_modules_import_only_from_higher_layers_and_the_runtime_packages(module):
+    for name in imported_modules((ROOT / f"{module}.py").read_text(encoding="utf-8")):
+        if name in LEVEL:
+            assert LEVEL[name] < LEVEL[module], f"{module} imports {name}"
+        else:
+            assert name in RUNTIME_PACKAGES | sys.stdlib_module_names, f"{module} imports {name}"
+
+
+def test_the_network_is_used_in_fetch_alone():
+    network = {"urllib", "http", "socket", "ssl", "ftplib", "requests"}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+        used = imported_modules(path.read_text(encoding="utf-8")) & network
+        assert bool(used) == (path.name == "fetch.py"), f"{path.name} imports {used}"
+
+
+def test_nothing_unpickles_arbitrary_objects():
+    for path in ROOT.glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert imported_modules(source).isdisjoint({"pickle", "dill", "joblib"}), path.name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                safe = [k.value for k in node.keywords if k.arg == "weights_only"]
+                assert [ast.unparse(value) for value in safe] == ["True"], path.name
