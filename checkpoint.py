@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+Shapes = list[tuple[str, tuple[int, ...]]]
+
 _CMU_NAMES = {
     "wq": "compute_query",
     "wk": "compute_key",
@@ -31,6 +33,10 @@ _CMU_NAMES = {
 _DERIVED = re.compile(r"freqs_cos|freqs_sin|rope\.freqs|layers\.\d+\.attention\.mask")
 _BIN_HEADER = struct.Struct("<7i")
 _VERSIONED_BIN_MAGIC = 0x616B3432  # "ak42": llama2.c's later exports
+_LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before torch 1.6's zip files
+_TEXT_BEGINNINGS = (b"<", b"{", b"version https://git-lfs")
+# The assignment's LlamaConfig has these too; nothing reads them.
+_UNREAD_ARGS = ("position_embedding_type", "use_cache")
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -50,13 +56,17 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, 
         head = file.read(512)
     if not head:
         raise ValueError(f"{path}: is empty; delete it and download it again")
-    if zipfile.is_zipfile(path) or head.startswith(b"\x80"):  # the zip or a pickle of older torch
+    if zipfile.is_zipfile(path) or head.startswith(_LEGACY_TORCH_MAGIC):
         return _read_torch(path)
     if head.startswith(b"PK"):
         raise ValueError(f"{path}: is truncated; delete it and download it again")
-    if head.lstrip()[:1] == b"<" or head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: is a text page, not a checkpoint; download it again")
-    return _read_bin(path)
+    try:
+        return _read_bin(path, head)
+    except ValueError as error:
+        reason = str(error)
+        if head.lstrip().startswith(_TEXT_BEGINNINGS):  # only now: a .bin may begin with any byte
+            reason = "is a text page, not a checkpoint; download it again"
+        raise ValueError(f"{path}: {reason}") from error
 
 
 def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
@@ -65,11 +75,12 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except (
-        Exception
-    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ValueError(f"{path}: cannot be read as a checkpoint: {reason}") from error
+    except Exception as error:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        # Not torch's own words: they advise to load it without weights_only.
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint: it is damaged, or holds more than tensors "
+            "and plain data (none of it was executed)"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dict")
     return content
@@ -88,9 +99,13 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         name = _cmu_name(name)
         if name in weights:
             raise ValueError(f"{path}: holds {name} twice, under two names")
-        if not _DERIVED.fullmatch(name):
-            weights[name] = tensor.float()
-    return {str(key): value for key, value in content["model_args"].items()}, weights
+        if _DERIVED.fullmatch(name):
+            continue
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{path}: {name} is no dense tensor of real numbers")
+        weights[name] = tensor.float()
+    model_args = {str(key): value for key, value in content["model_args"].items()}
+    return {key: model_args[key] for key in model_args if key not in _UNREAD_ARGS}, weights
 
 
 def _cmu_name(name: str) -> str:
@@ -99,30 +114,35 @@ def _cmu_name(name: str) -> str:
     return re.sub(r"(?<=\.attention\.)w[qkvo](?=\.)", lambda match: _CMU_NAMES[match[0]], name)
 
 
-def _read_bin(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read_bin(path: Path, head: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A llama2.c `.bin`; its ValueErrors leave the file's name to the caller."""
     size = path.stat().st_size
-    no_checkpoint = f"{path}: is neither a torch file nor a llama2.c .bin"
+    no_checkpoint = "is neither a torch file nor a llama2.c .bin"
     if size < _BIN_HEADER.size:
         raise ValueError(f"{no_checkpoint}: it has {size} bytes")
-    with open(path, "rb") as file:
-        header = _BIN_HEADER.unpack(file.read(_BIN_HEADER.size))
+    header = _BIN_HEADER.unpack_from(head)
     if header[0] == _VERSIONED_BIN_MAGIC:
-        raise ValueError(f"{path}: is a versioned llama2.c export; only the fp32 .bin is read")
+        raise ValueError("is a versioned llama2.c export; only the fp32 .bin is read")
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = header
     if min(*header[:5], abs(vocab_size), max_seq_len) < 1 or dim % n_heads or n_heads % n_kv_heads:
         raise ValueError(f"{no_checkpoint}: its first seven numbers {header} describe no model")
 
-    shapes = _bin_layout(*header)
-    sizes = [math.prod(shape) for _, shape in shapes]
-    expected = _BIN_HEADER.size + 4 * sum(sizes)
+    before, per_layer, after = _bin_layout(*header)
+    n_numbers = _count(before) + n_layers * _count(per_layer) + _count(after)
+    expected = _BIN_HEADER.size + 4 * n_numbers
     if size != expected:  # known before anything is allocated
         raise ValueError(
             f"{no_checkpoint} whole: its header {header} wants {expected:,} bytes, it has {size:,}"
         )
+    layers = [
+        (f"layers.{i}.{name}.weight", shape) for name, shape in per_layer for i in range(n_layers)
+    ]
+    layout = [*before, *layers, *after]
     data = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=_BIN_HEADER.size))
+    parts = torch.split(data, [math.prod(shape) for _, shape in layout])
     weights = {
         name: part.view(shape)
-        for (name, shape), part in zip(shapes, torch.split(data, sizes), strict=True)
+        for (name, shape), part in zip(layout, parts, strict=True)
         if not _DERIVED.fullmatch(name)
     }
     model_args = {
@@ -137,6 +157,10 @@ def _read_bin(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return model_args, weights
 
 
+def _count(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for _, shape in shapes)
+
+
 def _bin_layout(
     dim: int,
     hidden_dim: int,
@@ -145,9 +169,10 @@ def _bin_layout(
     n_kv_heads: int,
     vocab_size: int,
     max_seq_len: int,
-) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor of a `.bin`, in the order of the file."""
+) -> tuple[Shapes, Shapes, Shapes]:
+    """What a `.bin` holds, in its order: before the layers, each kind in a layer, and after."""
     head_dim = dim // n_heads
+    before = [("tok_embeddings.weight", (abs(vocab_size), dim))]
     per_layer = [
         ("attention_norm", (dim,)),
         ("attention.compute_query", (dim, dim)),
@@ -159,14 +184,11 @@ def _bin_layout(
         ("feed_forward.w2", (dim, hidden_dim)),
         ("feed_forward.w3", (hidden_dim, dim)),
     ]
-    layout = [("tok_embeddings.weight", (abs(vocab_size), dim))]
-    for name, shape in per_layer:
-        layout += [(f"layers.{i}.{name}.weight", shape) for i in range(n_layers)]
-    layout += [
+    after = [
         ("norm.weight", (dim,)),
         ("freqs_cos", (max_seq_len, head_dim // 2)),
         ("freqs_sin", (max_seq_len, head_dim // 2)),
     ]
     if vocab_size < 0:
-        layout.append(("output.weight", (-vocab_size, dim)))
-    return layout
+        after.append(("output.weight", (-vocab_size, dim)))
+    return before, per_layer, after

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import POOLINGS, LlamaConfig
-from llama import Llama, last_real, load_exactly, load_pretrained
+from llama import Llama, last_real, load_pretrained, require_exactly
 from tokenizer import Tokenizer
 
 
@@ -140,7 +140,8 @@ class LlamaEmbeddingClassifier(_Classifier):
             if name.startswith(prefix)
         }
         model = cls(config, Llama.from_weights(llama_config, llama_weights))
-        load_exactly(model, weights)
+        require_exactly(model, weights)
+        model.load_state_dict(weights)
         return model.eval()
 
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:

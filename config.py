@@ -21,6 +21,7 @@ class LlamaConfig:
 
     def __init__(
         self,
+        /,  # so that a key named self is an unknown key like any other
         vocab_size: int = 32000,
         dim: int = 512,
         dropout: float = 0.0,

@@ -1,5 +1,6 @@
 """`label ||| sentence` files -> examples -> right-padded batches that carry their lengths."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -26,12 +27,13 @@ class Example(NamedTuple):
 
 def read_label_names(path: str | os.PathLike) -> list[str]:
     """The names of the labels 0, 1, 2, ...: a JSON list of at least two different strings."""
+    text = _read_text(Path(path))
     try:
-        names = json.loads(_read_text(Path(path)))
-    except json.JSONDecodeError as error:
+        names = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
         raise ValueError(
-            f"{path}:{error.lineno}: is not JSON ({error.msg}); "
-            'label names are a JSON list such as ["bad", "good"]'
+            f'{place}: is not JSON; label names are a JSON list such as ["bad", "good"]'
         ) from error
     is_list_of_names = isinstance(names, list) and all(
         isinstance(name, str) and name.strip() for name in names
@@ -71,33 +73,36 @@ def read_sentences(
 def _read_text(path: Path) -> str:
     if not path.exists():
         raise FileNotFoundError(2, "no such file; `bash setup.sh` downloads the data", str(path))
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{path}:{number}: byte 0x{content[error.start]:02x} is not UTF-8; convert the file"
         ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _parse_line(line: str, place: str, n_labels: int | None, unlabelled: bool) -> tuple[str, int]:
     shown = repr(line if len(line) <= 60 else line[:57] + "...")
-    label_text, separator, sentence = line.partition(SEPARATOR.rstrip())
+    # The space stands for one that an editor took from the end of a line without a sentence.
+    label_text, separator, sentence = f"{line} ".partition(SEPARATOR)
     if not separator:
         raise ValueError(f"{place}: {shown} has no separator; write 'label{SEPARATOR}sentence'")
     label_text, sentence = label_text.strip(), sentence.strip()
     if not re.fullmatch(r"-?[0-9]{1,9}", label_text):
-        raise ValueError(f"{place}: label {label_text[:60]!r} is not an integer")
+        raise ValueError(
+            f"{place}: label {label_text[:60]!r} is not an integer; labels are 0, 1, 2, ..."
+        )
     label = int(label_text)
     if label == NO_GOLD_LABEL and not unlabelled:
         raise ValueError(f"{place}: label -1 (not known) is allowed in test files only")
     if label < NO_GOLD_LABEL or (n_labels is not None and label >= n_labels):
-        known = "" if n_labels is None else f" of the {n_labels} label names (see --label-names)"
-        raise ValueError(f"{place}: label {label} is none{known}")
+        known = "0, 1, 2, ..." if n_labels is None else f"0 to {n_labels - 1} by --label-names"
+        raise ValueError(f"{place}: label {label} does not exist; labels are {known}")
     if not sentence:
-        raise ValueError(f"{place}: {shown} has an empty sentence")
+        raise ValueError(f"{place}: {shown} has an empty sentence; write one or delete the line")
     return sentence, label
 
 

@@ -202,15 +202,17 @@ class Llama(LlamaPreTrainedModel):
         `output.weight` may be absent or equal to the embedding (tied), or differ (then untied).
         ValueError lists every missing, unexpected and misshapen tensor.
         """
-        model = cls(config)
+        if config.n_layers > len(weights) + 1000:  # too many to build for a list of what is missing
+            raise ValueError(f"n_layers={config.n_layers} but only {len(weights)} tensors")
         weights = dict(weights)
-        embedding = weights.get("tok_embeddings.weight")
-        output = weights.get("output.weight")
-        if output is None and embedding is not None:
-            weights["output.weight"] = embedding
-        elif output is not None and embedding is not None and not torch.equal(output, embedding):
-            model.output.weight = nn.Parameter(model.output.weight.detach().clone())
-        load_exactly(model, weights)
+        if "tok_embeddings.weight" in weights:
+            weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+        with torch.device("meta"):
+            require_exactly(cls(config), weights)  # before the memory for it is taken
+        model = cls(config)
+        if not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
+            model.output.weight = nn.Parameter(torch.empty_like(model.output.weight))
+        model.load_state_dict(weights)
         return model.eval()
 
     def forward(
@@ -294,8 +296,8 @@ def last_real(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return hidden[rows, lengths - 1].unsqueeze(1)
 
 
-def load_exactly(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """load_state_dict, but a mismatch of any kind is one ValueError that lists the names."""
+def require_exactly(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Raises one ValueError that lists every missing, unexpected and misshapen tensor."""
     wanted = module.state_dict()
     faults = {
         "missing": [name for name in wanted if name not in weights],
@@ -310,7 +312,6 @@ def load_exactly(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         raise ValueError(
             "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         )
-    module.load_state_dict(weights)
 
 
 def load_pretrained(checkpoint: str | os.PathLike, attention: str | None = None) -> Llama:

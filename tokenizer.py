@@ -59,7 +59,9 @@ class Tokenizer:
 def find_tokenizer_model(checkpoint: str | os.PathLike) -> Path:
     """The tokenizer of a checkpoint: `tokenizer.model` or the only `*.model` beside it, else the
     one at the root of the project."""
-    beside = sorted(Path(checkpoint).resolve().parent.glob("*.model"))
+    beside = sorted(
+        path for path in Path(checkpoint).absolute().parent.glob("*.model") if path.is_file()
+    )
     named = [path for path in beside if path.name == "tokenizer.model"]
     if named:
         return named[0]

@@ -10,7 +10,7 @@ import oracle
 import sanity_check
 from config import LlamaConfig
 from conftest import random_llama
-from llama import Attention, FeedForward, KVCache, Llama, LlamaLayer, RMSNorm, load_exactly
+from llama import Attention, FeedForward, KVCache, Llama, LlamaLayer, RMSNorm, require_exactly
 
 MODES = ("full", "causal")
 
@@ -345,7 +345,7 @@ def test_strict_loading_lists_every_mismatch_and_changes_nothing():
     weights["extra"] = torch.zeros(1)
     weights["layers.1.attention.compute_key.weight"] = torch.zeros(3, 5)
     with pytest.raises(ValueError) as caught:
-        load_exactly(model, weights)
+        require_exactly(model, weights)
     assert "missing: layers.0.feed_forward.w1.weight, norm.weight" in str(caught.value)
     assert "unexpected: extra" in str(caught.value)
     assert "compute_key.weight (3, 5) instead of (16, 32)" in str(caught.value)

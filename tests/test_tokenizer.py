@@ -181,6 +181,19 @@ def test_a_checkpoint_takes_the_tokenizer_beside_it_or_else_the_one_at_the_root(
     assert find_tokenizer_model("model.pt") == expected
 
 
+def test_a_folder_is_no_tokenizer(tmp_path):
+    (tmp_path / "data.model").mkdir()
+    assert find_tokenizer_model(tmp_path / "model.pt") == TOKENIZER_MODEL
+
+
+def test_a_linked_checkpoint_has_the_tokenizer_beside_the_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "model.pt").touch()
+    (tmp_path / "link.pt").symlink_to(tmp_path / "elsewhere" / "model.pt")
+    (tmp_path / "tokenizer.model").touch()
+    assert find_tokenizer_model(tmp_path / "link.pt") == tmp_path / "tokenizer.model"
+
+
 def test_the_root_is_where_the_code_lies():
     assert TOKENIZER_MODEL.name == "tokenizer.model"
     assert (TOKENIZER_MODEL.parent / "run_llama.py").is_file()
