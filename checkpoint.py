@@ -48,7 +48,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, 
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            2, "no such checkpoint; `bash setup.sh` downloads stories42M.pt", str(path)
+            2, "no such checkpoint; `bash setup.sh` downloads the published weights", str(path)
         )
     if not path.is_file():
         raise ValueError(f"{path}: is not a file")

@@ -114,7 +114,17 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def running_server():
+def loopback():
+    """Skips where not even this machine can be reached, as in an empty network namespace."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        try:
+            socket.create_connection(listener.getsockname(), timeout=5).close()
+        except OSError as error:
+            pytest.skip(f"needs the loopback network: {error}")
+
+
+@pytest.fixture(scope="module")
+def running_server(loopback):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -133,7 +143,7 @@ def server(running_server, monkeypatch):
 
 
 @pytest.fixture
-def closed_url():
+def closed_url(loopback):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))  # bound, so that nobody else gets it, but not listening
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/file"
@@ -364,7 +374,7 @@ def test_without_a_network_each_host_is_tried_once_and_two_lines_say_what_is_mis
     assert "data/fetch.py" in how and "--assets-from DIR" in how
 
 
-def test_a_server_that_stays_silent_makes_the_file_missing(root, monkeypatch, capsys):
+def test_a_server_that_stays_silent_makes_the_file_missing(loopback, root, monkeypatch, capsys):
     monkeypatch.setattr(fetch, "TIMEOUT_S", 0.1)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts, but never answers
