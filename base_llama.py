@@ -19,7 +19,7 @@ class LlamaPreTrainedModel(nn.Module):
         self.n_layers = config.n_layers
 
     def init_weights(self) -> None:
-        """Draws every weight anew from normal(0, 0.02).
+        """Draws every matrix anew from normal(0, 0.02); the norms keep their weights.
 
         The projections that write into the residual stream (`compute_output` and `w2`) get
         0.02 / sqrt(2 n_layers), so that the stream's variance does not grow with the 2 n_layers

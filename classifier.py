@@ -35,9 +35,11 @@ class _Classifier(nn.Module):
     def __init__(self, config: Any, llama: Llama | None):
         super().__init__()
         self.num_labels = config.num_labels
+        attention = getattr(config, "attention", None)
         if llama is None:
-            attention = getattr(config, "attention", None)
             llama = load_pretrained(config.pretrained_model_path, attention=attention)
+        elif attention not in (None, llama.config.attention):
+            raise ValueError(f"attention={attention!r} for a {llama.config.attention!r} Llama")
         self.llama = llama
         self.pooling = choose_pooling(getattr(config, "pooling", None), self.llama.config.attention)
         self.reads_lengths = self.pooling != "position"
@@ -71,6 +73,10 @@ class LlamaZeroShotClassifier(_Classifier):
         self.llama.requires_grad_(False)
         self.tokenizer = tokenizer
         self.label_name_ids = [tokenizer.encode(name, bos=False, eos=False) for name in label_names]
+        if len({tuple(ids) for ids in self.label_name_ids} - {()}) < self.num_labels:
+            raise ValueError(
+                f"label names {label_names} have empty or equal tokens; tell them apart"
+            )
 
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) -> (B, n_labels): sum_i log p(t_i | prompt, t_1 ... t_i-1) over a label's tokens.

@@ -26,6 +26,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     By the rule of this project a ValueError or OSError is something the user can mend: its message
     names the value, the place and the remedy, so the message is all that is shown.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # generated text on a terminal that lacks a letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except BrokenPipeError:  # the reader of our output left: `run_llama.py ... | head`

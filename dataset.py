@@ -27,7 +27,7 @@ class Example(NamedTuple):
 
 def read_label_names(path: str | os.PathLike) -> list[str]:
     """The names of the labels 0, 1, 2, ...: a JSON list of at least two different strings."""
-    text = _read_text(Path(path))
+    text = _decode(_read_bytes(Path(path)), Path(path))
     try:
         names = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -58,22 +58,27 @@ def read_sentences(
     """
     path = Path(path)
     rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    content = _read_bytes(path)
+    for number, line in enumerate(_decode(content, path).split("\n"), start=1):
         if line.strip():
             rows.append(_parse_line(line, f"{path}:{number}", n_labels, unlabelled))
     if not rows:
         raise ValueError(f"{path}: holds no example; lines read 'label{SEPARATOR}sentence'")
-    if hashlib.sha256(path.read_bytes()).hexdigest() in PLACEHOLDER_SHA256:
+    if hashlib.sha256(content).hexdigest() in PLACEHOLDER_SHA256:
         if not unlabelled:
             raise ValueError(f"{path}: carries placeholder labels, fit for --test alone")
         rows = [(sentence, NO_GOLD_LABEL) for sentence, _ in rows]
     return rows
 
 
-def _read_text(path: Path) -> str:
+def _read_bytes(path: Path) -> bytes:
     if not path.exists():
         raise FileNotFoundError(2, "no such file; `bash setup.sh` downloads the data", str(path))
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    return path.read_bytes()
+
+
+def _decode(content: bytes, path: Path) -> str:
+    content = content.removeprefix(codecs.BOM_UTF8)
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
         return content.decode("utf-8")
@@ -122,7 +127,10 @@ def encode_examples(
     """
     n_suffix = len(tokenizer.encode(suffix, bos=False, eos=False)) if suffix else 0
     if max_tokens < n_suffix + 2:  # bos and one token of the sentence
-        raise ValueError(f"a prompt of {n_suffix} tokens leaves no room in {max_tokens} positions")
+        raise ValueError(
+            f"a question of {n_suffix} tokens leaves the sentence no room in the model's "
+            f"{max_tokens} positions; shorten the label names"
+        )
 
     def cut(ids: list[int], length: int) -> list[int]:
         return ids[: length - n_suffix] + ids[len(ids) - n_suffix :]

@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.causal = config.attention == "causal"
+        self.config = config
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
         self.n_rep = config.n_heads // config.n_kv_heads
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         T, S = query.shape[-2], key.shape[-2]
         # The query is scaled, not the scores: T x D numbers instead of T x S.
         scores = query / math.sqrt(self.head_dim) @ key.transpose(-2, -1)  # (B, H, T, S)
-        if self.causal:
+        if self.config.attention == "causal":
             future = torch.ones(T, S, dtype=torch.bool, device=query.device).triu(S - T + 1)
             scores = scores.masked_fill(future, -torch.inf)
         if key_mask is not None:
@@ -266,6 +266,8 @@ class Llama(LlamaPreTrainedModel):
         """
         if not temperature >= 0.0:
             raise ValueError(f"temperature={temperature} is negative")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} is negative")
         if idx.ndim != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx {tuple(idx.shape)} is not (B, T) with at least one token")
         window = self.config.max_seq_len
@@ -287,6 +289,7 @@ def pick_next(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """(B, V) -> (B, 1): the likeliest token at temperature 0, else a sample."""
     if temperature == 0.0:
         return logits.argmax(dim=-1, keepdim=True)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
     return torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1)
 
 

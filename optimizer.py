@@ -84,7 +84,7 @@ class AdamW(Optimizer):
 
         m.lerp_(grad, 1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        alpha = group["lr"]
+        alpha = float(group["lr"])  # torch allows a tensor, which `*=` would change for good
         if group["correct_bias"]:
             alpha *= math.sqrt(1 - beta2**t) / (1 - beta1**t)
         theta.mul_(1 - alpha * group["weight_decay"])

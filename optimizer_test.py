@@ -1,11 +1,10 @@
 """The assignment's optimizer check: 1000 AdamW steps on a small regression must end where the
 reference implementation's did."""
 
-import sys
-
 import numpy as np
 import torch
 
+import cli
 from optimizer import AdamW
 
 # The weights of the assignment's optimizer_test.npy.
@@ -40,4 +39,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -1,6 +1,7 @@
 """The command line of `run_llama.py`: its options, their defaults, and where it may write."""
 
 import argparse
+import os
 from pathlib import Path
 
 import cli
@@ -53,16 +54,20 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def checkpoint_path(args: argparse.Namespace) -> str:
     """`args.filepath` if a script set it, else a name that carries option, data set, epochs, lr."""
-    dataset = Path(args.train).stem.removesuffix("-train")
+    train = Path(args.train).resolve()
+    dataset = train.parent.name if train.stem == "train" else train.stem.removesuffix("-train")
     return getattr(args, "filepath", None) or f"{args.option}-{dataset}-{args.epochs}-{args.lr}.pt"
 
 
 def require_folder(outfile: str) -> None:
-    """Before the work, not after it."""
-    if not Path(outfile).resolve().parent.is_dir():
+    """A ValueError before the work, not after it, where `outfile` cannot be written."""
+    folder = Path(outfile).resolve().parent
+    if not outfile or Path(outfile).is_dir():
+        raise ValueError(f"{outfile!r}: is no name for an output file")
+    if not folder.is_dir():
         raise ValueError(f"{outfile}: its folder does not exist; make it first")
-    if Path(outfile).is_dir():
-        raise ValueError(f"{outfile}: is a folder; name a file")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{outfile}: its folder may not be written to")
 
 
 def require_output_names(args: argparse.Namespace, kind: str) -> None:

@@ -334,7 +334,6 @@ def _script() -> int:
     parser.add_argument("path", metavar="DIR|FILE.zip", help="what to pack, or what to check")
     parser.add_argument("id", metavar="ID", help="your Andrew ID")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # the listing holds any file name
     try:
         main(args.path, args.id)
     except AssertionError as error:

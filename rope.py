@@ -22,11 +22,10 @@ def rotary_table(
     inference mode: a table first needed by `generate` must serve later training too.
     """
     with torch.inference_mode(False), torch.no_grad():
-        pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
+        pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
         frequencies = theta ** (-pairs / head_dim)  # (D/2,)
-        angles = torch.outer(
-            torch.arange(length, dtype=torch.float64), frequencies
-        )  # (length, D/2)
+        positions = torch.arange(length, dtype=torch.float64, device="cpu")
+        angles = torch.outer(positions, frequencies)  # (length, D/2)
         return angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)
 
 

@@ -1,10 +1,9 @@
 """The assignment's RoPE check, on inputs that are not constant and against the closed form:
 position m multiplies the complex number x_2i + j x_2i+1 by exp(j m theta^(-2i / D))."""
 
-import sys
-
 import torch
 
+import cli
 from rope import apply_rotary_emb
 
 TOLERANCE = 1e-5
@@ -45,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -2,7 +2,7 @@
 
 `args` ends in this file: everything below takes named parameters. The functions under the
 assignment's own names take what they take there, so its scripts run on; an `args` that lacks one of
-our optional options (`attention`, `pooling`, `tokenizer_path`, `label_names`) means its default.
+our optional options (`attention`, `pooling`, `tokenizer_path`) means its default.
 """
 
 import argparse
@@ -183,6 +183,8 @@ def prompt_suffix(label_names: list[str]) -> str:
 
 def train(args: argparse.Namespace) -> list[EpochReport]:
     """Finetunes on --train, keeping the checkpoint of the best dev accuracy."""
+    filepath = checkpoint_path(args)
+    require_folder(filepath)
     label_names = read_label_names(args.label_names)
     train_rows = read_sentences(args.train, len(label_names))
     dev_rows = read_sentences(args.dev, len(label_names))
@@ -197,12 +199,11 @@ def train(args: argparse.Namespace) -> list[EpochReport]:
     model = LlamaEmbeddingClassifier(config, llama).to(device)
     _announce(args, llama, device, model.pooling)
     room = llama.config.max_seq_len
-    filepath = checkpoint_path(args)
     provenance = {
         "args": vars(args),
         "label_names": label_names,
         "tokenizer_path": tokenizer.model_path,
-        "tokenizer_sha256": hashlib.sha256(Path(tokenizer.model_path).read_bytes()).hexdigest(),
+        "tokenizer_sha256": _sha256(tokenizer),
     }
 
     def on_epoch(report: EpochReport, is_best: bool) -> None:
@@ -231,12 +232,20 @@ def train(args: argparse.Namespace) -> list[EpochReport]:
 def test(args: argparse.Namespace) -> dict[str, Evaluation]:
     """Evaluates the checkpoint that `train` kept and writes both outputs."""
     require_output_names(args, "finetuning")
-    splits = _read_dev_and_test(args, len(read_label_names(args.label_names)))
+    label_names = read_label_names(args.label_names)
+    splits = _read_dev_and_test(args, len(label_names))
     filepath = checkpoint_path(args)
     device = pick_device(args.use_gpu)
-    model = load_classifier(filepath).to(device)
+    model, saved = load_classifier(filepath)
+    model.to(device)
     print(f"load model from {filepath}")
     tokenizer = _tokenizer(args)
+    if saved.get("label_names", label_names) != label_names:
+        raise ValueError(f"{filepath}: has labels {saved['label_names']}, not {label_names}")
+    if saved.get("tokenizer_sha256", _sha256(tokenizer)) != _sha256(tokenizer):
+        raise ValueError(
+            f"{filepath}: was trained with another tokenizer than {tokenizer.model_path}"
+        )
     tokenizer.require_vocab_size(model.llama.config.vocab_size)
     results = {}
     for split, rows in splits.items():
@@ -270,6 +279,10 @@ def _option(args: argparse.Namespace, name: str) -> Any:
 def _tokenizer(args: argparse.Namespace, max_len: int | None = None) -> Tokenizer:
     path = _option(args, "tokenizer_path") or find_tokenizer_model(args.pretrained_model_path)
     return Tokenizer(max_len=max_len, tokenizer_model=path)
+
+
+def _sha256(tokenizer: Tokenizer) -> str:
+    return hashlib.sha256(Path(tokenizer.model_path).read_bytes()).hexdigest()
 
 
 def _load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device]:

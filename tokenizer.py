@@ -24,7 +24,9 @@ class Tokenizer:
         self.model_path = str(tokenizer_model or TOKENIZER_MODEL)
         if not Path(self.model_path).is_file():
             raise FileNotFoundError(
-                2, "no such tokenizer; `bash setup.sh` downloads tokenizer.model", self.model_path
+                2,
+                "no such tokenizer; `bash setup.sh` downloads it, --tokenizer_path names another",
+                self.model_path,
             )
         try:
             self.sp_model = SentencePieceProcessor(model_file=self.model_path)

@@ -139,15 +139,25 @@ def save_classifier(
     content = {
         "model": model.state_dict(),
         "model_args": model.llama.config.to_dict(),
-        "model_config": {**vars(config), "pooling": model.pooling},
-        **extra,
+        "model_config": _without_paths({**vars(config), "pooling": model.pooling}),
+        **{key: _without_paths(v) if isinstance(v, dict) else v for key, v in extra.items()},
     }
     with atomic_write(path, "wb") as file:
         torch.save(content, file)
 
 
-def load_classifier(path: str | os.PathLike) -> LlamaEmbeddingClassifier:
-    """The classifier that `save_classifier` wrote, on the CPU in eval mode."""
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """A pathlib.Path is no plain data: it would be pickled and then not load."""
+    return {
+        key: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for key, value in values.items()
+    }
+
+
+def load_classifier(
+    path: str | os.PathLike,
+) -> tuple[LlamaEmbeddingClassifier, dict[str, Any]]:
+    """What `save_classifier` wrote: the classifier, on the CPU in eval mode, and the rest."""
     saved = load_torch_file(path)
     absent = [key for key in ("model", "model_args", "model_config") if key not in saved]
     if absent:
@@ -155,6 +165,7 @@ def load_classifier(path: str | os.PathLike) -> LlamaEmbeddingClassifier:
     config = SimpleNamespace(**saved["model_config"])
     try:
         llama_config = LlamaConfig(**saved["model_args"])
-        return LlamaEmbeddingClassifier.from_weights(config, llama_config, saved["model"])
+        model = LlamaEmbeddingClassifier.from_weights(config, llama_config, saved.pop("model"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return model, saved

@@ -36,15 +36,18 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Opens a temporary neighbor of `path` and renames it to `path` when the block ends well.
 
     Text is UTF-8 with newlines as `\\n` everywhere. After an exception in the block `path` is as
-    it was. A device or pipe (`/dev/null`) has no content to protect and is opened as it is.
+    it was. A link is followed, not replaced. What lies in /dev, or is a pipe, has no content to
+    protect and is opened as it is.
     """
-    path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    if path.exists() and not path.is_file() and not path.is_dir():
+    is_device = Path("/dev") in Path(path).absolute().parents
+    path = Path(path).resolve()
+    if is_device or (path.exists() and not path.is_file() and not path.is_dir()):
         with open(path, mode, **text) as file:
             yield file
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The name is cut because a file system bounds its length.
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **text) as file:
             yield file

@@ -1,6 +1,7 @@
 """run_llama.py through its real entry point: three modes, every option, every error."""
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -99,7 +100,11 @@ def test_generate_pays_for_neither_scikit_learn_nor_transformers(run, workplace)
     )
     command = [sys.executable, "-c", script, "--pretrained-model-path", "model.pt"]
     ended = subprocess.run(
-        command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=True
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
     )
     assert ended.stdout.splitlines()[-1] == "[]"
 
@@ -293,7 +298,12 @@ ERRORS = [
         nothing,
         ["no/out.txt", "folder does not exist"],
     ),
-    ("generate", ["--generated_sentence_low_temp_out", "."], nothing, ["is a folder"]),
+    (
+        "generate",
+        ["--generated_sentence_low_temp_out", "."],
+        nothing,
+        ["is no name for an output file"],
+    ),
     ("prompt", ["--dev_out", "dev.txt"], nothing, ["dev.txt", "dev-prompting-output.txt"]),
     ("prompt", ["--test_out", "t.txt"], nothing, ["t.txt", "test-prompting-output.txt"]),
     ("prompt", ["--pooling", "mean"], nothing, ["mean", "position"]),
@@ -411,7 +421,7 @@ def test_assignment_train_test_and_save_work_on_its_args(args, tokenizer, capsys
     assert "dev acc :: " in out
     assert "load model from my-model.pt" in out
 
-    model = run_llama.load_classifier("my-model.pt")
+    model = run_llama.load_classifier("my-model.pt")[0]
     config = Namespace(
         num_labels=2, pretrained_model_path="model.pt", option="finetune", hidden_dropout_prob=0.3
     )
@@ -421,7 +431,7 @@ def test_assignment_train_test_and_save_work_on_its_args(args, tokenizer, capsys
 
     dataset = run_llama.LlamaDataset(run_llama.create_data(args.dev, tokenizer, "valid"), args)
     loader = DataLoader(dataset, batch_size=4, collate_fn=dataset.collate_fn)
-    again = run_llama.load_classifier("again.pt")
+    again = run_llama.load_classifier("again.pt")[0]
     results = [run_llama.model_eval(loader, m, torch.device("cpu")) for m in (model, again)]
     assert results[0] == results[1]
     accuracy, _, predictions, labels, sentences = results[0]
