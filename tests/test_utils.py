@@ -1,0 +1,54 @@
+"""Files are written whole or not at all; seeds make draws repeat."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from utils import atomic_write, pick_device, seed_everything
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_is_followed_and_text_is_utf8_with_plain_newlines(tmp_path):
+    (tmp_path / "real.txt").touch()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    with atomic_write(tmp_path / "link.txt") as file:
+        file.write("é\n")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_bytes() == "é\n".encode()
+
+
+def test_a_device_stays_a_device():
+    with atomic_write(os.devnull) as file:
+        file.write("gone")
+    assert not os.path.isfile(os.devnull)  # noqa: PTH113
+
+
+def test_a_long_name_is_no_obstacle(tmp_path):
+    path = tmp_path / ("名" * 82 + ".txt")
+    with atomic_write(path) as file:
+        file.write("x")
+    assert path.read_text() == "x"
+
+
+def test_a_seed_repeats_the_draws_of_python_numpy_and_torch():
+    draws = []
+    for _ in range(2):
+        seed_everything(5)
+        draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    assert draws[0] == draws[1]
+
+
+def test_without_use_gpu_the_device_is_the_cpu():
+    assert pick_device(False).type == "cpu"
