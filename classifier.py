@@ -160,4 +160,6 @@ class LlamaEmbeddingClassifier(_Classifier):
         else:
             real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (B, T)
             pooled = hidden.masked_fill(~real[:, :, None], 0.0).sum(dim=1) / lengths[:, None]
-        return F.log_softmax(self.classifier_head(self.dropout(pooled)), dim=-1)
+        scores = self.classifier_head(self.dropout(pooled))
+        # Bfloat16 tells log-probabilities apart by 0.4 %, so at least float32 here.
+        return F.log_softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)

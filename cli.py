@@ -29,7 +29,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if hasattr(sys.stdout, "reconfigure"):  # generated text on a terminal that lacks a letter
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()  # here, where a reader who left is handled, and not at exit
+        sys.exit(code)
     except BrokenPipeError:  # the reader of our output left: `run_llama.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -55,6 +57,11 @@ def positive_int(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "an integer of at least 1")
 
 
+def non_negative_float(text: str) -> float:
+    """An argparse type: a finite number of at least zero."""
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
 def seed_int(text: str) -> int:
     """An argparse type: what NumPy and PyTorch both take as a seed."""
     return _number(text, int, lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)")
@@ -65,8 +72,29 @@ def positive_float(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def non_negative_int(text: str) -> int:
+    """An argparse type: 0, 1, 2, ..."""
+    return _number(text, int, lambda value: value >= 0, "an integer of at least 0")
+
+
+def count(text: str) -> int:
+    """An argparse type: a positive number of things, 1500000, 1.5e6 or 1.5M."""
+    plain = text.strip().upper()
+    for unit, factor in (("K", 10**3), ("M", 10**6), ("B", 10**9)):
+        if plain.endswith(unit):
+            plain = f"{plain[:-1]}e{len(str(factor)) - 1}"
+    try:
+        return round(
+            _number(plain, float, lambda value: 1 <= value < math.inf and value % 1 == 0, "")
+        )
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a count such as 1500000 or 1.5M"
+        ) from None
+
+
 def probability_below_one(text: str) -> float:
-    """An argparse type: a dropout probability."""
+    """An argparse type: a probability or share in [0, 1)."""
     return _number(text, float, lambda value: 0 <= value < 1, "a number in [0, 1)")
 
 

@@ -5,11 +5,12 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenizer import Tokenizer
 
@@ -174,14 +175,55 @@ class SentenceDataset(Dataset):
         }
 
 
+class SimilarLengths(Sampler[list[int]]):
+    """Shuffled batches of sentences of similar length, drawn anew each epoch.
+
+    All examples are shuffled and cut into pools of 50 batches; each pool is sorted by length and
+    cut into batches; then the batches are shuffled. So there is little padding, while which
+    sentences meet in a batch, and when, still changes from epoch to epoch.
+    """
+
+    POOL = 50
+
+    def __init__(self, lengths: list[int], batch_size: int, generator: torch.Generator):
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+        by_length = []
+        for start in range(0, len(order), self.POOL * self.batch_size):
+            pool = order[start : start + self.POOL * self.batch_size]
+            by_length += sorted(pool, key=self.lengths.__getitem__)
+        batches = [
+            by_length[start : start + self.batch_size]
+            for start in range(0, len(by_length), self.batch_size)
+        ]
+        for i in torch.randperm(len(batches), generator=self.generator).tolist():
+            yield batches[i]
+
+
 def make_loader(
-    dataset: SentenceDataset, batch_size: int, shuffle_by: torch.Generator | None = None
+    dataset: SentenceDataset,
+    batch_size: int,
+    shuffle_by: torch.Generator | None = None,
+    similar_lengths: bool = False,
 ) -> DataLoader:
-    """Batches in the file's order, or shuffled anew each epoch by the given generator."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle_by is not None,
-        generator=shuffle_by,
-        collate_fn=dataset.collate_fn,
-    )
+    """Batches in the file's order, or shuffled anew each epoch by the given generator.
+
+    `similar_lengths` is for models that mask padding: shuffled as `SimilarLengths` does, or from
+    the longest to the shortest, in which case the loader's `sampler` is the list of indices.
+    """
+    lengths = [len(example.tokens) for example in dataset.examples]
+    options: dict[str, Any] = {"generator": shuffle_by, "collate_fn": dataset.collate_fn}
+    if shuffle_by is not None and similar_lengths:
+        batches = SimilarLengths(lengths, batch_size, shuffle_by)
+        return DataLoader(dataset, batch_sampler=batches, **options)
+    if similar_lengths:
+        by_length = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        return DataLoader(dataset, batch_size=batch_size, sampler=by_length, **options)
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle_by is not None, **options)

@@ -95,15 +95,19 @@ class Attention(nn.Module):
         key_mask (B, S) is True where a key may be read. Returns (B, H, T, D).
         """
         T, S = query.shape[-2], key.shape[-2]
-        # The query is scaled, not the scores: T x D numbers instead of T x S.
-        scores = query / math.sqrt(self.head_dim) @ key.transpose(-2, -1)  # (B, H, T, S)
-        if self.config.attention == "causal":
-            future = torch.ones(T, S, dtype=torch.bool, device=query.device).triu(S - T + 1)
-            scores = scores.masked_fill(future, -torch.inf)
+        dropout_p = self.attn_dropout.p if self.training else 0.0
+        causal = self.config.attention == "causal"
+        if causal and T == S and key_mask is None:  # a whole sequence: the fused kernels' own mask
+            return F.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropout_p, is_causal=True
+            )
+        mask = None  # True where a query may read a key, broadcast to (B, H, T, S)
+        if causal:
+            mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
         if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
-        weights = self.attn_dropout(F.softmax(scores, dim=-1))
-        return weights @ value
+            readable = key_mask[:, None, None, :]  # (B, 1, 1, S)
+            mask = readable if mask is None else mask & readable
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p)
 
     def forward(
         self,
@@ -287,7 +291,7 @@ class Llama(LlamaPreTrainedModel):
 
 def pick_next(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """(B, V) -> (B, 1): the likeliest token at temperature 0, else a sample."""
-    if temperature == 0.0:
+    if temperature < torch.finfo(logits.dtype).tiny:  # 0, or what would be rounded to 0
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
     return torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1)

@@ -17,12 +17,13 @@ from classifier import LlamaEmbeddingClassifier
 from config import LlamaConfig
 from dataset import NO_GOLD_LABEL, SentenceDataset, make_loader
 from optimizer import AdamW
-from utils import atomic_write
+from steps import learning_rate_factor, precision, take_step
+from utils import save_torch_file
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model says of a data set, in the data set's order.
+    """What a model says of a data set, in the data set's order whatever that of the loader.
 
     Accuracy and macro F1 count the examples that have a gold label; None if none has.
     """
@@ -42,17 +43,41 @@ class EpochReport:
     dev_accuracy: float
 
 
-def log_probs_of(model: nn.Module, batch: dict[str, Any], device: torch.device) -> torch.Tensor:
+@dataclass(frozen=True)
+class Recipe:
+    """How to train beyond epochs, batch size and learning rate; the defaults are the assignment's.
+
+    `warmup` is the share of all steps over which the learning rate rises; with `lr_decay` it then
+    falls linearly to 0. `max_grad_norm` clips gradients. `bf16` computes in bfloat16, weights and
+    updates staying float32. `running_train_acc` takes the train accuracy from the training passes,
+    dropout and all, instead of from a further pass in eval mode.
+    """
+
+    warmup: float = 0.0
+    lr_decay: bool = False
+    max_grad_norm: float | None = None
+    bf16: bool = False
+    running_train_acc: bool = False
+
+
+def log_probs_of(
+    model: nn.Module, batch: dict[str, Any], device: torch.device, bf16: bool = False
+) -> torch.Tensor:
     """Log-probabilities (B, n_labels); lengths are handed to models that say they read them."""
-    token_ids = batch["token_ids"].to(device)
+    inputs = {}
     if getattr(model, "reads_lengths", False):
-        return model(token_ids, lengths=batch["lengths"].to(device))
-    return model(token_ids)
+        inputs["lengths"] = batch["lengths"].to(device)
+    with precision(device, bf16):
+        return model(batch["token_ids"].to(device), **inputs)
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: DataLoader, device: torch.device, description: str = "eval"
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    description: str = "eval",
+    bf16: bool = False,
 ) -> Evaluation:
     """Puts the model in eval mode and predicts every example."""
     from sklearn.metrics import accuracy_score, f1_score  # slow to import, and not for `generate`
@@ -60,9 +85,14 @@ def evaluate(
     model.eval()
     predictions, labels, sentences = [], [], []
     for batch in tqdm(loader, desc=description, disable=None, leave=False):
-        predictions += log_probs_of(model, batch, device).argmax(dim=1).tolist()
+        predictions += log_probs_of(model, batch, device, bf16).argmax(dim=1).tolist()
         labels += batch["labels"].tolist()
         sentences += batch["sents"]
+    if isinstance(loader.sampler, list):  # by length, see `dataset.make_loader`
+        place = sorted(range(len(labels)), key=loader.sampler.__getitem__)
+        predictions, labels, sentences = (
+            [values[i] for i in place] for values in (predictions, labels, sentences)
+        )
     known = [i for i, label in enumerate(labels) if label != NO_GOLD_LABEL]
     accuracy = macro_f1 = None
     if known:
@@ -83,24 +113,31 @@ def train_classifier(
     seed: int,
     device: torch.device,
     on_epoch: Callable[[EpochReport, bool], None],
+    recipe: Recipe = Recipe(),
 ) -> list[EpochReport]:
     """Minimizes the NLL by AdamW over shuffled batches; the model must be on `device`.
 
     The loss of a batch is its summed NLL over `batch_size`, also for the shorter last batch. After
     each epoch train and dev accuracy are measured in eval mode and `on_epoch(report, is_best)` is
-    called; best is the first epoch with the highest dev accuracy.
+    called; best is the first epoch with the highest dev accuracy. A model that masks its padding
+    gets batches of similar lengths, which hold less of it.
     """
-    shuffled = make_loader(train_data, batch_size, torch.Generator().manual_seed(seed))
+    shuffle_by = torch.Generator().manual_seed(seed)
+    shuffled = make_loader(train_data, batch_size, shuffle_by, similar_lengths=model.reads_lengths)
     train_loader, dev_loader = (
-        make_loader(train_data, batch_size),
-        make_loader(dev_data, batch_size),
+        make_loader(data, batch_size, similar_lengths=model.reads_lengths)
+        for data in (train_data, dev_data)
     )
     optimizer = AdamW(model.parameters(), lr=lr)
     history: list[EpochReport] = []
     for epoch in range(epochs):
-        train_loss = _train_epoch(model, shuffled, optimizer, batch_size, device, epoch)
-        train_accuracy = evaluate(model, train_loader, device, "eval train").accuracy
-        dev_accuracy = evaluate(model, dev_loader, device, "eval dev").accuracy
+        train_loss, train_accuracy = _train_epoch(
+            model, shuffled, optimizer, batch_size, device, epoch, epochs, recipe
+        )
+        if not recipe.running_train_acc:
+            result = evaluate(model, train_loader, device, "eval train", recipe.bf16)
+            train_accuracy = result.accuracy
+        dev_accuracy = evaluate(model, dev_loader, device, "eval dev", recipe.bf16).accuracy
         report = EpochReport(epoch, train_loss, train_accuracy, dev_accuracy)
         is_best = all(report.dev_accuracy > earlier.dev_accuracy for earlier in history)
         history.append(report)
@@ -115,17 +152,26 @@ def _train_epoch(
     batch_size: int,
     device: torch.device,
     epoch: int,
-) -> float:
+    epochs: int,
+    recipe: Recipe,
+) -> tuple[float, float]:
+    """(mean loss of the batches, accuracy of the training passes)."""
     model.train()
-    total = 0.0
-    for batch in tqdm(loader, desc=f"train-{epoch}", disable=None, leave=False):
-        optimizer.zero_grad()
+    n_steps = epochs * len(loader)
+    warmup_steps = round(recipe.warmup * n_steps)
+    decay_from = recipe.warmup if recipe.lr_decay else 1.0
+    total, n_right = 0.0, 0
+    bar = tqdm(loader, desc=f"train-{epoch}", disable=None, leave=False)
+    for step, batch in enumerate(bar, start=epoch * len(loader)):
         labels = batch["labels"].to(device)
-        loss = F.nll_loss(log_probs_of(model, batch, device), labels, reduction="sum") / batch_size
+        log_probs = log_probs_of(model, batch, device, recipe.bf16)
+        loss = F.nll_loss(log_probs, labels, reduction="sum") / batch_size
         loss.backward()
-        optimizer.step()
+        factor = learning_rate_factor(step, step / n_steps, warmup_steps, decay_from)
+        take_step([optimizer], factor, recipe.max_grad_norm)
         total += loss.item()
-    return total / len(loader)
+        n_right += (log_probs.argmax(dim=1) == labels).sum().item()
+    return total / len(loader), n_right / len(loader.dataset)
 
 
 def save_classifier(
@@ -142,8 +188,7 @@ def save_classifier(
         "model_config": _without_paths({**vars(config), "pooling": model.pooling}),
         **{key: _without_paths(v) if isinstance(v, dict) else v for key, v in extra.items()},
     }
-    with atomic_write(path, "wb") as file:
-        torch.save(content, file)
+    save_torch_file(path, content)
 
 
 def _without_paths(values: dict[str, Any]) -> dict[str, Any]:

@@ -457,3 +457,36 @@ def test_the_real_sentences_have_the_known_lengths(name, mean, longest):
     assert abs(sum(lengths) / len(lengths) - mean) < 1
     assert max(lengths) == longest
     assert n_truncated == 0
+
+
+def loader_of(lengths, batch_size=4, seed=0):
+    examples = [Example(str(i), 0, [5] * length) for i, length in enumerate(lengths)]
+    generator = torch.Generator().manual_seed(seed)
+    return make_loader(SentenceDataset(examples, 3), batch_size, generator, similar_lengths=True)
+
+
+def batches_of(loader):
+    return [batch["sents"] for batch in loader]
+
+
+def test_similar_lengths_give_every_example_once_an_epoch_in_another_order_each():
+    lengths = [1 + i * 37 % 50 for i in range(1001)]  # several pools, a short last batch
+    loader = loader_of(lengths)
+    epochs = [batches_of(loader) for _ in range(2)]
+    for batches in epochs:
+        assert len(batches) == len(loader) == 251
+        assert sorted(len(batch) for batch in batches)[0] == 1
+        read = sorted((sent for batch in batches for sent in batch), key=int)
+        assert read == [str(i) for i in range(1001)]
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == batches_of(loader_of(lengths))
+    assert epochs[0] != batches_of(loader_of(lengths, seed=1))
+
+
+def test_similar_lengths_pad_little_where_random_order_pads_much():
+    lengths = [1 + i * 37 % 50 for i in range(1000)]
+    padded = sum(batch["token_ids"].numel() for batch in loader_of(lengths, batch_size=8))
+    examples = [Example(str(i), 0, [5] * length) for i, length in enumerate(lengths)]
+    plain = make_loader(SentenceDataset(examples, 3), 8, torch.Generator().manual_seed(0))
+    assert padded < 1.1 * sum(lengths)
+    assert sum(batch["token_ids"].numel() for batch in plain) > 1.5 * sum(lengths)

@@ -9,13 +9,19 @@ from conftest import ROOT
 
 LAYERS = [
     {"cli", "config", "rope", "optimizer", "tokenizer", "utils", "checkpoint"},
-    {"base_llama"},
+    {"base_llama", "steps"},
     {"llama"},
     {"classifier", "dataset", "options"},
     {"training"},
     {"run_llama", "sanity_check", "prepare_submit", "optimizer_test", "rope_test"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+# advanced/ stands on the model and what is above it; corpus.py and language_model.py are shared.
+UNDER_METHODS = {module for module in LEVEL if LEVEL[module] <= LEVEL["dataset"]}
+METHODS = sorted(path.stem for path in ROOT.glob("advanced/*.py") if path.stem != "run")
+PROJECT = [
+    path for folder in (".", "data", "advanced", "results") for path in ROOT.glob(f"{folder}/*.py")
+]
 RUNTIME_PACKAGES = {"torch", "numpy", "sentencepiece", "tqdm", "sklearn"}
 
 
@@ -43,15 +49,26 @@ def test_modules_import_only_from_higher_layers_and_the_runtime_packages(module)
             assert name in RUNTIME_PACKAGES | sys.stdlib_module_names, f"{module} imports {name}"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_stand_on_the_model_and_not_on_each_other(method):
+    source = (ROOT / "advanced" / f"{method}.py").read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("advanced"):
+            shared = {"advanced.corpus", "advanced.language_model"}
+            assert node.module in shared, f"{method} imports {node.module}"
+    names = imported_modules(source) - {"advanced"}
+    assert names <= UNDER_METHODS | RUNTIME_PACKAGES | sys.stdlib_module_names
+
+
 def test_the_network_is_used_in_fetch_alone():
     network = {"urllib", "http", "socket", "ssl", "ftplib", "requests"}
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+    for path in PROJECT:
         used = imported_modules(path.read_text(encoding="utf-8")) & network
         assert bool(used) == (path.name == "fetch.py"), f"{path.name} imports {used}"
 
 
 def test_nothing_unpickles_arbitrary_objects():
-    for path in ROOT.glob("*.py"):
+    for path in PROJECT:
         source = path.read_text(encoding="utf-8")
         assert imported_modules(source).isdisjoint({"pickle", "dill", "joblib"}), path.name
         for node in ast.walk(ast.parse(source)):

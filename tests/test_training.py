@@ -12,7 +12,8 @@ from classifier import LlamaEmbeddingClassifier
 from conftest import random_llama
 from dataset import Example, SentenceDataset, make_loader
 from optimizer import AdamW
-from training import evaluate, log_probs_of, train_classifier
+from steps import take_step
+from training import Recipe, evaluate, log_probs_of, train_classifier
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,7 @@ def test_an_epoch_is_the_steps_written_out():
     optimizer = AdamW(twin.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(7)
     losses = []
-    for batch in make_loader(data, 4, generator):
+    for batch in make_loader(data, 4, generator, similar_lengths=True):
         log_probs = twin(batch["token_ids"], lengths=batch["lengths"])
         picked = log_probs[torch.arange(len(log_probs)), batch["labels"]]
         loss = -picked.sum() / 4  # also for the last batch of two
@@ -81,7 +82,7 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_do_not():
 def test_best_is_the_first_epoch_with_the_highest_dev_accuracy(monkeypatch):
     dev_accuracies = iter([0.0, 0.5, 0.5, 0.4, 0.6])
 
-    def scripted(model, loader, device, description):
+    def scripted(model, loader, device, description, bf16):
         accuracy = next(dev_accuracies) if "dev" in description else 1.0
         return SimpleNamespace(accuracy=accuracy)
 
@@ -99,6 +100,16 @@ def test_training_overfits_eight_sentences():
     history = train(classifier(), data, epochs=40, lr=3e-3, batch_size=8)
     assert history[-1].train_accuracy == 1.0
     assert history[-1].train_loss < 0.1 < history[0].train_loss
+
+
+def test_evaluation_by_length_says_the_same_in_the_same_order():
+    data, model = random_data(23), classifier()
+    plain = evaluate(model, make_loader(data, 4), CPU)
+    loader = make_loader(data, 4, similar_lengths=True)
+    lengths = [length for batch in loader for length in batch["lengths"].tolist()]
+    assert lengths == sorted(lengths, reverse=True)
+    assert evaluate(model, loader, CPU) == plain
+    assert len(set(plain.predictions)) == 2
 
 
 def test_evaluation_matches_scikit_learn_and_keeps_the_order():
@@ -153,3 +164,66 @@ def test_a_model_that_takes_token_ids_alone_is_handed_nothing_else():
     result = evaluate(Plain(), make_loader(data, 5), CPU)
     assert result.predictions == [1] * 10
     assert len(received) == 2
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+def test_bfloat16_follows_float32():
+    """Also from step to step: autocast must not go on with copies of earlier weights."""
+    data = random_data(n=40)
+    history = {
+        bf16: train(classifier(), data, epochs=4, lr=3e-3, recipe=Recipe(bf16=bf16))
+        for bf16 in (False, True)
+    }
+    losses = {bf16: [report.train_loss for report in history[bf16]] for bf16 in history}
+    assert losses[False][0] - losses[False][-1] > 0.05
+    assert losses[True] == pytest.approx(losses[False], rel=0.05)
+    assert losses[True] != losses[False]
+
+
+def test_a_schedule_rises_over_its_share_of_the_steps_and_falls_to_zero(monkeypatch):
+    factors = []
+
+    def spy(optimizers, factor, max_grad_norm):
+        factors.append(factor)
+        take_step(optimizers, factor, max_grad_norm)
+
+    monkeypatch.setattr("training.take_step", spy)
+    data = random_data(n=40)  # ten steps an epoch
+    train(classifier(), data, epochs=2, recipe=Recipe(warmup=0.2, lr_decay=True))
+    rise = [0.25, 0.5, 0.75, 1.0]
+    fall = [(20 - step) / 16 for step in range(4, 20)]
+    assert factors == pytest.approx(rise + fall)
+    factors.clear()
+    train(classifier(), data, epochs=1)
+    assert factors == [1.0] * 10
+
+
+def test_a_schedule_of_zero_rate_changes_nothing_and_clipping_reaches_the_step(monkeypatch):
+    norms = []
+
+    def spy(optimizers, factor, max_grad_norm):
+        norms.append(max_grad_norm)
+        take_step(optimizers, 0.0, max_grad_norm)
+
+    monkeypatch.setattr("training.take_step", spy)
+    model, twin = classifier(), classifier()
+    train(model, random_data(), epochs=1, recipe=Recipe(max_grad_norm=0.5))
+    assert norms == [0.5] * 3
+    for ours, untouched in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, untouched)
+
+
+def test_running_accuracy_is_that_of_the_training_passes():
+    data, model, twin = random_data(), classifier(), classifier()
+    history = train(model, data, epochs=1, recipe=Recipe(running_train_acc=True))
+    optimizer = AdamW(twin.parameters(), lr=1e-3)
+    n_right = 0
+    for batch in make_loader(data, 4, torch.Generator().manual_seed(7), similar_lengths=True):
+        log_probs = twin(batch["token_ids"], lengths=batch["lengths"])
+        n_right += (log_probs.argmax(dim=1) == batch["labels"]).sum().item()
+        optimizer.zero_grad()
+        F.nll_loss(log_probs, batch["labels"], reduction="sum").div(4).backward()
+        optimizer.step()
+    assert history[0].train_accuracy == n_right / 10
