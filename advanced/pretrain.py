@@ -1,0 +1,224 @@
+"""Language-model training of a Llama, from scratch or continued from a checkpoint.
+
+    python -m advanced.pretrain --text reviews.txt.xz stories.txt.xz --out DIR --minutes 60
+
+writes DIR/model.pt, DIR/tokenizer.model, DIR/history.csv, and DIR/state.pt, from which `--resume`
+continues, on CPUs bit for bit where the number of threads is the same. With `--minutes` the
+learning rate follows the clock, so such a run is never repeated exactly; with `--tokens` it is.
+"""
+
+import argparse
+import hashlib
+import shutil
+from pathlib import Path
+
+import cli
+from advanced.corpus import (
+    TokenStream,
+    encode_documents,
+    read_documents,
+    split_heldout,
+    train_tokenizer,
+    without_overlap,
+)
+from advanced.language_model import HeldOut, Run, make_optimizers, train
+from config import LlamaConfig
+from llama import Llama, load_pretrained
+from tokenizer import Tokenizer, find_tokenizer_model
+from utils import atomic_write, keep_freed_memory, pick_device, seed_everything
+
+SHAPE = {
+    "dim": 192,
+    "n_layers": 6,
+    "n_heads": 6,
+    "n_kv_heads": 3,
+    "hidden_dim": 512,
+    "vocab_size": 4096,
+    "max_seq_len": 1024,
+}
+# What is not compared between a run and its resumption: the budget, which may be given anew and
+# stretches the rest of the schedule; paths, because the hash of the tokens tells texts apart; what
+# does not touch the weights; and use_gpu, because the device itself is compared.
+_NOT_COMPARED = (
+    *("tokens", "minutes", "text", "exclude", "init", "tokenizer_path", "out", "resume"),
+    *("half", "eval_minutes", "save_minutes", "use_gpu"),
+)
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.ArgumentParser(prog="advanced.pretrain", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--text", nargs="+", required=True, metavar="FILE", help=".txt, .xz or .gz, a document a "
+        "line; a file named twice is read twice as often")  # fmt: skip
+    add("--out", required=True, metavar="DIR")
+    add("--init", metavar="CHECKPOINT", help="continue from it, with its shape and tokenizer")
+    add("--tokenizer_path", help="an existing tokenizer; default: that of --init, else a new one")
+    shape = parser.add_argument_group("shape, without --init")
+    for name, default in SHAPE.items():
+        shape.add_argument(f"--{name}", type=cli.positive_int, help=f"default {default}")
+    add("--tokens", type=cli.count, help="to read, such as 30M; default: the text once")
+    add(
+        "--minutes",
+        type=cli.positive_float,
+        help="end at the latest this long after the first step",
+    )
+    add("--batch_tokens", type=cli.positive_int, default=4096, help="tokens of an update")
+    add("--seq_len", type=cli.positive_int, default=256)
+    add("--optimizer", choices=("adamw", "muon"), default="adamw",
+        help="muon: for the matrices of the layers, AdamW for the rest")  # fmt: skip
+    add("--lr", type=cli.positive_float, default=3e-3, help="peak, of AdamW")
+    add("--muon_lr", type=cli.positive_float, default=6e-3, help="peak, of Muon if chosen")
+    add("--weight_decay", type=cli.non_negative_float, default=0.1, help="of matrices")
+    add("--warmup", type=cli.non_negative_int, default=100, help="steps")
+    add("--decay_from", type=cli.probability_below_one, default=0.4,
+        help="share of the run from which the rate falls linearly, to 0 at its end")  # fmt: skip
+    add("--max_grad_norm", type=cli.positive_float, default=1.0)
+    add("--seed", type=cli.seed_int, default=1337)
+    add("--bf16", action=argparse.BooleanOptionalAction,
+        help="autocast to bfloat16; default: on CUDA")  # fmt: skip
+    add("--half", action="store_true", help="write model.pt in half precision")
+    add("--heldout", type=cli.positive_int, default=200, help="documents held out of each file")
+    add("--exclude", nargs="+", default=[], metavar="FILE",
+        help="drop documents that share --exclude_words words in a row with these")  # fmt: skip
+    add("--exclude_words", type=cli.positive_int, default=9)
+    add("--eval_minutes", type=cli.non_negative_float, default=5.0)
+    add("--save_minutes", type=cli.non_negative_float, default=5.0)
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--use_gpu", action="store_true", help="CUDA, else Apple MPS")
+    args = parser.parse_args(argv)
+    if args.init and any(getattr(args, name) for name in SHAPE):
+        parser.error("--init brings its own shape; leave out --dim and the like")
+    if (args.init or args.tokenizer_path) and args.vocab_size:
+        parser.error("a given tokenizer brings its own vocabulary; leave out --vocab_size")
+    if args.batch_tokens % args.seq_len:
+        parser.error(
+            f"--batch_tokens {args.batch_tokens} is no multiple of --seq_len {args.seq_len}"
+        )
+    return args
+
+
+def load_corpus(args: argparse.Namespace) -> tuple[list[str], dict[str, list[str]]]:
+    """(training documents, held-out documents of each file by its name)."""
+    evaluation = [text for path in args.exclude for text in read_documents(path)]
+    evaluation = [text.partition(" ||| ")[2] or text for text in evaluation]
+    train_texts, heldout = [], {}
+    for path in dict.fromkeys(args.text):
+        documents = read_documents(path)
+        n_read = len(documents)
+        if evaluation:
+            documents = without_overlap(documents, evaluation, args.exclude_words)
+        try:
+            kept, held = split_heldout(documents, args.heldout)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; lower --heldout") from error
+        twins = set(held)
+        kept = [text for text in kept if text not in twins]  # what occurs twice is held out whole
+        name = Path(path).name.split(".")[0]
+        if name in heldout:
+            raise ValueError(f"--text: two files are called {name}; rename one")
+        heldout[name] = held
+        repeats = args.text.count(path)
+        train_texts += kept * repeats
+        print(
+            f"{path}: {n_read:,} documents, {n_read - len(documents)} dropped for overlap, "
+            f"{len(held)} held out, {len(kept):,} to train on {repeats} times an epoch"
+        )
+    return train_texts, heldout
+
+
+def prepare_folder(args: argparse.Namespace) -> Path:
+    """--out, made if need be; ValueError where it holds a run's files and --resume is not given."""
+    folder = Path(args.out)
+    state = folder / "state.pt"
+    if args.resume and not state.is_file():
+        raise ValueError(f"{state}: no such file, so there is nothing to --resume")
+    names = ("state.pt", "model.pt", "tokenizer.model", "history.csv")
+    held = [name for name in names if (folder / name).exists()]
+    if held and not args.resume:
+        remedy = "--resume continues the run, or " if "state.pt" in held else ""
+        raise ValueError(f"{folder}: holds {', '.join(held)}; {remedy}name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def prepare_tokenizer(args: argparse.Namespace, folder: Path, texts: list[str]) -> Tokenizer:
+    """The tokenizer in `folder`: of an earlier sitting, a copy of a given one, or a new one."""
+    path = folder / "tokenizer.model"
+    if not args.resume:
+        given = args.tokenizer_path or (args.init and find_tokenizer_model(args.init))
+        if given:
+            Tokenizer(tokenizer_model=given)  # or one line that says what is wrong with it
+            with open(given, "rb") as source, atomic_write(path, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+        else:
+            train_tokenizer(texts, args.vocab_size or SHAPE["vocab_size"], path)
+    return Tokenizer(tokenizer_model=path)
+
+
+def _new_config(args: argparse.Namespace, vocab_size: int) -> LlamaConfig:
+    shape = {name: getattr(args, name) or default for name, default in SHAPE.items()}
+    if args.seq_len > shape["max_seq_len"]:
+        raise ValueError(f"--seq_len {args.seq_len} exceeds --max_seq_len {shape['max_seq_len']}")
+    return LlamaConfig(**{**shape, "vocab_size": vocab_size, "attention": "causal"})
+
+
+def make_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Llama:
+    if args.init:
+        model = load_pretrained(args.init, attention="causal")
+    else:
+        model = Llama(_new_config(args, tokenizer.n_words))
+    tokenizer.require_vocab_size(model.config.vocab_size)
+    if args.seq_len > model.config.max_seq_len:
+        raise ValueError(f"--seq_len {args.seq_len} exceeds {model.config.max_seq_len} positions")
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_args(argv)
+    device = pick_device(args.use_gpu)
+    if not args.init:  # an impossible shape is said before the text is read
+        _new_config(args, args.vocab_size or SHAPE["vocab_size"])
+    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
+    seed_everything(args.seed)
+    folder = prepare_folder(args)
+    texts, heldout_texts = load_corpus(args)
+    tokenizer = prepare_tokenizer(args, folder, texts)
+    model = make_model(args, tokenizer).to(device)
+    encoded = encode_documents(tokenizer, texts)
+    n_tokens = sum(map(len, encoded))
+    digest = hashlib.sha256()
+    for document in encoded:
+        digest.update(document.tobytes())
+
+    keep_freed_memory()
+    settings = {key: value for key, value in vars(args).items() if key not in _NOT_COMPARED}
+    settings |= {"text_sha256": digest.hexdigest(), "bf16": bf16, "device": device.type}
+    run = Run(
+        folder,
+        model,
+        make_optimizers(model, args.optimizer, args.lr, args.muon_lr, args.weight_decay),
+        TokenStream(encoded, args.seq_len, args.seed),
+        [HeldOut(name, held, tokenizer, args.seq_len) for name, held in heldout_texts.items()],
+        settings,
+        args.half,
+    )
+    if args.resume:
+        run.load()
+        print(f"resumed at step {run.step:,}")
+    else:
+        run.budget["tokens"] = n_tokens
+    for key, given in (("tokens", args.tokens), ("minutes", args.minutes)):
+        run.budget[key] = given or run.budget[key]
+    if not args.resume:
+        run.save()  # so that a kill at any time leaves something to resume
+    print(
+        f"device: {device}, bf16: {bf16}, attention: causal, parameters: "
+        f"{sum(p.numel() for p in model.parameters()):,}, text: {n_tokens:,} tokens",
+        flush=True,
+    )
+    train(run, device, args.eval_minutes, args.save_minutes)
+    print(f"wrote {folder / 'model.pt'}, {folder / 'tokenizer.model'}, {folder / 'history.csv'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
