@@ -2,40 +2,62 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import cli
 from config import ATTENTION_MODES, POOLINGS
 
+ROOT = Path(__file__).resolve().parent
+SPLITS_READ_BY = {"generate": (), "prompt": ("dev", "test"), "finetune": ("train", "dev", "test")}
+
+
+def _data(name: str) -> dict[str, str]:
+    splits = {split: f"data/{name}-{split}.txt" for split in ("train", "dev", "test")}
+    return {**splits, "label_names": f"data/{name}-label-mapping.json"}
+
+
+# The assignment's defaults, and what stands in where their files are absent.
+MODEL, MINI_MODEL = "stories42M.pt", "data/mini/model.pt"
+DATA, DEMO_DATA = _data("cfimdb"), _data("demo")
+LR, MINI_LR = 2e-5, 5e-4  # 13 times smaller, the bundled model needs greater steps
+
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses and prints the options; a usage error is one line and exit code 2."""
+    """Parses and prints the options; a usage error is one line and exit code 2.
+
+    Where a default's file is absent its bundled counterpart stands in (see `fill_defaults`).
+    """
     parser = cli.ArgumentParser(
         description="Generate text, classify by prompting, or finetune a classifier with Llama 2."
     )
     add = parser.add_argument
-    add("--train", default="data/cfimdb-train.txt")
-    add("--dev", default="data/cfimdb-dev.txt")
-    add("--test", default="data/cfimdb-test.txt")
-    add("--label-names", default="data/cfimdb-label-mapping.json", help="JSON list of names")
-    add("--pretrained-model-path", default="stories42M.pt", help=".pt or llama2.c .bin")
+    add("--train", help=f"default: {DATA['train']}")
+    add("--dev", help=f"default: {DATA['dev']}")
+    add("--test", help=f"default: {DATA['test']}")
+    add("--label-names", help=f"JSON list of names; default: {DATA['label_names']}")
+    add("--pretrained-model-path", help=f".pt or llama2.c .bin; default: {MODEL}")
     add("--max_sentence_len", type=cli.positive_int, help="tokens kept of a sentence")
     add("--seed", type=cli.seed_int, default=1337)
     add("--epochs", type=cli.positive_int, default=5)
     add(
         "--option",
-        choices=("generate", "prompt", "finetune"),
+        choices=tuple(SPLITS_READ_BY),
         default="generate",
         help="prompt leaves the Llama frozen, finetune trains it",
     )
     add("--use_gpu", action="store_true", help="CUDA, else Apple MPS")
     add("--generated_sentence_low_temp_out", default="generated-sentence-temp-0.txt")
     add("--generated_sentence_high_temp_out", default="generated-sentence-temp-1.txt")
-    add("--dev_out", default="cfimdb-dev-prompting-output.txt")
-    add("--test_out", default="cfimdb-test-prompting-output.txt")
+    add("--dev_out", help="default: <dataset>-dev-prompting-output.txt or -finetuning-")
+    add("--test_out", help="default: <dataset>-test-prompting-output.txt or -finetuning-")
     add("--batch_size", type=cli.positive_int, default=8)
     add("--hidden_dropout_prob", type=cli.probability_below_one, default=0.3)
-    add("--lr", type=cli.positive_float, default=2e-5)
+    add(
+        "--lr",
+        type=cli.positive_float,
+        help=f"default: {LR}, or {MINI_LR} for the bundled model standing in",
+    )
     add(
         "--attention",
         choices=ATTENTION_MODES,
@@ -47,9 +69,68 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="state that is read; default: position with full attention, last with causal",
     )
     add("--tokenizer_path", help="default: the .model file beside the checkpoint, else at the root")
+    recipe = parser.add_argument_group("finetuning, beyond the assignment").add_argument
+    recipe("--warmup", type=cli.probability_below_one, default=0.0, help="share of all steps")
+    recipe("--lr_decay", action="store_true", help="after it, linearly to 0")
+    recipe("--max_grad_norm", type=cli.positive_float, help="clip gradients to this norm")
+    recipe("--bf16", action="store_true", help="train in bfloat16 (weights stay float32)")
+    recipe(
+        "--train_acc",
+        choices=("extra", "running"),
+        default="extra",
+        help="from an extra pass over the train data, or from the training passes",
+    )
     args = parser.parse_args(argv)
+    fill_defaults(args)
     print(f"args: {vars(args)}")
     return args
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Gives every path that was not typed the assignment's default, or its bundled counterpart.
+
+    The bundled model stands in where --pretrained-model-path was not typed and stories42M.pt is
+    absent, the demo data where none of the data paths was typed and a file of CFIMDB that the
+    option reads is absent. A line on standard error says so. What was typed is never replaced.
+    """
+    model, stands_in = _choose({"model": MODEL}, {"model": MINI_MODEL}, ["model"])
+    if args.pretrained_model_path is None:
+        args.pretrained_model_path = model["model"]
+        if stands_in:
+            args.lr = MINI_LR if args.lr is None else args.lr
+            _say_stand_in(MODEL, MINI_MODEL)
+
+    data, stands_in = _choose(DATA, DEMO_DATA, list(SPLITS_READ_BY[args.option]))
+    if any(getattr(args, key) is not None for key in DATA):
+        data, stands_in = DATA, False
+    if stands_in:
+        _say_stand_in("data/cfimdb-*.txt", "data/demo-*.txt")
+    dataset = "demo" if stands_in else "cfimdb"
+    kind = "finetuning" if args.option == "finetune" else "prompting"
+    outputs = {f"{split}_out": f"{dataset}-{split}-{kind}-output.txt" for split in ("dev", "test")}
+    for key, value in {**data, **outputs, "lr": LR}.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+
+
+def _choose(
+    wanted: dict[str, str], bundled: dict[str, str], needed: list[str]
+) -> tuple[dict[str, str], bool]:
+    """(paths, whether they are the bundled ones): the first of wanted, then bundled, whose needed
+    files are all in the current folder, or all in the project's; if there are none, wanted."""
+    for paths in (wanted, bundled):
+        for folder in (Path(), ROOT):
+            if all((folder / paths[key]).exists() for key in needed):
+                return {key: str(folder / path) for key, path in paths.items()}, paths is bundled
+    return wanted, False
+
+
+def _say_stand_in(absent: str, bundled: str) -> None:
+    print(
+        f"run_llama.py: {absent} not found, using the bundled {bundled}; "
+        "`bash setup.sh` downloads the assignment's own",
+        file=sys.stderr,
+    )
 
 
 def checkpoint_path(args: argparse.Namespace) -> str:

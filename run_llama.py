@@ -2,7 +2,7 @@
 
 `args` ends in this file: everything below takes named parameters. The functions under the
 assignment's own names take what they take there, so its scripts run on; an `args` that lacks one of
-our optional options (`attention`, `pooling`, `tokenizer_path`) means its default.
+our optional options (`attention`, `pooling`, `tokenizer_path`, the recipe) means its default.
 """
 
 import argparse
@@ -31,12 +31,13 @@ from tokenizer import Tokenizer, find_tokenizer_model
 from training import (
     EpochReport,
     Evaluation,
+    Recipe,
     evaluate,
     load_classifier,
     save_classifier,
     train_classifier,
 )
-from utils import atomic_write, pick_device, seed_everything
+from utils import atomic_write, keep_freed_memory, pick_device, seed_everything
 
 PREFIX = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
@@ -226,6 +227,13 @@ def train(args: argparse.Namespace) -> list[EpochReport]:
         seed=args.seed,
         device=device,
         on_epoch=on_epoch,
+        recipe=Recipe(
+            warmup=_option(args, "warmup", 0.0),
+            lr_decay=_option(args, "lr_decay", False),
+            max_grad_norm=_option(args, "max_grad_norm"),
+            bf16=_option(args, "bf16", False),
+            running_train_acc=_option(args, "train_acc") == "running",
+        ),
     )
 
 
@@ -240,9 +248,10 @@ def test(args: argparse.Namespace) -> dict[str, Evaluation]:
     model.to(device)
     print(f"load model from {filepath}")
     tokenizer = _tokenizer(args)
+    tokenizer_sha256 = _sha256(tokenizer)
     if saved.get("label_names", label_names) != label_names:
         raise ValueError(f"{filepath}: has labels {saved['label_names']}, not {label_names}")
-    if saved.get("tokenizer_sha256", _sha256(tokenizer)) != _sha256(tokenizer):
+    if saved.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
         raise ValueError(
             f"{filepath}: was trained with another tokenizer than {tokenizer.model_path}"
         )
@@ -272,8 +281,8 @@ def finetune(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- from args to named parameters
 
 
-def _option(args: argparse.Namespace, name: str) -> Any:
-    return getattr(args, name, None)
+def _option(args: argparse.Namespace, name: str, default: Any = None) -> Any:
+    return getattr(args, name, default)
 
 
 def _tokenizer(args: argparse.Namespace, max_len: int | None = None) -> Tokenizer:
@@ -346,7 +355,8 @@ def _evaluate_and_write(
     data: SentenceDataset,
     device: torch.device,
 ) -> Evaluation:
-    result = evaluate(model, make_loader(data, args.batch_size), device, f"eval {split}")
+    loader = make_loader(data, args.batch_size, similar_lengths=model.reads_lengths)
+    result = evaluate(model, loader, device, f"eval {split}")
     outfile = getattr(args, f"{split}_out")
     write_predictions_to_file(split, outfile, result.accuracy, result.predictions, result.sentences)
     return result
@@ -355,6 +365,8 @@ def _evaluate_and_write(
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     seed_everything(args.seed)
+    if args.option == "finetune":
+        keep_freed_memory()
     {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}[args.option](args)
 
 

@@ -1,6 +1,17 @@
-"""The whole model once more, in float64 NumPy, written from the papers and not from llama.py."""
+"""The whole model once more, in float64 NumPy, written from the papers and not from llama.py.
+
+PYTHONPATH=. python tests/oracle.py data/mini/model.pt data/mini/sanity_check.data
+"""
+
+import sys
 
 import numpy as np
+import torch
+
+from checkpoint import read_checkpoint
+from config import ATTENTION_MODES, LlamaConfig
+from sanity_check import TOKEN_IDS
+from utils import save_torch_file
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -59,3 +70,22 @@ def forward(weights, config, tokens, lengths=None):
         h = h + (gate / (1 + np.exp(-gate)) * up) @ w[f"{p}.feed_forward.w2.weight"].T
     h = rms_norm(h, w["norm.weight"], config.layer_norm_eps)
     return h @ w["output.weight"].T, h
+
+
+def main(checkpoint: str, reference: str) -> None:
+    """Writes what this model says of fixed tokens, in both attention modes, for sanity_check.py."""
+    config, weights = read_checkpoint(checkpoint)
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    token_ids = torch.tensor(TOKEN_IDS) % config["vocab_size"]
+    content = {"token_ids": token_ids}
+    for mode in ATTENTION_MODES:
+        logits, hidden = forward(weights, LlamaConfig(**{**config, "attention": mode}), token_ids)
+        content[mode] = {
+            "logits": torch.tensor(logits[:, -1:]).float(),
+            "hidden_states": torch.tensor(hidden).float(),
+        }
+    save_torch_file(reference, content)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

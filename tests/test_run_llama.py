@@ -42,10 +42,23 @@ def lines_of(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8").splitlines()
 
 
-def test_options_and_defaults_are_the_assignments_and_ours_are_optional(capsys):
+def test_options_and_defaults_are_the_assignments_and_ours_are_optional(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("options.ROOT", tmp_path)  # where nothing is bundled
+    monkeypatch.chdir(tmp_path)
     args = vars(run_llama.get_args([]))
     assert {key: args.pop(key) for key in DEFAULTS} == DEFAULTS
-    assert args == {"attention": None, "pooling": None, "tokenizer_path": None}
+    assert args == {
+        "attention": None,
+        "pooling": None,
+        "tokenizer_path": None,
+        "warmup": 0.0,
+        "lr_decay": False,
+        "max_grad_norm": None,
+        "bf16": False,
+        "train_acc": "extra",
+    }
     assert capsys.readouterr().out.count("args: ") == 1
 
 

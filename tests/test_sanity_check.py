@@ -1,5 +1,7 @@
 """sanity_check.py agrees with the float64 oracle and names the usual mistakes."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -13,7 +15,8 @@ from conftest import random_llama, save_llama, shared_asset
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
-    """A checkpoint with the vocabulary of stories42M and what float64 NumPy makes of it."""
+    """A checkpoint with the vocabulary of stories42M, one that plays the bundled model, and what
+    float64 NumPy makes of them, in the two forms of reference files."""
     monkeypatch.chdir(tmp_path)
     model = random_llama(vocab_size=32000, n_layers=3)
     save_llama(model, tmp_path / "stories42M.pt")
@@ -23,15 +26,59 @@ def pair(tmp_path, monkeypatch):
         "hidden_states": torch.tensor(hidden).float(),
     }
     torch.save(reference, tmp_path / "sanity_check.data")
+    (tmp_path / "mini").mkdir()
+    save_llama(random_llama(seed=1), tmp_path / "mini/model.pt")
+    oracle.main("mini/model.pt", "mini/reference.data")
+    monkeypatch.setattr(sanity_check, "_bundled", lambda: ("mini/model.pt", "mini/reference.data"))
     return tmp_path
 
 
-def test_a_right_model_passes_and_the_differences_are_printed(pair, capsys):
+def test_right_models_pass_and_the_differences_are_printed(pair, capsys):
     assert sanity_check.main([]) == 0
     out = capsys.readouterr().out
-    assert "Your Llama implementation is correct!" in out
-    assert out.count("largest difference") == 2
+    assert out.endswith("Your Llama implementation is correct!\n")
+    assert out.count("largest difference") == 2 + 4  # two quantities; of the second, in two modes
+    assert [out.count(f"attention: {mode}") for mode in ("full", "causal")] == [2, 1]
     assert "tolerance 2e-05" in out
+
+
+def test_without_the_download_the_bundled_model_is_checked_and_a_line_says_so(pair, capsys):
+    (pair / "stories42M.pt").unlink()
+    assert run() == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("largest difference") == 4
+    assert captured.err.count("\n") == 1
+    assert "stories42M.pt not found" in captured.err
+    assert "setup.sh" in captured.err
+
+
+def test_a_wrong_bundled_model_fails_the_check_of_a_right_download(pair, capsys):
+    save_llama(random_llama(seed=2), pair / "mini/model.pt")
+    assert sanity_check.main([]) == 1
+    assert "is correct" not in capsys.readouterr().out
+
+
+def test_a_submission_without_the_bundled_model_checks_the_published_pair(pair, capsys):
+    shutil.rmtree(pair / "mini")
+    assert sanity_check.main([]) == 0
+    assert capsys.readouterr().out.count("largest difference") == 2
+
+
+def test_a_reference_with_tokens_that_the_model_lacks_is_a_usage_error(pair, capsys):
+    assert run("--checkpoint", "mini/model.pt") == 2  # with the published reference's 32000 tokens
+    assert "do not belong together" in capsys.readouterr().err
+
+
+def test_a_model_that_forgets_its_mask_is_told_so(pair, monkeypatch, capsys):
+    init = llama.Attention.__init__
+
+    def without_mask(self, config):
+        init(self, config)
+        self.config = LlamaConfig(**{**config.to_dict(), "attention": "full"})
+
+    monkeypatch.setattr(llama.Attention, "__init__", without_mask)
+    assert sanity_check.main([]) == 1
+    assert "It looks like no causal mask" in capsys.readouterr().out
 
 
 def causal_mask(monkeypatch):
@@ -106,14 +153,20 @@ def run(*argv):
     return ended.value.code
 
 
-@pytest.mark.parametrize("absent", ["stories42M.pt", "sanity_check.data"])
-def test_missing_downloads_are_named_with_exit_code_2(pair, capsys, absent):
+@pytest.mark.parametrize("absent", ["sanity_check.data", "mini/model.pt", "mini/reference.data"])
+def test_missing_files_are_named_with_exit_code_2(pair, capsys, absent):
     (pair / absent).unlink()
     assert run() == 2
     error = capsys.readouterr().err
-    assert f"missing {absent}" in error
+    assert absent in error
     assert "setup.sh" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--reference"])
+def test_what_was_typed_is_never_replaced(pair, capsys, option):
+    assert run(option, "absent.pt") == 2
+    assert "missing absent.pt" in capsys.readouterr().err
 
 
 def test_a_reference_of_another_model_is_a_usage_error(pair, capsys):

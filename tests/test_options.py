@@ -1,0 +1,135 @@
+"""Defaults: the assignment's, else what is bundled, and never in the place of what was typed."""
+
+import itertools
+
+import pytest
+
+import cli
+import options
+
+DATA = ("train", "dev", "test", "label_names")
+BUNDLED = [options.MINI_MODEL, *options.DEMO_DATA.values()]
+OWN = [options.MODEL, *options.DATA.values()]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """place(files) makes empty files in a project folder that is also the current one."""
+    monkeypatch.setattr(options, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def make(*paths):
+        for path in paths:
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).touch()
+        return tmp_path
+
+    return make
+
+
+def paths_of(args):
+    return {key: getattr(args, key) for key in ("pretrained_model_path", *DATA)}
+
+
+def test_where_the_assignments_files_are_they_are_the_defaults(place, capsys):
+    place(*BUNDLED, *OWN)
+    for option, kind in (("generate", "prompting"), ("prompt", "prompting")):
+        args = options.get_args(["--option", option])
+        assert paths_of(args) == {"pretrained_model_path": options.MODEL, **options.DATA}
+        assert (args.lr, args.dev_out) == (2e-5, f"cfimdb-dev-{kind}-output.txt")
+    args = options.get_args(["--option", "finetune"])
+    assert (args.dev_out, args.test_out) == (
+        "cfimdb-dev-finetuning-output.txt",
+        "cfimdb-test-finetuning-output.txt",
+    )
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("option", ["generate", "prompt", "finetune"])
+def test_where_they_are_absent_the_bundled_ones_stand_in_and_a_line_each_says_so(
+    place, capsys, option
+):
+    place(*BUNDLED)
+    args = options.get_args(["--option", option])
+    lines = capsys.readouterr().err.splitlines()
+    assert args.pretrained_model_path == options.MINI_MODEL
+    assert args.lr == options.MINI_LR
+    assert "stories42M.pt not found" in lines[0]
+    assert all("setup.sh" in line for line in lines)
+    if option == "generate":  # reads no data, so nothing is said of any
+        assert len(lines) == 1
+        return
+    assert len(lines) == 2
+    assert "data/cfimdb-*.txt not found" in lines[1]
+    assert {key: getattr(args, key) for key in DATA} == options.DEMO_DATA
+    kind = {"prompt": "prompting", "finetune": "finetuning"}[option]
+    assert args.dev_out == f"demo-dev-{kind}-output.txt"
+    assert args.test_out == f"demo-test-{kind}-output.txt"
+
+
+def test_prompting_needs_no_training_file(place, capsys):
+    place(*BUNDLED, *[path for path in OWN if "train" not in path])
+    assert options.get_args(["--option", "prompt"]).dev == options.DATA["dev"]
+    assert options.get_args(["--option", "finetune"]).dev == options.DEMO_DATA["dev"]
+
+
+def test_what_was_typed_is_never_replaced(place):
+    """Each subset of the paths is typed, all of them naming files that do not exist."""
+    place(*BUNDLED)
+    flags = {key: f"--{key.replace('_', '-')}" for key in ("pretrained_model_path", "label_names")}
+    flags |= {split: f"--{split}" for split in ("train", "dev", "test")}
+    for n in range(len(flags) + 1):
+        for typed in itertools.combinations(flags, n):
+            argv = [word for key in typed for word in (flags[key], f"absent/{key}")]
+            args = options.get_args(["--option", "finetune", *argv])
+            assert all(getattr(args, key) == f"absent/{key}" for key in typed)
+            data_typed = any(key in DATA for key in typed)
+            for key in set(DATA) - set(typed):
+                expected = options.DATA if data_typed else options.DEMO_DATA
+                assert getattr(args, key) == expected[key]
+
+
+def test_a_typed_default_is_typed(place, capsys):
+    place(*BUNDLED)
+    args = options.get_args(
+        ["--pretrained-model-path", "stories42M.pt", "--dev_out", "my-dev-prompting-output.txt"]
+    )
+    assert args.pretrained_model_path == "stories42M.pt"
+    assert (args.lr, args.dev_out) == (2e-5, "my-dev-prompting-output.txt")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_typed_learning_rate_stays_with_the_bundled_model(place):
+    place(*BUNDLED)
+    assert options.get_args(["--lr", "1e-3"]).lr == 1e-3
+
+
+def test_without_bundled_files_the_defaults_are_the_assignments(place, capsys):
+    place()
+    args = options.get_args(["--option", "finetune"])
+    assert paths_of(args) == {"pretrained_model_path": options.MODEL, **options.DATA}
+    assert capsys.readouterr().err == ""
+
+
+def test_from_another_folder_inputs_are_found_in_the_project_and_outputs_stay_here(
+    place, tmp_path, monkeypatch
+):
+    root = place(*BUNDLED)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    args = options.get_args(["--option", "prompt"])
+    assert args.pretrained_model_path == str(root / options.MINI_MODEL)
+    assert args.dev == str(root / options.DEMO_DATA["dev"])
+    assert args.dev_out == "demo-dev-prompting-output.txt"
+
+
+@pytest.mark.parametrize(
+    "argv", [["--warmup", "1"], ["--max_grad_norm", "0"], ["--train_acc", "none"]]
+)
+def test_a_recipe_that_cannot_be_is_a_usage_error(place, capsys, argv):
+    place()
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: options.get_args(argv))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
