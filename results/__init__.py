@@ -1,0 +1,1 @@
+"""Measurements: the programs that make them, and what they gave as one small JSON each."""
