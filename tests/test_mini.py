@@ -1,0 +1,149 @@
+"""The bundled model is what its card says, and the bare commands work on it without a network."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import oracle
+import run_llama
+import sanity_check
+from checkpoint import read_checkpoint
+from config import ATTENTION_MODES, LlamaConfig
+from conftest import ROOT
+from llama import load_pretrained
+from tokenizer import Tokenizer
+
+MINI = ROOT / "data/mini"
+# A name that resolves nowhere: whatever reaches for the network fails instead of succeeding here.
+OFFLINE = {name: "http://offline.invalid:9" for name in ("http_proxy", "https_proxy", "all_proxy")}
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load_pretrained(MINI / "model.pt")
+
+
+@pytest.fixture(scope="module")
+def mini_tokenizer():
+    return Tokenizer(tokenizer_model=MINI / "tokenizer.model")
+
+
+def test_it_is_small_causal_and_grouped_and_loads_to_float32(mini):
+    config = mini.config
+    assert config.attention == "causal"
+    assert config.n_kv_heads < config.n_heads
+    assert 2.5e6 < sum(p.numel() for p in mini.parameters()) < 3.5e6
+    assert {p.dtype for p in mini.parameters()} == {torch.float32}
+    assert mini.output.weight is mini.tok_embeddings.weight
+
+
+def test_its_file_is_half_precision_and_records_its_mode():
+    assert (MINI / "model.pt").stat().st_size <= 7e6
+    saved = torch.load(MINI / "model.pt", weights_only=True)
+    assert {tensor.dtype for tensor in saved["model"].values()} == {torch.float16}
+    assert saved["model_args"]["attention"] == "causal"
+
+
+def test_its_reference_is_what_float64_numpy_computes_in_both_modes():
+    config, weights = read_checkpoint(MINI / "model.pt")
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    token_ids, references = sanity_check.read_reference(MINI / "sanity_check.data")
+    assert set(references) == set(ATTENTION_MODES)
+    assert token_ids.unique().numel() > 2
+    for mode, reference in references.items():
+        config = LlamaConfig(**{**config, "attention": mode}).to_dict()
+        logits, hidden = oracle.forward(weights, LlamaConfig(**config), token_ids)
+        torch.testing.assert_close(reference["logits"], torch.tensor(logits[:, -1:]).float())
+        torch.testing.assert_close(reference["hidden_states"], torch.tensor(hidden).float())
+
+
+def test_sanity_check_passes_on_it():
+    assert sanity_check.check(str(MINI / "model.pt"), str(MINI / "sanity_check.data"))
+
+
+@pytest.mark.parametrize(
+    "text", ["A thriller, at last!", "  two  spaces ", "naïve 电影 🎬", "in 1999\n\tit ended", "\x00"]
+)
+def test_its_tokenizer_gives_back_any_text(mini, mini_tokenizer, text):
+    ids = mini_tokenizer.encode(text, bos=True, eos=False)
+    assert mini_tokenizer.decode(ids) == text
+    assert max(ids) < mini.config.vocab_size == mini_tokenizer.n_words
+
+
+def test_its_cache_changes_nothing(mini, mini_tokenizer):
+    """Greedy tokens by the cached loop are the argmax of one whole pass over them."""
+    start = mini_tokenizer.encode(run_llama.PREFIX, bos=True, eos=False)
+    out = mini.generate(torch.tensor([start]), 40, temperature=0.0)
+    with torch.inference_mode():
+        logits, _ = mini(out, targets=out)
+    assert out[0, len(start) :].tolist() == logits[0, len(start) - 1 : -1].argmax(-1).tolist()
+
+
+def test_it_predicts_a_review_better_than_shuffled_words(mini, mini_tokenizer):
+    def nats(sentence: str) -> float:
+        ids = torch.tensor([mini_tokenizer.encode(sentence, bos=True, eos=False)])
+        with torch.inference_mode():
+            logits, _ = mini(ids, targets=ids)
+        return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+
+    review = "The acting was great and I would recommend this movie to anyone who loves comedies."
+    shuffled = "comedies movie loves acting the to would. and recommend who I was this anyone great"
+    assert nats(review) < nats(shuffled) - 1
+
+
+# ---------------------------------------------------------------- bare, in a clone, offline
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The committed and staged files alone, as a fresh clone without downloads has them."""
+    folder = tmp_path_factory.mktemp("clone")
+    for pattern in ("*.py", "data/*.py", "data/demo-*", "data/mini/*", "data/*.json"):
+        for path in ROOT.glob(pattern):
+            target = folder / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return folder
+
+
+def bare(clone, *options):
+    return subprocess.run(
+        [sys.executable, "run_llama.py", *options],
+        cwd=clone,
+        env={**os.environ, **OFFLINE},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_bare_generate(clone):
+    ended = bare(clone)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert "stories42M.pt not found, using the bundled" in ended.stderr
+    for name in ("0", "1"):
+        text = (clone / f"generated-sentence-temp-{name}.txt").read_text(encoding="utf-8")
+        assert text.startswith(run_llama.PREFIX)
+        assert len(text) > len(run_llama.PREFIX) + 100
+
+
+def test_bare_prompt(clone):
+    ended = bare(clone, "--option", "prompt")
+    assert ended.returncode == 0, ended.stderr
+    assert [line.split(":")[0] for line in ended.stderr.splitlines()[:2]] == ["run_llama.py"] * 2
+    lines = (clone / "demo-dev-prompting-output.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 100
+
+
+def test_bare_finetune_learns(clone):
+    """Two epochs instead of five, to be quick; the majority class is 0.200."""
+    ended = bare(clone, "--option", "finetune", "--epochs", "2")
+    assert ended.returncode == 0, ended.stderr
+    last = next(line for line in ended.stdout.splitlines() if line.startswith("dev acc ::"))
+    assert float(last.split()[-1]) > 0.25
+    assert (clone / "finetune-demo-2-0.0005.pt").stat().st_size > 12e6
