@@ -181,15 +181,26 @@ class Run:
             "lr_factor": round(lr_factor, 4),
             "train_loss": round(train_loss, 4),
         }
-        words = [f"step {self.step}, {n_tokens:,} tokens, {self.seconds / 60:.1f} minutes"]
-        words.append(f"train loss {train_loss:.3f}")
+        row |= (measured := self.measure(batch_size))
+        self.history.append(row)
+        begin = f"step {self.step}, {n_tokens:,} tokens, {self.seconds / 60:.1f} minutes"
+        return f"{begin}; train loss {train_loss:.3f}; {in_words(measured)}"
+
+    def measure(self, batch_size: int) -> dict[str, float]:
+        """nats per token and bits per byte of every held-out set, by "name unit"."""
+        values = {}
         for heldout in self.heldout:
             nats, bits = heldout.measure(self.model, batch_size)
-            row[f"{heldout.name} nats/token"] = round(nats, 4)
-            row[f"{heldout.name} bits/byte"] = round(bits, 4)
-            words.append(f"{heldout.name} {nats:.3f} nats/token {bits:.3f} bits/byte")
-        self.history.append(row)
-        return "; ".join(words)
+            values[f"{heldout.name} nats/token"] = round(nats, 4)
+            values[f"{heldout.name} bits/byte"] = round(bits, 4)
+        return values
+
+
+def in_words(measured: dict[str, float]) -> str:
+    return "; ".join(
+        f"{name} {value:.3f} {unit}"
+        for name, unit, value in ((*key.rsplit(" ", 1), value) for key, value in measured.items())
+    )
 
 
 def save_model(path: Path, model: Llama, half: bool) -> None:

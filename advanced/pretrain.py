@@ -21,7 +21,7 @@ from advanced.corpus import (
     train_tokenizer,
     without_overlap,
 )
-from advanced.language_model import HeldOut, Run, make_optimizers, train
+from advanced.language_model import HeldOut, Run, in_words, make_optimizers, train
 from config import LlamaConfig
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer, find_tokenizer_model
@@ -216,6 +216,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{sum(p.numel() for p in model.parameters()):,}, text: {n_tokens:,} tokens",
         flush=True,
     )
+    if args.init and not args.resume:
+        before = run.measure(args.batch_tokens // args.seq_len)
+        print(f"before: {in_words(before)}", flush=True)
     train(run, device, args.eval_minutes, args.save_minutes)
     print(f"wrote {folder / 'model.pt'}, {folder / 'tokenizer.model'}, {folder / 'history.csv'}")
 

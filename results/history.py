@@ -35,7 +35,7 @@ def draw(history: dict[str, list[float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     millions = [tokens / 1e6 for tokens in history["tokens"]]
     for name, values in history.items():
         if name.endswith(BITS):
@@ -46,7 +46,7 @@ def draw(history: dict[str, list[float]], path: Path) -> None:
     axes.set_xlabel("tokens read (millions)")
     axes.set_ylabel("held-out bits per byte")
     axes.grid(alpha=0.3)
-    axes.legend(title="held out, last value")
+    figure.legend(title="held out, last value", loc="outside lower center", ncols=3)
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

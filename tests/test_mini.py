@@ -66,7 +66,8 @@ def test_sanity_check_passes_on_it():
 
 
 @pytest.mark.parametrize(
-    "text", ["A thriller, at last!", "  two  spaces ", "naïve 电影 🎬", "in 1999\n\tit ended", "\x00"]
+    "text",
+    ["A thriller, at last!", "  two  spaces ", "naïve 电影 🎬", "in 1999\n\tit ended", "\x00"],
 )
 def test_its_tokenizer_gives_back_any_text(mini, mini_tokenizer, text):
     ids = mini_tokenizer.encode(text, bos=True, eos=False)

@@ -209,8 +209,8 @@ def test_finetune_evaluates_the_best_epoch_not_the_last(run, monkeypatch):
     evaluate = run_llama.evaluate
     checkpoints = []
 
-    def scripted(model, loader, device, description):
-        result = evaluate(model, loader, device, description)
+    def scripted(model, loader, device, description, bf16=False):
+        result = evaluate(model, loader, device, description, bf16)
         accuracy = {"eval train": 0.5, "eval dev": [0.9, 0.1][len(checkpoints)]}[description]
         if description == "eval dev":
             checkpoints.append(model.classifier_head.bias.detach().clone())
