@@ -19,7 +19,7 @@ from tokenizer import Tokenizer
 
 MINI = ROOT / "data/mini"
 # A name that resolves nowhere: whatever reaches for the network fails instead of succeeding here.
-OFFLINE = {name: "http://offline.invalid:9" for name in ("http_proxy", "https_proxy", "all_proxy")}
+OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://offline.invalid:9")
 
 
 @pytest.fixture(scope="module")
