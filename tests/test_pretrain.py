@@ -323,7 +323,8 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
     text.write_text("\n".join(story.replace("\n", "\\n") for story in stories))
     options = {"text": text, "init": model, "seq_len": 128, "batch_tokens": 1024, "lr": 1e-4}
     options |= {"tokens": 24 * 1024, "warmup": 2, "decay_from": 0, "heldout": 15}
-    assert call(*as_options(options))[0] == 0
+    code, said, _ = call(*as_options(options))
+    assert code == 0
     out = tmp_path / "out"
     heldout = HeldOut("", stories[::10], Tokenizer(tokenizer_model=out / "tokenizer.model"), 128)
     before, after = (
@@ -331,6 +332,8 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
         for path in (model, out / "model.pt")
     )
     assert after < before
+    where_it_began = next(line for line in said.splitlines() if line.startswith("before: "))
+    assert where_it_began.endswith(f" {before:.3f} bits/byte")
 
 
 # ---------------------------------------------------------------- errors
