@@ -72,7 +72,9 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, 
 def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
     """A dict of plain data from a torch file, on the CPU; a ValueError names the file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except OSError:
         raise
     except Exception as error:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...

@@ -152,7 +152,7 @@ class LlamaEmbeddingClassifier(_Classifier):
 
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         lengths = self._real_lengths(lengths)
-        _, hidden = self.llama(input_ids, lengths=lengths)  # (B, T, dim)
+        hidden = self.llama.hidden_states(input_ids, lengths)  # (B, T, dim)
         if self.pooling == "position":
             pooled = hidden[:, -1]  # (B, dim)
         elif self.pooling == "last":

@@ -14,6 +14,7 @@ from torch import nn
 from base_llama import LlamaPreTrainedModel
 from checkpoint import read_checkpoint
 from config import LlamaConfig
+from linear import Linear
 from rope import apply_rotary_emb
 
 
@@ -75,10 +76,10 @@ class Attention(nn.Module):
         self.n_rep = config.n_heads // config.n_kv_heads
         self.head_dim = config.head_dim
         self.max_seq_len = config.max_seq_len
-        self.compute_query = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
-        self.compute_key = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
-        self.compute_value = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
-        self.compute_output = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+        self.compute_query = Linear(config.dim, config.n_heads * self.head_dim)
+        self.compute_key = Linear(config.dim, config.n_kv_heads * self.head_dim)
+        self.compute_value = Linear(config.dim, config.n_kv_heads * self.head_dim)
+        self.compute_output = Linear(config.n_heads * self.head_dim, config.dim)
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -91,23 +92,24 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """softmax(Q K^T / sqrt(D)) V (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
-        query (B, H, T, D) holds the last T of the S positions of key and value (B, H, S, D);
-        key_mask (B, S) is True where a key may be read. Returns (B, H, T, D).
+        query (B, H, T, D) holds the last T of the S positions of key and value (B, K, S, D), and
+        its head h reads key/value head h // (H / K). key_mask (B, S) is True where a key may be
+        read. Returns (B, H, T, D).
         """
         T, S = query.shape[-2], key.shape[-2]
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        causal = self.config.attention == "causal"
-        if causal and T == S and key_mask is None:  # a whole sequence: the fused kernels' own mask
-            return F.scaled_dot_product_attention(
-                query, key, value, dropout_p=dropout_p, is_causal=True
-            )
+        causal = self.config.attention == "causal" and T > 1  # the last position reads all keys
+        whole = causal and T == S and key_mask is None  # for this the fused kernels need no mask
         mask = None  # True where a query may read a key, broadcast to (B, H, T, S)
-        if causal:
+        if causal and not whole:
             mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
         if key_mask is not None:
             readable = key_mask[:, None, None, :]  # (B, 1, 1, S)
             mask = readable if mask is None else mask & readable
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p)
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, is_causal=whole, enable_gqa=grouped
+        )
 
     def forward(
         self,
@@ -128,10 +130,6 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(layer_id, key, value)  # (B, S, K, D)
 
-        # Query head h reads key/value head h // n_rep.
-        key = key.repeat_interleave(self.n_rep, dim=2)  # (B, S, H, D)
-        value = value.repeat_interleave(self.n_rep, dim=2)
-
         output = self.compute_query_key_value_scores(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), key_mask
         )  # (B, H, T, D)
@@ -150,9 +148,9 @@ class FeedForward(nn.Module):
         super().__init__()
         if hidden_dim is None:
             hidden_dim = multiple_of * math.ceil(2 * 4 * dim // 3 / multiple_of)
-        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w1 = Linear(dim, hidden_dim)
+        self.w2 = Linear(hidden_dim, dim)
+        self.w3 = Linear(dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
     def SwiGLU(self, x: torch.Tensor) -> torch.Tensor:  # noqa: N802, the assignment's name
@@ -195,28 +193,29 @@ class Llama(LlamaPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, eps=config.layer_norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size)
         self.tok_embeddings.weight = self.output.weight  # tied (Press and Wolf, arXiv 1608.05859)
         self.init_weights()
 
     @classmethod
     def from_weights(cls, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> "Llama":
-        """A model in eval mode with exactly these weights, which keep their names' meaning.
+        """A float32 model in eval mode with exactly these weights, in their memory, not a copy.
 
         `output.weight` may be absent or equal to the embedding (tied), or differ (then untied).
         ValueError lists every missing, unexpected and misshapen tensor.
         """
         if config.n_layers > len(weights) + 1000:  # too many to build for a list of what is missing
             raise ValueError(f"n_layers={config.n_layers} but only {len(weights)} tensors")
-        weights = dict(weights)
+        weights = {name: tensor.float() for name, tensor in weights.items()}
         if "tok_embeddings.weight" in weights:
             weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-        with torch.device("meta"):
-            require_exactly(cls(config), weights)  # before the memory for it is taken
-        model = cls(config)
-        if not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
-            model.output.weight = nn.Parameter(torch.empty_like(model.output.weight))
-        model.load_state_dict(weights)
+        with torch.device("meta"):  # a shape without memory, and without drawing initial weights
+            model = cls(config)
+        require_exactly(model, weights)
+        tied = torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
+        model.load_state_dict(weights, assign=True)
+        if tied:
+            model.tok_embeddings.weight = model.output.weight
         return model.eval()
 
     def forward(
@@ -229,11 +228,25 @@ class Llama(LlamaPreTrainedModel):
         """tokens (B, T) -> logits, hidden states (B, T, dim) after the final norm.
 
         logits are (B, T, V) if `targets` is given (its values are not read), else those of the last
-        position alone, (B, 1, V).
+        position alone, (B, 1, V), which with `lengths` is each row's last real one. `lengths` and
+        `cache` are those of `hidden_states`.
+        """
+        h = self.hidden_states(tokens, lengths, cache)
+        if targets is not None:
+            return self.output(h), h
+        return self.output(h[:, [-1]] if lengths is None else last_real(h, lengths)), h
 
-        `lengths` (B,) counts the real tokens of right-padded rows: keys beyond them are masked, and
-        the last position is each row's last real one, so that padding changes no real state.
-        Without it every token is real, pads included, which is what the assignment computes.
+    def hidden_states(
+        self,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """tokens (B, T) -> (B, T, dim) after the final norm: `forward` without logits.
+
+        `lengths` (B,) counts the real tokens of right-padded rows: keys beyond them are masked, so
+        that padding changes no real state. Without it every token is real, pads included, which is
+        what the assignment computes.
 
         `cache` holds the positions before these tokens and takes these tokens too.
         """
@@ -250,13 +263,9 @@ class Llama(LlamaPreTrainedModel):
         h = self.dropout(self.tok_embeddings(tokens))  # (B, T, dim)
         for layer in self.layers:
             h = layer(h, key_mask, cache)
-        h = self.norm(h)
         if cache is not None:
             cache.length += T
-
-        if targets is not None:
-            return self.output(h), h
-        return self.output(h[:, [-1]] if lengths is None else last_real(h, lengths)), h
+        return self.norm(h)
 
     def generate(
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+CHUNK = 2**18  # elements: theta, gradient, m, v and a temporary are then 5 MB
+
 
 class AdamW(Optimizer):
     """For each parameter theta with gradient g, at step t:
@@ -82,13 +84,25 @@ class AdamW(Optimizer):
         m, v, t = state["m"], state["v"], state["step"]
         beta1, beta2 = group["betas"]
 
-        m.lerp_(grad, 1 - beta1)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         alpha = float(group["lr"])  # torch allows a tensor, which `*=` would change for good
         if group["correct_bias"]:
             alpha *= math.sqrt(1 - beta2**t) / (1 - beta1**t)
-        theta.mul_(1 - alpha * group["weight_decay"])
-        theta.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-alpha)
+        for theta_, grad_, m_, v_ in _in_chunks(theta, grad, m, v):
+            m_.lerp_(grad_, 1 - beta1)
+            v_.mul_(beta2).addcmul_(grad_, grad_, value=1 - beta2)
+            if group["weight_decay"]:
+                theta_.mul_(1 - alpha * group["weight_decay"])
+            theta_.addcdiv_(m_, v_.sqrt().add_(group["eps"]), value=-alpha)
+
+
+def _in_chunks(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Views of the same elements of all tensors, on a CPU few enough to stay in its cache.
+
+    Six operations then read memory once. A GPU is better served by the whole at once.
+    """
+    if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    return zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True)
 
 
 def _check_hyperparameters(

@@ -15,18 +15,19 @@ import torch
 @lru_cache(maxsize=32)
 def rotary_table(
     length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every angle m * theta^(-2i / D), each (length, head_dim / 2).
+) -> torch.Tensor:
+    """exp(i m theta^(-2j / D)) for each position m and pair j, complex (length, head_dim / 2).
 
-    Angles are formed in float64 on the CPU, so that a far position loses no digits. Built outside
-    inference mode: a table first needed by `generate` must serve later training too.
+    `dtype` is that of real and imaginary part. Angles are formed in float64 on the CPU, so that a
+    far position loses no digits. Built outside inference mode: a table first needed by `generate`
+    must serve later training too.
     """
     with torch.inference_mode(False), torch.no_grad():
         pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
         frequencies = theta ** (-pairs / head_dim)  # (D/2,)
         positions = torch.arange(length, dtype=torch.float64, device="cpu")
         angles = torch.outer(positions, frequencies)  # (length, D/2)
-        return angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)
+        return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype)).to(device)
 
 
 def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -61,13 +62,13 @@ def apply_rotary_emb(
             f"positions {start_pos}..{start_pos + seqlen - 1} do not fit max_seq_len={max_seq_len}"
         )
     dtype = torch.promote_types(query.dtype, torch.float32)
-    cos, sin = rotary_table(max_seq_len, head_dim, float(theta), query.device, dtype)
-    cos, sin = cos[start_pos : start_pos + seqlen], sin[start_pos : start_pos + seqlen]
-    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+    freqs_cis = rotary_table(max_seq_len, head_dim, float(theta), query.device, dtype)
+    freqs_cis = freqs_cis[start_pos : start_pos + seqlen]
+    return _rotate(query, freqs_cis), _rotate(key, freqs_cis)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    real, imag = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # each (B, T, heads, D/2)
-    cos, sin = reshape_for_broadcast(cos, real), reshape_for_broadcast(sin, real)
-    turned = torch.stack((real * cos - imag * sin, real * sin + imag * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)  # (B, T, heads, D)
+def _rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    pairs = x.to(freqs_cis.real.dtype).unflatten(-1, (-1, 2)).contiguous()
+    turned = torch.view_as_complex(pairs)  # (B, T, heads, D/2)
+    turned = turned * reshape_for_broadcast(freqs_cis, turned)
+    return torch.view_as_real(turned).flatten(-2).type_as(x)  # (B, T, heads, D)

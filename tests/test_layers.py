@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"cli", "config", "rope", "optimizer", "tokenizer", "utils", "checkpoint"},
+    {"cli", "config", "linear", "rope", "optimizer", "tokenizer", "utils", "checkpoint"},
     {"base_llama", "steps"},
     {"llama"},
     {"classifier", "dataset", "options"},

@@ -25,13 +25,13 @@ from utils import seed_everything
 @pytest.fixture
 def seen(monkeypatch) -> list[torch.Tensor]:
     """The token ids (B, T) of every pass through a Llama."""
-    batches, forward = [], Llama.forward
+    batches, hidden_states = [], Llama.hidden_states
 
-    def recording(self, tokens, **options):
+    def recording(self, tokens, *options):
         batches.append(tokens)
-        return forward(self, tokens, **options)
+        return hidden_states(self, tokens, *options)
 
-    monkeypatch.setattr(Llama, "forward", recording)
+    monkeypatch.setattr(Llama, "hidden_states", recording)
     return batches
 
 

@@ -69,8 +69,8 @@ def test_each_dropout_alone_acts_on_what_its_matrix_makes_and_in_training_only(d
 
 def test_every_epoch_trains_in_training_mode_and_evaluates_in_inference_mode():
     model, passes = classifier(), []
-    model.llama.register_forward_pre_hook(
-        lambda llama, _: passes.append((llama.training, torch.is_inference_mode_enabled()))
+    model.llama.norm.register_forward_pre_hook(
+        lambda norm, _: passes.append((norm.training, torch.is_inference_mode_enabled()))
     )
     counts = []
     data = random_data(10)

@@ -1,0 +1,1 @@
+"""How fast this project is, beside a plain solution and beside transformers."""
