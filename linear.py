@@ -21,6 +21,9 @@ def _find_onednn_linear() -> "torch._ops.OpOverload | None":
 
 
 _onednn_linear = _find_onednn_linear()
+# Fewer multiplications than these are not worth oneDNN's call; for more than one row it also builds
+# a kernel for each new number of rows, of which sentences have many.
+SMALL_ROW, SMALL = 2**18, 2**23
 
 
 class _Product(torch.autograd.Function):
@@ -49,7 +52,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
         or torch.is_autocast_enabled("cpu")
-        or x.numel() == 0
+        or (multiplications := x.numel() * weight.shape[0]) < SMALL_ROW
+        or (multiplications < SMALL and x.numel() > x.shape[-1])
     ):
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):

@@ -68,7 +68,7 @@ def apply_rotary_emb(
 
 
 def _rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    pairs = x.to(freqs_cis.real.dtype).unflatten(-1, (-1, 2)).contiguous()
-    turned = torch.view_as_complex(pairs)  # (B, T, heads, D/2)
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    turned = torch.view_as_complex(pairs.contiguous())  # (B, T, heads, D/2)
     turned = turned * reshape_for_broadcast(freqs_cis, turned)
     return torch.view_as_real(turned).flatten(-2).type_as(x)  # (B, T, heads, D)
