@@ -23,8 +23,11 @@ class LlamaPreTrainedModel(nn.Module):
 
         The projections that write into the residual stream (`compute_output` and `w2`) get
         0.02 / sqrt(2 n_layers), so that the stream's variance does not grow with the 2 n_layers
-        additions to it (Radford et al. 2019, GPT-2, section 2.3).
+        additions to it (Radford et al. 2019, GPT-2, section 2.3). A model on the meta device, which
+        has a shape and no weights, draws nothing.
         """
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return
         self.apply(self._init_weights)
         residual_std = 0.02 / math.sqrt(2 * self.n_layers)
         for name, parameter in self.named_parameters():
