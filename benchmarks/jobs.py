@@ -140,7 +140,7 @@ def generate(contender: str, shape: str, attention: str) -> Job:
 
 
 def steps(contender: str, shape: str, dataset: str, batch_size: int, n_batches: int) -> Job:
-    """Training steps on the same padded batches, in the assignment's mode (transformers: causal)."""
+    """Training steps on the same padded batches, in full mode (transformers: causal)."""
     batches = in_order(make_data(dataset, n_batches * batch_size, shape), batch_size)
     model = make_classifier(contender, shape, "full")
     torch.manual_seed(SEED)
@@ -192,9 +192,10 @@ def epoch(contender: str, shape: str, dataset: str, batch_size: int, n_batches: 
     if contender == "ours":
         keep_freed_memory()
         options = {"batch_size": batch_size, "lr": LR, "seed": SEED, "device": CPU}
-        return lambda _: train_classifier(
-            model, data, few, epochs=1, on_epoch=lambda *_: None, **options
-        ) and len(data)
+        return lambda _: (
+            train_classifier(model, data, few, epochs=1, on_epoch=lambda *_: None, **options)
+            and len(data)
+        )
     batches, dev = in_order(data, batch_size), in_order(few, batch_size)
 
     def plain(_: Any) -> int:

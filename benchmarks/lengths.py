@@ -18,7 +18,7 @@ FAR = 10**9  # no sentence is cut
 
 
 def draw_lengths(dataset: str, n: int, seed: int, longest: int) -> list[int]:
-    """n tokens counts, bos included, from the distribution of "sst" or "cfimdb", up to `longest`."""
+    """n numbers of tokens, bos included, distributed as in `dataset`, `longest` at most."""
     percentiles = json.loads(PATH.read_text(encoding="utf-8"))[dataset]
     where = np.random.default_rng(seed).uniform(0, len(percentiles) - 1, n)
     drawn = np.interp(where, range(len(percentiles)), percentiles)
