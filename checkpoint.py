@@ -140,7 +140,7 @@ def _read_bin(path: Path, head: bytes) -> tuple[dict[str, Any], dict[str, torch.
         (f"layers.{i}.{name}.weight", shape) for name, shape in per_layer for i in range(n_layers)
     ]
     layout = [*before, *layers, *after]
-    data = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=_BIN_HEADER.size))
+    data = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c", offset=_BIN_HEADER.size))
     parts = torch.split(data, [math.prod(shape) for _, shape in layout])
     weights = {
         name: part.view(shape)

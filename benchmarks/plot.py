@@ -45,8 +45,11 @@ def _plot_speedups(rows: list[dict[str, Any]], path: str) -> None:
                 if name in row["contenders"]:
                     ratio = naive / row["contenders"][name]["median"]
                     panel.barh(place + offset, ratio, height=0.38, color=COLORS[name])
-                    panel.text(ratio, place + offset, f" {ratio:.1f}", va="center", fontsize=8)
-        panel.axvline(1.0, color=COLORS["naive"], linewidth=1)
+                    panel.annotate(
+                        f"{ratio:.1f}", (ratio, place + offset), (3, 0), textcoords="offset points",
+                        va="center", fontsize=8,
+                    )  # fmt: skip
+        panel.axvline(1.0, color=COLORS["naive"], linewidth=1, zorder=0)
         panel.set_yticks(range(len(here)), [row["row"] for row in here])
         panel.set_title(shape, fontsize=10)
         panel.margins(x=0.15)
@@ -71,7 +74,7 @@ def _plot_growth(growth: dict[str, Any], path: str) -> None:
     ):
         places = [i for i, point in enumerate(points) if point[1 - axis] == fixed]
         for name, seconds in growth["seconds"].items():
-            drawn = sorted((points[i][axis], seconds[i]) for i in places)
+            drawn = sorted({points[i][axis]: seconds[i] for i in places}.items())
             panel.plot(*zip(*drawn, strict=True), "o-", color=COLORS[name], label=name)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")

@@ -36,7 +36,8 @@ class Counts:
         with torch.device("meta"):
             model = Llama(self.config)
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.n_in_layers = self.n_parameters - model.output.weight.numel()
+        matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+        self.n_in_layers = sum(matrix.numel() for matrix in matrices)
 
     def forward(self, lengths: Sequence[int], n_logits: int = 0) -> float:
         """Floating-point operations of one pass over sequences, without elementwise work."""

@@ -67,7 +67,7 @@ def difference(ours: Any, theirs: Any) -> str | None:
 
 
 def measure_growth(shape: str, repeats: int, threads: int) -> dict[str, Any]:
-    points = [*LENGTHS, *BATCHES]
+    points = list(dict.fromkeys([*LENGTHS, *BATCHES]))
     options = {"shape": shape, "sizes": points}
     measured = take_turns("curve", CONTENDERS, options, repeats, threads, points)
     medians = {
@@ -106,9 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot:
         growth = measure_growth(args.shapes[0], args.repeats, args.threads)
     content = {
-        "command": " ".join(
-            ["python -m benchmarks.run", *(sys.argv[1:] if argv is None else argv)]
-        ),
+        "command": " ".join(["python -m benchmarks.run", *given]),
         "threads": args.threads,
         "repeats": args.repeats,
         "rates": rates,

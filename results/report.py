@@ -1,8 +1,8 @@
-"""Writes the table of finetuning results into the READMEs: the published row, and our JSON files.
+"""Writes the tables of finetuning results and of speed into the READMEs, from our JSON files.
 
     python -m results.report
 
-The table stands between the two comment lines that say so.
+Each table stands between the two comment lines that name it.
 """
 
 import json
@@ -10,12 +10,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import benchmarks.report
 import cli
 from utils import atomic_write
 
 FOLDER = Path(__file__).resolve().parent
 READMES = ("README.md", "README.zh-TW.md", "data/mini/README.md")
-BEGIN, END = "<!-- results.report begins -->", "<!-- results.report ends -->"
 # Published with the assignment, for stories42M.pt in its unmasked mode, ten seeds.
 REFERENCE = (
     "| reference, stories42M, `full` | 0.414 (0.014) | 0.418 (0.017) | 0.800 (0.115) | 10 | 2e-5 |"
@@ -56,23 +56,33 @@ def table(folder: Path = FOLDER) -> str:
     return "\n".join(rows)
 
 
-def insert(text: str, new: str) -> str:
+def speed_table(path: Path = FOLDER / "speed.json", shape: str = "stories42M") -> str:
+    """The rows of one shape of what benchmarks.run measured."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return benchmarks.report.table([row for row in rows if row["shape"] == shape])
+
+
+def insert(text: str, new: str, name: str) -> str:
     """`text` with what stands between the marks replaced; unchanged where it has no marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(f"<!-- {name} begins -->")
+    _, end, after = rest.partition(f"<!-- {name} ends -->")
     return f"{before}{begin}\n{new}\n{end}{after}" if end else text
+
+
+def with_tables(text: str) -> str:
+    """A README's text with both tables as the files have them now."""
+    return insert(insert(text, table(), "results.report"), speed_table(), "speed")
 
 
 def main(argv: list[str] | None = None) -> None:
     cli.ArgumentParser(prog="results.report", description=__doc__.split("\n")[0]).parse_args(argv)
-    new = table()
-    print(new)
+    print(table(), speed_table(), sep="\n\n")
     for name in READMES:
         path = FOLDER.parent / name
         if path.exists():
             text = path.read_text(encoding="utf-8")
             with atomic_write(path) as file:
-                file.write(insert(text, new))
+                file.write(with_tables(text))
 
 
 if __name__ == "__main__":

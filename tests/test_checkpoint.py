@@ -17,6 +17,7 @@ from config import LlamaConfig
 from conftest import random_llama, save_llama, shared_asset
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
+from utils import atomic_write
 
 TOKENS = torch.randint(320, (2, 7), generator=torch.Generator().manual_seed(3))
 LLAMA2C = {"query": "wq", "key": "wk", "value": "wv", "output": "wo"}
@@ -676,3 +677,24 @@ def test_a_model_of_the_published_shape_loads_under_both_naming_schemes(tmp_path
     with pytest.raises(ValueError) as caught:
         load(llama2c)
     assert str(caught.value) == f"{path}: missing: layers.3.attention.compute_key.weight"
+
+
+def test_a_loaded_model_outlives_its_file(tmp_path):
+    """Its weights are mapped from the file, which may be written anew or deleted all the same."""
+    model = random_llama()
+    path = save_llama(model, tmp_path / "model.pt")
+    loaded = load_pretrained(path)
+    with atomic_write(path, "wb") as file:
+        file.write(b"something else")
+    path.unlink()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_training_a_loaded_model_leaves_its_file_alone(tmp_path):
+    path = save_llama(random_llama(), tmp_path / "model.pt")
+    before = path.read_bytes()
+    with torch.no_grad():
+        for parameter in load_pretrained(path).parameters():
+            parameter.zero_()
+    assert path.read_bytes() == before

@@ -20,7 +20,9 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 UNDER_METHODS = {module for module in LEVEL if LEVEL[module] <= LEVEL["dataset"]}
 METHODS = sorted(path.stem for path in ROOT.glob("advanced/*.py") if path.stem != "run")
 PROJECT = [
-    path for folder in (".", "data", "advanced", "results") for path in ROOT.glob(f"{folder}/*.py")
+    path
+    for folder in (".", "data", "advanced", "benchmarks", "results")
+    for path in ROOT.glob(f"{folder}/*.py")
 ]
 RUNTIME_PACKAGES = {"torch", "numpy", "sentencepiece", "tqdm", "sklearn"}
 
@@ -58,6 +60,13 @@ def test_methods_stand_on_the_model_and_not_on_each_other(method):
             assert node.module in shared, f"{method} imports {node.module}"
     names = imported_modules(source) - {"advanced"}
     assert names <= UNDER_METHODS | RUNTIME_PACKAGES | sys.stdlib_module_names
+
+
+def test_nothing_above_imports_what_measures_it():
+    for path in PROJECT:
+        used = imported_modules(path.read_text(encoding="utf-8")) & {"benchmarks", "results"}
+        allowed = {"benchmarks": {"benchmarks"}, "results": {"benchmarks", "results"}}
+        assert used <= allowed.get(path.parent.name, set()), f"{path.name} imports {used}"
 
 
 def test_the_network_is_used_in_fetch_alone():

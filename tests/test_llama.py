@@ -10,7 +10,16 @@ import oracle
 import sanity_check
 from config import LlamaConfig
 from conftest import random_llama
-from llama import Attention, FeedForward, KVCache, Llama, LlamaLayer, RMSNorm, require_exactly
+from llama import (
+    Attention,
+    FeedForward,
+    KVCache,
+    Llama,
+    LlamaLayer,
+    RMSNorm,
+    _SiLUGate,
+    require_exactly,
+)
 
 MODES = ("full", "causal")
 
@@ -368,3 +377,39 @@ def test_halved_pairs_undo_a_rope_that_pairs_halves(monkeypatch):
     assert (run(model, tokens)[1] - expected).abs().max() > 1e-2
     sanity_check.pair_halves(model)
     torch.testing.assert_close(run(model, tokens)[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_silu_gate_has_the_gradient_of_its_formula():
+    torch.manual_seed(0)
+    gate, up = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.equal(_SiLUGate.apply(gate, up), torch.nn.functional.silu(gate) * up)
+    assert torch.autograd.gradcheck(_SiLUGate.apply, (gate, up))
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+def test_hidden_states_are_forward_without_logits(attention):
+    model = random_llama(attention=attention)
+    tokens, lengths = torch.randint(320, (3, 9)), torch.tensor([9, 2, 5])
+    asked = []
+    model.output.register_forward_pre_hook(lambda *_: asked.append(1))
+    assert torch.equal(model.hidden_states(tokens, lengths), model(tokens, lengths=lengths)[1])
+    assert len(asked) == 1  # by forward
+
+
+def test_weights_are_taken_over_and_loading_draws_no_random_numbers():
+    model = random_llama()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = torch.get_rng_state()
+    loaded = Llama.from_weights(model.config, weights)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert loaded.norm.weight.data_ptr() == weights["norm.weight"].data_ptr()
+    assert loaded.tok_embeddings.weight is loaded.output.weight
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    tokens = torch.randint(320, (2, 7))
+    assert torch.equal(loaded(tokens)[1], model(tokens)[1])
+
+
+def test_weights_in_half_precision_become_float32():
+    model = random_llama()
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    assert Llama.from_weights(model.config, half).dtype == torch.float32

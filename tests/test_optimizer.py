@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import optimizer as optimizer_module
 import optimizer_test
 from optimizer import AdamW
 
@@ -156,3 +157,26 @@ def test_bad_hyperparameters_are_refused_by_name(name, value):
         AdamW([parameter], **{name: value})
     with pytest.raises(ValueError, match=name):
         AdamW([{"params": [parameter], name: value}])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_chunks_change_nothing(monkeypatch, weight_decay):
+    start, grads = random_problem()
+    ends = []
+    for chunk in (1, 5, 1000):
+        monkeypatch.setattr(optimizer_module, "CHUNK", chunk)
+        parameter = torch.nn.Parameter(torch.tensor(start))
+        take_steps(AdamW([parameter], lr=0.01, weight_decay=weight_decay), parameter, grads)
+        ends.append(parameter.detach())
+    torch.testing.assert_close(ends[0], ends[2], rtol=1e-14, atol=0)
+    torch.testing.assert_close(ends[1], ends[2], rtol=1e-14, atol=0)
+
+
+def test_a_transposed_parameter_is_updated_like_any_other():
+    start, grads = random_problem()
+    plain = torch.nn.Parameter(torch.tensor(start))
+    strided = torch.nn.Parameter(torch.tensor(start).t().contiguous().t())
+    assert not strided.is_contiguous()
+    for parameter in (plain, strided):
+        take_steps(AdamW([parameter], lr=0.01, weight_decay=0.1), parameter, grads)
+    torch.testing.assert_close(plain, strided, rtol=1e-14, atol=0)

@@ -52,3 +52,16 @@ def test_a_seed_repeats_the_draws_of_python_numpy_and_torch():
 
 def test_without_use_gpu_the_device_is_the_cpu():
     assert pick_device(False).type == "cpu"
+
+
+def test_cuda_may_multiply_in_tf32_and_the_cpu_is_left_alone(monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        assert pick_device(False).type == "cpu"
+        assert matmul.fp32_precision == before
+        assert pick_device(True).type == "cuda"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
