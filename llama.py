@@ -74,7 +74,6 @@ class Attention(nn.Module):
         self.config = config
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
-        self.n_rep = config.n_heads // config.n_kv_heads
         self.head_dim = config.head_dim
         self.max_seq_len = config.max_seq_len
         self.compute_query = Linear(config.dim, config.n_heads * self.head_dim)

@@ -64,11 +64,12 @@ def make_llama(contender: str, shape: str, attention: str) -> nn.Module:
     return plain.eval()
 
 
-def transformers_config(shape: str, **options: Any) -> Any:
+def transformers_config(c: LlamaConfig, **options: Any) -> Any:
+    """The same shape, as transformers wants it described."""
     import transformers
 
-    c = LlamaConfig(**SHAPES[shape])
-    ours = Llama(c).layers[0].feed_forward.w1
+    with torch.device("meta"):
+        ours = Llama(c).layers[0].feed_forward.w1
     return transformers.LlamaConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.dim,
@@ -90,7 +91,7 @@ def make_classifier(contender: str, shape: str, attention: str) -> nn.Module:
         import transformers
 
         torch.manual_seed(SEED)
-        config = transformers_config(shape, num_labels=N_LABELS)
+        config = transformers_config(LlamaConfig(**SHAPES[shape]), num_labels=N_LABELS)
         return transformers.LlamaForSequenceClassification(config)
     llama = make_llama(contender, shape, attention)
     settings = SimpleNamespace(num_labels=N_LABELS, hidden_dropout_prob=0.3, option="finetune")
@@ -131,7 +132,9 @@ def generate(contender: str, shape: str, attention: str) -> Job:
     if contender == "transformers":
         import transformers
 
-        model = transformers.LlamaForCausalLM(transformers_config(shape)).eval()
+        model = transformers.LlamaForCausalLM(
+            transformers_config(LlamaConfig(**SHAPES[shape]))
+        ).eval()
         options = {"max_new_tokens": N_NEW, "min_new_tokens": N_NEW, "do_sample": False}
         attended = torch.ones_like(idx)
         return lambda _: model.generate(idx, attention_mask=attended, **options)[0].tolist()
@@ -242,7 +245,7 @@ def prompt(contender: str, shape: str, dataset: str, batch_size: int, n_batches:
         return lambda _: naive.evaluate(plain, batches)
     import transformers
 
-    theirs = transformers.LlamaForCausalLM(transformers_config(shape)).eval()
+    theirs = transformers.LlamaForCausalLM(transformers_config(LlamaConfig(**SHAPES[shape]))).eval()
     ids = torch.tensor([int(label) for label in labels])
 
     @torch.no_grad()
@@ -314,7 +317,9 @@ def start_up(contender: str, shape: str, scratch: str) -> Job:
     if contender == "transformers" and not folder.exists():
         import transformers
 
-        transformers.LlamaForCausalLM(transformers_config(shape)).save_pretrained(folder)
+        transformers.LlamaForCausalLM(
+            transformers_config(LlamaConfig(**SHAPES[shape]))
+        ).save_pretrained(folder)
     if contender != "transformers" and not file.exists():
         llama = make_llama("ours", shape, "causal")
         content = {"model": llama.state_dict(), "model_args": llama.config.to_dict()}

@@ -8,6 +8,7 @@ import torch
 
 import oracle
 import sanity_check
+from benchmarks.jobs import transformers_config
 from config import LlamaConfig
 from conftest import random_llama
 from llama import (
@@ -73,19 +74,7 @@ def test_causal_model_is_the_llama_of_transformers():
     transformers = pytest.importorskip("transformers", reason="development extra")
     model = random_llama(attention="causal", n_heads=8, n_kv_heads=4, dim=64)
     c = model.config
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.dim,
-            intermediate_size=model.layers[0].feed_forward.w1.out_features,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads,
-            max_position_embeddings=c.max_seq_len,
-            rms_norm_eps=c.layer_norm_eps,
-            tie_word_embeddings=True,
-        )
-    ).eval()
+    theirs = transformers.LlamaForCausalLM(transformers_config(c)).eval()
     names = {
         "tok_embeddings": "model.embed_tokens",
         "layers": "model.layers",
