@@ -70,7 +70,11 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, 
 
 
 def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
-    """A dict of plain data from a torch file, on the CPU; a ValueError names the file."""
+    """A dict of plain data from a torch file, on the CPU; a ValueError names the file.
+
+    Tensors are mapped from the file, not copied: it may be replaced or deleted while they live, but
+    not written in place (`cp` onto it), as the operating system would end the program.
+    """
     try:
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -140,7 +144,7 @@ def _read_bin(path: Path, head: bytes) -> tuple[dict[str, Any], dict[str, torch.
         (f"layers.{i}.{name}.weight", shape) for name, shape in per_layer for i in range(n_layers)
     ]
     layout = [*before, *layers, *after]
-    data = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c", offset=_BIN_HEADER.size))
+    data = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=_BIN_HEADER.size))
     parts = torch.split(data, [math.prod(shape) for _, shape in layout])
     weights = {
         name: part.view(shape)

@@ -45,13 +45,14 @@ class _Product(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (..., I), weight (O, I) -> x weight^T (..., O), differentiable as often as you like."""
+    """x (..., I), weight (O, I) -> x weight^T (..., O), for autograd (not for torch.func)."""
     if (
         _onednn_linear is None
         or x.device.type != "cpu"
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
         or torch.is_autocast_enabled("cpu")
+        or x.shape[-1] != weight.shape[1]  # an error, which F.linear words better
         or (multiplications := x.numel() * weight.shape[0]) < SMALL_ROW
         or (multiplications < SMALL and x.numel() > x.shape[-1])
     ):

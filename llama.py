@@ -107,6 +107,10 @@ class Attention(nn.Module):
             readable = key_mask[:, None, None, :]  # (B, 1, 1, S)
             mask = readable if mask is None else mask & readable
         grouped = query.shape[1] != key.shape[1]
+        if grouped and query.device.type != "cpu":  # elsewhere few fused kernels know groups
+            n_rep = query.shape[1] // key.shape[1]
+            key, value = (t.repeat_interleave(n_rep, dim=1) for t in (key, value))
+            grouped = False
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout_p, is_causal=whole, enable_gqa=grouped
         )
@@ -139,7 +143,7 @@ class Attention(nn.Module):
 
 class _SiLUGate(torch.autograd.Function):
     """SiLU(gate) * up. Keeps these two alone for the gradient; autograd would keep SiLU(gate) too,
-    which in the largest layer is a quarter of the memory."""
+    one of the four tensors of a feed-forward layer's hidden size."""
 
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -230,6 +234,7 @@ class Llama(LlamaPreTrainedModel):
             model = cls(config)
         require_exactly(model, weights)
         tied = torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
+        weights = _unshared(weights)
         model.load_state_dict(weights, assign=True)
         if tied:
             model.tok_embeddings.weight = model.output.weight
@@ -313,6 +318,18 @@ class Llama(LlamaPreTrainedModel):
                     logits, _ = self(idx[:, -window:])
                 idx = torch.cat((idx, pick_next(logits[:, -1], temperature)), dim=1)
         return idx.clone()  # an ordinary tensor again, fit for autograd
+
+
+def _unshared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights; what overlaps itself or an earlier one is copied, so that an optimizer
+    steps every number once."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in weights.items():
+        shared = tensor.data_ptr() in seen or not tensor.is_contiguous()
+        own[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
+        seen.add(tensor.data_ptr())
+    return own
 
 
 def pick_next(logits: torch.Tensor, temperature: float) -> torch.Tensor:

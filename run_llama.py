@@ -37,7 +37,13 @@ from training import (
     save_classifier,
     train_classifier,
 )
-from utils import atomic_write, keep_freed_memory, pick_device, seed_everything
+from utils import (
+    allow_tf32,
+    atomic_write,
+    keep_freed_memory,
+    pick_device,
+    seed_everything,
+)
 
 PREFIX = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
@@ -367,6 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     seed_everything(args.seed)
     if args.option == "finetune":
         keep_freed_memory()
+        allow_tf32()
     {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}[args.option](args)
 
 

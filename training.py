@@ -66,9 +66,9 @@ def log_probs_of(
     """Log-probabilities (B, n_labels); lengths are handed to models that say they read them."""
     inputs = {}
     if getattr(model, "reads_lengths", False):
-        inputs["lengths"] = batch["lengths"].to(device, non_blocking=True)
+        inputs["lengths"] = batch["lengths"].to(device)
     with precision(device, bf16):
-        return model(batch["token_ids"].to(device, non_blocking=True), **inputs)
+        return model(batch["token_ids"].to(device), **inputs)
 
 
 @torch.inference_mode()
@@ -163,7 +163,7 @@ def _train_epoch(
     total, n_right = 0.0, 0
     bar = tqdm(loader, desc=f"train-{epoch}", disable=None, leave=False)
     for step, batch in enumerate(bar, start=epoch * len(loader)):
-        labels = batch["labels"].to(device, non_blocking=True)
+        labels = batch["labels"].to(device)
         log_probs = log_probs_of(model, batch, device, recipe.bf16)
         loss = F.nll_loss(log_probs, labels, reduction="sum") / batch_size
         loss.backward()

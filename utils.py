@@ -23,19 +23,22 @@ def seed_everything(seed: int = 11711) -> None:
 
 
 def pick_device(use_gpu: bool) -> torch.device:
-    """The CPU, or with `use_gpu` a CUDA device, else Apple's MPS, else a ValueError.
-
-    CUDA is told to multiply float32 matrices in TF32, which reads 10 of their 23 bits of fraction:
-    several times faster, and what training is used to.
-    """
+    """The CPU, or with `use_gpu` a CUDA device, else Apple's MPS, else a ValueError."""
     if not use_gpu:
         return torch.device("cpu")
     if torch.cuda.is_available():
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
     raise ValueError("--use_gpu: this PyTorch sees neither a CUDA nor an MPS device; leave it out")
+
+
+def allow_tf32() -> None:
+    """Lets CUDA multiply float32 matrices in TF32, which reads 10 of their 23 bits of fraction.
+
+    For training: its results then differ from a CPU's in the third digit. Not measured here.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Everything is random but of the real shape and the real lengths. Naive and ours 
 weights; transformers has its own of the same shape. A job's result is compared between contenders.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -188,7 +189,10 @@ def transformers_inputs(batch: naive.Batch) -> dict[str, torch.Tensor]:
 
 
 def epoch(contender: str, shape: str, dataset: str, batch_size: int, n_batches: int) -> Job:
-    """An epoch of a masked mode on few sentences, with the pass for the train accuracy."""
+    """An epoch of a masked mode on few sentences, with the passes for train and dev accuracy.
+
+    Gives the mean loss, which also depends on how the sentences meet in batches.
+    """
     data = make_data(dataset, n_batches * batch_size, shape)
     few = SentenceDataset(data.examples[:batch_size], PAD)
     model = make_classifier(contender, shape, "causal")
@@ -196,21 +200,26 @@ def epoch(contender: str, shape: str, dataset: str, batch_size: int, n_batches: 
         keep_freed_memory()
         options = {"batch_size": batch_size, "lr": LR, "seed": SEED, "device": CPU}
         return lambda _: (
-            train_classifier(model, data, few, epochs=1, on_epoch=lambda *_: None, **options)
-            and len(data)
+            train_classifier(model, data, few, epochs=1, on_epoch=lambda *_: None, **options)[
+                0
+            ].train_loss
         )
     batches, dev = in_order(data, batch_size), in_order(few, batch_size)
 
-    def plain(_: Any) -> int:
-        naive.train(model, naive.NaiveAdamW(model.parameters(), lr=LR), batches, batch_size)
-        return len(naive.evaluate(model, batches) + naive.evaluate(model, dev)) - len(few)
+    def plain(_: Any) -> float:
+        optimizer = naive.NaiveAdamW(model.parameters(), lr=LR)
+        losses = naive.train(model, optimizer, batches, batch_size)
+        naive.evaluate(model, batches + dev)
+        return sum(losses) / len(losses)
 
-    def theirs(_: Any) -> int:
-        transformers_train(model, torch.optim.AdamW(model.parameters(), lr=LR), batches)
+    def theirs(_: Any) -> float:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+        losses = transformers_train(model, optimizer, batches)
+        model.eval()
         with torch.no_grad():
-            model.eval()
-            said = [model(**transformers_inputs(b)).logits.argmax(1) for b in batches + dev]
-        return len(torch.cat(said)) - len(few)
+            for batch in batches + dev:
+                model(**transformers_inputs(batch)).logits.argmax(dim=1).tolist()
+        return sum(losses) / len(losses)
 
     return plain if contender == "naive" else theirs
 
@@ -326,8 +335,13 @@ def start_up(contender: str, shape: str, scratch: str) -> Job:
         save_torch_file(file, content)
     code = _FIRST_TOKEN[contender].format(file=str(file), folder=str(folder), n=N_PROMPT)
     root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-c", code]
-    return lambda _: subprocess.run(command, check=True, cwd=root, stderr=subprocess.DEVNULL) and 0
+    process = {
+        "args": [sys.executable, "-c", code],
+        "cwd": root,
+        "env": {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        "stderr": subprocess.DEVNULL,
+    }
+    return lambda _: subprocess.run(**process, check=True).returncode
 
 
 def curve(contender: str, shape: str, sizes: list[tuple[int, int]]) -> Job:

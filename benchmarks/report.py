@@ -2,9 +2,18 @@
 
 from typing import Any
 
-from benchmarks.rows import CONTENDERS
+from benchmarks.rows import CONTENDERS, Counts, all_rows
 
 Measured = dict[str, Any]  # a row as results/speed.json has it
+
+
+def with_limits(rows: list[Measured]) -> list[Measured]:
+    """The rows, each with `limit_seconds` on a machine of the rates that were measured with it."""
+    limits = {row.name: row.limit for row in all_rows("")}
+    return [
+        row | {"limit_seconds": limits[row["row"]](Counts(row["shape"], row["rates"]))}
+        for row in rows
+    ]
 
 
 def speedup(measured: Measured, other: str) -> float | None:

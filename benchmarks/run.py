@@ -19,7 +19,7 @@ from typing import Any
 import cli
 from benchmarks.jobs import SHAPES
 from benchmarks.plot import plot
-from benchmarks.report import check, others, table
+from benchmarks.report import Measured, check, others, table, with_limits
 from benchmarks.rows import CONTENDERS, Counts, Row, all_rows
 from benchmarks.workers import take_turns
 from utils import atomic_write
@@ -38,7 +38,7 @@ def measure_machine(repeats: int, threads: int) -> dict[str, float]:
     return {"bytes_per_s": 2**28 / seconds[contenders[0]], "operations_per_s": best, **rates}
 
 
-def measure_row(row: Row, counts: Counts, repeats: int, threads: int) -> dict[str, Any]:
+def measure_row(row: Row, counts: Counts, repeats: int, threads: int, command: str) -> Measured:
     options = {"shape": counts.shape, **row.options}
     measured = take_turns(row.maker, row.contenders, options, repeats, threads)
     results = {name: m.pop("result") for name, m in measured.items()}
@@ -48,9 +48,11 @@ def measure_row(row: Row, counts: Counts, repeats: int, threads: int) -> dict[st
     return {
         "shape": counts.shape,
         "row": row.name,
+        "command": command,
+        "threads": threads,
         "unit": row.unit,
         "amount": row.amount(counts),
-        "limit_seconds": row.limit(counts),
+        "rates": counts.rates,
         "ours_vs_naive": difference(results["ours"], results["naive"]),
         "contenders": measured,
     }
@@ -61,7 +63,8 @@ def difference(ours: Any, theirs: Any) -> str | None:
     if not isinstance(ours, list) or not ours:
         return None
     if isinstance(ours[0], float):
-        return f"losses differ by at most {max(abs(a - b) for a, b in zip(ours, theirs)):.1e}"  # noqa: B905
+        largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        return f"losses differ by at most {largest:.1e}"
     n = sum(a != b for a, b in zip(ours, theirs, strict=True))
     return f"{n} of {len(ours)} differ"
 
@@ -93,33 +96,39 @@ def main(argv: list[str] | None = None) -> None:
     for shape in args.shapes:
         if shape not in SHAPES:
             raise ValueError(f"--shapes {shape}: is not one of {', '.join(SHAPES)}")
+    command = " ".join(["python -m benchmarks.run", *given])
     rates = measure_machine(args.repeats, args.threads)
     print({name: f"{rate / 1e9:.1f}e9" for name, rate in rates.items()}, flush=True)
     measured, growth = [], None
     with tempfile.TemporaryDirectory() as scratch:
         rows = [row for row in all_rows(scratch) if args.rows in row.name]
+        if not rows:
+            names = "; ".join(row.name for row in all_rows(scratch))
+            raise ValueError(f"--rows {args.rows!r}: is in none of the names {names}")
         for shape in args.shapes:
             counts = Counts(shape, rates)
             for row in rows:
-                measured.append(measure_row(row, counts, args.repeats, args.threads))
-                print(table(measured[-1:]).splitlines()[-1], flush=True)
+                measured.append(measure_row(row, counts, args.repeats, args.threads, command))
+                print(table(with_limits(measured[-1:])).splitlines()[-1], flush=True)
     if args.plot:
         growth = measure_growth(args.shapes[0], args.repeats, args.threads)
-    content = {
-        "command": " ".join(["python -m benchmarks.run", *given]),
-        "threads": args.threads,
-        "repeats": args.repeats,
-        "rates": rates,
-        "rows": measured,
-        "growth": growth,
-    }
+    content = merge(Path(args.out), measured, growth)
     with atomic_write(args.out) as file:
         file.write(json.dumps(content, indent=1) + "\n")
-    print(table(measured), others(measured), sep="\n\n")
-    print(check(measured, {row.name: row.targets for row in rows}))
+    everything = with_limits(content["rows"])
+    print(table(everything), others(everything), sep="\n\n")
+    print(check(everything, {row.name: row.targets for row in all_rows("")}))
     print(f"wrote {args.out}")
     if args.plot:
         print("wrote", *plot(content, Path(args.out).with_suffix("")))
+
+
+def merge(path: Path, rows: list[Measured], growth: dict[str, Any] | None) -> dict[str, Any]:
+    """What the file holds, with what was measured in place of its own."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    new = {(row["shape"], row["row"]): row for row in rows}
+    kept = [new.pop((row["shape"], row["row"]), row) for row in old["rows"]]
+    return {"rows": [*kept, *new.values()], "growth": growth or old.get("growth")}
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def table(folder: Path = FOLDER) -> str:
 def speed_table(path: Path = FOLDER / "speed.json", shape: str = "stories42M") -> str:
     """The rows of one shape of what benchmarks.run measured."""
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return benchmarks.report.table([row for row in rows if row["shape"] == shape])
+    here = [row for row in rows if row["shape"] == shape]
+    return benchmarks.report.table(benchmarks.report.with_limits(here))
 
 
 def insert(text: str, new: str, name: str) -> str:

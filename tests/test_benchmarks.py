@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import linear
-from benchmarks import jobs, lengths, plot, report, run, workers
+from benchmarks import jobs, lengths, plot, profile, report, run, workers
 from benchmarks.rows import Counts, all_rows
 from conftest import ROOT, shared_asset
 from llama import Llama
@@ -85,11 +85,24 @@ def test_prompting_contenders_predict_the_same(tiny):
 
 
 @pytest.mark.parametrize("contender", ["naive", "ours", "transformers"])
-def test_an_epoch_is_over_all_sentences(tiny, contender):
-    row = row_named("epoch, masked, cfimdb x 10")
-    n_done = work(row, contender, tiny)
-    expected = row.amount(Counts(tiny, RATES))
-    assert (len(n_done) if isinstance(n_done, list) else n_done) == expected
+def test_an_epoch_reads_all_sentences_twice_and_a_batch_more(tiny, contender, monkeypatch):
+    row, rows_read, make = row_named("epoch, masked, cfimdb x 10"), [], jobs.make_classifier
+
+    def watched(*args):
+        model = make(*args)
+
+        def count(_module, inputs, options):
+            tokens = inputs[0] if inputs else options["input_ids"]
+            rows_read.append((model.training, len(tokens)))
+
+        model.register_forward_pre_hook(count, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(jobs, "make_classifier", watched)
+    assert 1.0 < work(row, contender, tiny) < 3.0  # the mean loss, about log 5
+    n = row.amount(Counts(tiny, RATES))
+    assert sum(length for training, length in rows_read if training) == n
+    assert sum(length for training, length in rows_read if not training) == n + 10
 
 
 def test_transformers_generates_and_is_asked_as_often(tiny):
@@ -131,6 +144,7 @@ def test_operations_are_those_that_torch_counts(tiny, monkeypatch, n_logits):
     counts = Counts(tiny, RATES)
     model = Llama(counts.config)
     tokens = torch.randint(300, (1, 40))
+    # The counter's attention is of full sequences; of a causal one half the scores are needed.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         _ = model(tokens) if n_logits else model.hidden_states(tokens)
     # Flash attention on a CPU is not in its table: two products of T x T x dim in each layer.
@@ -148,6 +162,8 @@ def test_limits_are_bytes_and_operations_over_the_rates(tiny):
     steps = row_named("finetune, full, sst x 80")
     tokens = steps.amount(counts)
     assert steps.limit(counts) > 6 * counts.n_in_layers * tokens / 1e9
+    causal, full = counts.forward([40], causal=True), counts.forward([40])
+    assert full - causal == 4 * 2 * 32 * sum(range(40))  # layers, dim, scores above the diagonal
     assert counts.n_in_layers == n - 320 * 32 - 5 * 32  # without embedding and five norms
 
 
@@ -213,7 +229,13 @@ def test_a_run_writes_its_numbers_and_a_plot(tmp_path, capsys):
     run.main([*options, "--out", str(out)])
     content = json.loads(out.read_text())
     assert [row["row"] for row in content["rows"]] == ["AdamW step"]
-    assert report.table(content["rows"]) in capsys.readouterr().out
+    everything = report.with_limits(content["rows"])
+    assert report.table(everything) in capsys.readouterr().out
+    another = [*options[:3], "generate, full", *options[4:]]
+    run.main([*another, "--out", str(out)])
+    both = json.loads(out.read_text())["rows"]
+    assert [row["row"] for row in both] == ["AdamW step", "generate, full"]
+    assert both[0] == content["rows"][0]
     content["growth"] = {
         "shape": "stories260K",
         "points": [(2, 4), (2, 8), (1, 4), (2, 4)],
@@ -224,6 +246,12 @@ def test_a_run_writes_its_numbers_and_a_plot(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"speed.json", "speed.png", "growth.png"}
 
 
-def test_an_unknown_shape_is_refused():
+def test_an_unknown_shape_row_or_contender_is_refused():
+    for package in ("transformers", "matplotlib"):
+        pytest.importorskip(package, reason="a development extra")
     with pytest.raises(ValueError, match="llama7b"):
         run.main(["--shapes", "llama7b"])
+    with pytest.raises(ValueError, match="no such row"):
+        profile.main(["no such row"])
+    with pytest.raises(ValueError, match="transformers"):
+        profile.main(["generate, full", "--shape", "stories260K", "--contender", "transformers"])

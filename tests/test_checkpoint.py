@@ -679,8 +679,7 @@ def test_a_model_of_the_published_shape_loads_under_both_naming_schemes(tmp_path
     assert str(caught.value) == f"{path}: missing: layers.3.attention.compute_key.weight"
 
 
-def test_a_loaded_model_outlives_its_file(tmp_path):
-    """Its weights are mapped from the file, which may be written anew or deleted all the same."""
+def test_a_loaded_model_outlives_a_replaced_file(tmp_path):
     model = random_llama()
     path = save_llama(model, tmp_path / "model.pt")
     loaded = load_pretrained(path)

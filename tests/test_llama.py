@@ -398,6 +398,23 @@ def test_weights_are_taken_over_and_loading_draws_no_random_numbers():
     assert torch.equal(loaded(tokens)[1], model(tokens)[1])
 
 
+@pytest.mark.parametrize("share", ["two names", "expanded"])
+def test_weights_that_share_memory_in_a_file_are_trained_apart(share):
+    model = random_llama()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "layers.1.feed_forward.w1.weight"
+    if share == "two names":
+        weights[name] = weights[name.replace("1", "0", 1)]
+    else:
+        weights[name] = torch.ones(1, 1).expand_as(weights[name])
+    loaded = Llama.from_weights(model.config, weights)
+    before = loaded.layers[0].feed_forward.w1.weight.detach().clone()
+    with torch.no_grad():
+        loaded.get_parameter(name).add_(1.0)
+    assert torch.equal(loaded.layers[0].feed_forward.w1.weight, before)
+    assert torch.equal(loaded.get_parameter(name), weights[name] + 1.0)
+
+
 def test_weights_in_half_precision_become_float32():
     model = random_llama()
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}

@@ -100,17 +100,17 @@ def halves_paired(monkeypatch):
     monkeypatch.setattr("rope._rotate", rotate)
 
 
-def weights_not_loaded(monkeypatch):
+def attention_not_loaded(monkeypatch):
     load_state_dict = llama.Llama.load_state_dict
 
-    def skip_attention(self, weights, **options):
+    def with_random_attention(self, weights, **options):
         half_read = {
             name: torch.randn_like(tensor) if "attention." in name else tensor
             for name, tensor in weights.items()
         }
         return load_state_dict(self, half_read, **options)
 
-    monkeypatch.setattr(llama.Llama, "load_state_dict", skip_attention)
+    monkeypatch.setattr(llama.Llama, "load_state_dict", with_random_attention)
 
 
 def wrong_eps(monkeypatch):
@@ -128,7 +128,7 @@ def wrong_eps(monkeypatch):
     [
         (causal_mask, "a causal mask"),
         (halves_paired, "wrong RoPE pairing"),
-        (weights_not_loaded, "random weights"),
+        (attention_not_loaded, "random weights"),
         (wrong_eps, "none of the usual mistakes"),
     ],
 )

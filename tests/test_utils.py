@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import atomic_write, pick_device, seed_everything
+from utils import allow_tf32, atomic_write, pick_device, seed_everything
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -54,14 +54,13 @@ def test_without_use_gpu_the_device_is_the_cpu():
     assert pick_device(False).type == "cpu"
 
 
-def test_cuda_may_multiply_in_tf32_and_the_cpu_is_left_alone(monkeypatch):
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_cuda_may_multiply_in_tf32_and_a_cpu_is_left_alone():
+    before = torch.backends.cuda.matmul.fp32_precision
+    a = torch.randn(64, 64)
+    exact = a @ a
     try:
-        assert pick_device(False).type == "cpu"
-        assert matmul.fp32_precision == before
-        assert pick_device(True).type == "cuda"
-        assert matmul.fp32_precision == "tf32"
+        allow_tf32()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.equal(a @ a, exact)
     finally:
-        matmul.fp32_precision = before
+        torch.backends.cuda.matmul.fp32_precision = before
