@@ -159,6 +159,17 @@ def test_bad_hyperparameters_are_refused_by_name(name, value):
         AdamW([{"params": [parameter], name: value}])
 
 
+def test_a_number_whose_gradient_was_always_zero_stays_until_it_has_one():
+    start = np.ones(8)
+    grads = np.zeros((3, 8))
+    grads[1:, 4:] = [[0.5], [-0.25]]
+    parameter = torch.nn.Parameter(torch.tensor(start))
+    take_steps(AdamW([parameter], lr=0.01), parameter, grads)
+    theta, *_ = equations(start, grads, 0.01, (0.9, 0.999), 1e-6, 0.0, True)
+    assert parameter[:4].tolist() == [1.0] * 4
+    np.testing.assert_allclose(parameter.detach().numpy(), theta, rtol=1e-12)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_chunks_change_nothing(monkeypatch, weight_decay):
     start, grads = random_problem()
