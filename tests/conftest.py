@@ -32,7 +32,9 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sentence = "good bad this movie is a good bad film and the story was good or bad"
     words = sentence.split(" ")
     text = folder / "text.txt"
-    text.write_text("\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words))))
+    text.write_text(
+        "\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words))), encoding="utf-8"
+    )
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(folder / "tokenizer"),
@@ -78,14 +80,14 @@ def workplace(tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
     save_llama(random_llama(scale=1.0), tmp_path / "model.pt")
-    (tmp_path / "labels.json").write_text('["bad", "good"]')
+    (tmp_path / "labels.json").write_text('["bad", "good"]', encoding="utf-8")
     good = ["this film is good", "a warm movie", "her story is good", "the heart is warm"]
     bad = ["this film is bad", "a bad movie", "her story was bad", "this was a bad film"]
     lines = [
         f"{label} ||| {s}" for pair in zip(bad, good, strict=True) for label, s in enumerate(pair)
     ]
     for name in ("train", "dev", "test"):
-        (tmp_path / f"toy-{name}.txt").write_text("\n".join(lines) + "\n")
+        (tmp_path / f"toy-{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return tmp_path
 
 

@@ -585,7 +585,7 @@ def little_memory(n_bytes: int):
     statm = Path("/proc/self/statm")
     if not statm.exists():
         pytest.skip("needs /proc to know how much is in use")
-    in_use = int(statm.read_text().split()[0]) * resource.getpagesize()
+    in_use = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (in_use + n_bytes, limits[1]))
     try:

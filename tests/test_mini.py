@@ -115,7 +115,7 @@ def bare(clone, *options):
         cwd=clone,
         env={**os.environ, **OFFLINE},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=600,
     )
 

@@ -12,11 +12,11 @@ from utils import allow_tf32, atomic_write, pick_device, seed_everything
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "out.txt"
-    path.write_text("old")
+    path.write_text("old", encoding="utf-8")
     with pytest.raises(RuntimeError), atomic_write(path) as file:
         file.write("half")
         raise RuntimeError
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -39,7 +39,7 @@ def test_a_long_name_is_no_obstacle(tmp_path):
     path = tmp_path / ("名" * 82 + ".txt")
     with atomic_write(path) as file:
         file.write("x")
-    assert path.read_text() == "x"
+    assert path.read_text(encoding="utf-8") == "x"
 
 
 def test_a_seed_repeats_the_draws_of_python_numpy_and_torch():
