@@ -1,5 +1,6 @@
 """Small stand-ins for the real thing, made on the spot, and the real thing where it lies about."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def shared_asset(path: str) -> Path:
     if not (SHARED / path).exists():
         pytest.skip(f"needs ../shared/{path}, which is not here")
     return SHARED / path
+
+
+@pytest.fixture(autouse=True)
+def seeded_torch() -> None:
+    """What a test draws depends on the run's seed and on the test, not on those before it.
+
+    pytest-randomly seeds Python and NumPy before each test and leaves PyTorch out.
+    """
+    torch.manual_seed(random.getrandbits(32))
 
 
 @pytest.fixture(scope="session")
