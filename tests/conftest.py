@@ -1,6 +1,7 @@
 """Small stand-ins for the real thing, made on the spot, and the real thing where it lies about."""
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def shared_asset(path: str) -> Path:
     if not (SHARED / path).exists():
         pytest.skip(f"needs ../shared/{path}, which is not here")
     return SHARED / path
+
+
+def copy_project(folder: Path) -> Path:
+    """A copy without what setup.sh downloads: the code, the demo data, the bundled model."""
+    for pattern in ("*.py", "data/*.py", "data/demo-*", "data/mini/*", "data/*.json"):
+        for path in ROOT.glob(pattern):
+            target = folder / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return folder
 
 
 @pytest.fixture(autouse=True)
