@@ -219,7 +219,10 @@ def make_loader(
     the longest to the shortest, in which case the loader's `sampler` is the list of indices.
     """
     lengths = [len(example.tokens) for example in dataset.examples]
-    options: dict[str, Any] = {"generator": shuffle_by, "collate_fn": dataset.collate_fn}
+    # Without one of its own a loader draws from the global generator, and evaluating once more or
+    # less would change the dropout of all later training.
+    generator = shuffle_by or torch.Generator()
+    options: dict[str, Any] = {"generator": generator, "collate_fn": dataset.collate_fn}
     if shuffle_by is not None and similar_lengths:
         batches = SimilarLengths(lengths, batch_size, shuffle_by)
         return DataLoader(dataset, batch_sampler=batches, **options)

@@ -8,8 +8,11 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"cli", "config", "linear", "rope", "optimizer", "tokenizer", "utils", "checkpoint"},
-    {"base_llama", "steps"},
+    {
+        *("config", "linear", "rope", "optimizer", "tokenizer", "utils", "checkpoint"),
+        "interrupts",
+    },
+    {"base_llama", "steps", "cli", "locks", "resume"},
     {"llama"},
     {"classifier", "dataset", "options"},
     {"training"},
