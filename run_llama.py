@@ -25,6 +25,7 @@ from dataset import (
     read_label_names,
     read_sentences,
 )
+from interrupts import Stopped
 from llama import Llama, load_pretrained
 from locks import sole_writer
 from options import checkpoint_path, get_args, outputs, require_folder, require_output_names
@@ -273,15 +274,18 @@ def finetune(args: argparse.Namespace) -> None:
     require_output_names(args, "finetuning")
     _read_dev_and_test(args, len(read_label_names(args.label_names)))  # before the work, not after
     history = train(args)
-    print("Epoch | Train Loss | Train Acc | Dev Acc")
-    for r in history:
-        print(
-            f"{r.epoch:5d} | {r.train_loss:10.3f} | {r.train_accuracy:9.3f} | {r.dev_accuracy:7.3f}"
-        )
-    for split, result in test(args).items():
-        if result.macro_f1 is not None:
-            print(f"{split} macro f1 :: {result.macro_f1:.3f}")
-    state_path(checkpoint_path(args)).unlink(missing_ok=True)  # nothing is left to resume
+    try:
+        print("Epoch | Train Loss | Train Acc | Dev Acc")
+        for r in history:
+            accuracies = f"{r.train_accuracy:9.3f} | {r.dev_accuracy:7.3f}"
+            print(f"{r.epoch:5d} | {r.train_loss:10.3f} | {accuracies}")
+        for split, result in test(args).items():
+            if result.macro_f1 is not None:
+                print(f"{split} macro f1 :: {result.macro_f1:.3f}")
+    except Stopped as stopped:
+        stopped.is_resumable = True  # with no step to take
+        raise
+    state_path(checkpoint_path(args)).unlink(missing_ok=True)  # there is nothing left to resume
 
 
 # ---------------------------------------------------------------- from args to named parameters

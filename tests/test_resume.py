@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import interrupts
+import run_llama
 import training
 from checkpoint import load_torch_file
 from classifier import LlamaEmbeddingClassifier
@@ -366,6 +367,39 @@ def test_weights_that_are_no_numbers_are_not_kept(run, workplace, monkeypatch):
     for name in ("finetune-toy-2-0.001.pt", "finetune-toy-2-0.001.state.pt"):
         kept = load_torch_file(workplace / name)["model"]
         assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+def test_an_output_folder_that_vanished_costs_no_training(run, workplace, monkeypatch):
+    (workplace / "out").mkdir()
+    outputs = [f"--{split}_out=out/{split}-finetuning-output.txt" for split in ("dev", "test")]
+    load_classifier = run_llama.load_classifier
+
+    def load_while_it_vanishes(path):
+        shutil.rmtree(workplace / "out")
+        return load_classifier(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_llama, "load_classifier", load_while_it_vanishes)
+        code, said, error = finetune(run, *outputs)
+    assert code == 2 and error.count("\n") == 1
+    assert error.endswith("out/dev-finetuning-output.txt: No such file or directory\n")
+    (workplace / "out").mkdir()
+    code, resumed, _ = finetune(run, *outputs, "--resume")
+    assert code == 0 and "in epoch 2, behind 0 batches" in resumed
+    assert resumed[resumed.index("Epoch |") :].startswith(said[said.index("Epoch |") :][:120])
+    assert len(list((workplace / "out").iterdir())) == 2
+
+
+def test_a_run_stopped_in_its_last_evaluation_can_be_resumed(run, workplace, monkeypatch):
+    def stop(path):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_llama, "load_classifier", stop)
+        code, _, error = finetune(run)
+    assert code == 130 and "interrupted; to go on: " in error
+    assert finetune(run, "--resume")[0] == 0
+    assert finetune(run)[0] == 0  # and then nothing bars a new run
 
 
 def test_too_little_room_is_said_before_the_training(run, workplace, monkeypatch):
