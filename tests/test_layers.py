@@ -8,7 +8,10 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"cli", "config", "linear", "rope", "optimizer", "tokenizer", "utils", "checkpoint"},
+    {
+        *("cli", "config", "labelled", "linear", "rope", "optimizer", "tokenizer", "utils"),
+        "checkpoint",
+    },
     {"base_llama", "steps"},
     {"llama"},
     {"classifier", "dataset", "options"},
