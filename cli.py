@@ -65,6 +65,12 @@ def _exit_with_line(message: str, code: int, cause: Exception | None = None) -> 
     sys.exit(code)
 
 
+def shown(name: str) -> str:
+    """A name from a file, fit for one line: no control characters, and not longer than a line."""
+    name = name if len(name) <= 200 else f"{name[:197]}..."
+    return name if name.isprintable() else ascii(name)
+
+
 def positive_int(text: str) -> int:
     """An argparse type: 1, 2, 3, ..."""
     return _number(text, int, lambda value: value >= 1, "an integer of at least 1")

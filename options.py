@@ -148,7 +148,7 @@ def checkpoint_path(args: argparse.Namespace) -> str:
     return getattr(args, "filepath", None) or f"{args.option}-{dataset}-{args.epochs}-{args.lr}.pt"
 
 
-def outputs(args: argparse.Namespace) -> list[str]:
+def output_files(args: argparse.Namespace) -> list[str]:
     """The files that the option writes."""
     if args.option == "generate":
         return [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]

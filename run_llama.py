@@ -28,7 +28,7 @@ from dataset import (
 from interrupts import Stopped
 from llama import Llama, load_pretrained
 from locks import sole_writer
-from options import checkpoint_path, get_args, outputs, require_folder, require_output_names
+from options import checkpoint_path, get_args, output_files, require_folder, require_output_names
 from resume import Keeper, require_space, state_path
 from tokenizer import Tokenizer, find_tokenizer_model
 from training import (
@@ -405,7 +405,7 @@ def _evaluate_and_write(
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
-    for path in outputs(args):
+    for path in output_files(args):
         require_folder(path)
     seed_everything(args.seed)
     if args.option == "finetune":
@@ -414,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
     option = {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}[
         args.option
     ]
-    with sole_writer(*outputs(args)):
+    with sole_writer(*output_files(args)):
         option(args)
 
 

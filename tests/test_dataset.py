@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dataset
+import labelled
 from conftest import ROOT, shared_asset
 from dataset import (
     Example,
@@ -170,7 +171,7 @@ def test_a_file_of_placeholder_labels_is_a_test_file_without_labels(write, monke
     content = b"0 ||| a\n0 ||| b\n"
     path = write(content)
     assert read_sentences(path, unlabelled=True) == [("a", 0), ("b", 0)]
-    monkeypatch.setattr(dataset, "PLACEHOLDER_SHA256", {hashlib.sha256(content).hexdigest()})
+    monkeypatch.setattr(labelled, "PLACEHOLDER_SHA256", {hashlib.sha256(content).hexdigest()})
     assert read_sentences(path, unlabelled=True) == [("a", -1), ("b", -1)]
     assert "placeholder labels, fit for --test alone" in refusal(read_sentences, path)
     other = write(content + b"1 ||| c\n")

@@ -9,12 +9,12 @@ from conftest import ROOT
 
 LAYERS = [
     {
-        *("config", "linear", "rope", "optimizer", "tokenizer", "utils", "checkpoint"),
-        "interrupts",
+        *("config", "labelled", "linear", "rope", "optimizer", "tokenizer", "utils"),
+        *("checkpoint", "interrupts"),
     },
     {"base_llama", "steps", "cli", "locks", "resume"},
-    {"llama"},
-    {"classifier", "dataset", "options"},
+    {"llama", "outputs", "sources"},
+    {"classifier", "dataset", "options", "archive"},
     {"training"},
     {"run_llama", "sanity_check", "prepare_submit", "optimizer_test", "rope_test"},
 ]
