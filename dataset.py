@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from config import MAX_LABELS, shown
 from tokenizer import Tokenizer
 
 SEPARATOR = " ||| "
@@ -31,6 +32,7 @@ def read_label_names(path: str | os.PathLike) -> list[str]:
     text = _decode(_read_bytes(Path(path)), Path(path))
     try:
         names = json.loads(text)
+        described = json.dumps(names)[:100]
     except (ValueError, RecursionError) as error:
         place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
         raise ValueError(
@@ -42,8 +44,13 @@ def read_label_names(path: str | os.PathLike) -> list[str]:
     if not is_list_of_names or len(set(names)) != len(names) or len(names) < 2:
         raise ValueError(
             f"{path}: is not a JSON list of at least two different names "
-            f'such as ["bad", "good"], but {json.dumps(names)[:100]}'
+            f'such as ["bad", "good"], but {described}'
         )
+    if len(names) > MAX_LABELS:
+        raise ValueError(f"{path}: holds {len(names)} names, more than {MAX_LABELS}")
+    for name in names:
+        if re.search("[\ud800-\udfff]", name):  # JSON can write half a letter, UTF-8 cannot
+            raise ValueError(f"{path}: {shown(ascii(name))} has a lone surrogate, which is no text")
     return names
 
 

@@ -262,7 +262,7 @@ def test_no_tensor_but_a_tied_output_may_be_missing(path, name):
         ({"n_heads": 5}, ["dim=32", "n_heads=5"]),
         ({"attention": "sliding"}, ["attention='sliding'"]),
         ({"dropout": float("nan")}, ["dropout=nan"]),
-        ({1: 2}, ["1=2"]),
+        ({1: 2}, ["model_args[1] has no string for a key"]),
     ],
 )
 def test_model_args_that_describe_another_or_no_model_are_named(path, model_args, named):
@@ -377,8 +377,9 @@ def test_a_torch_file_of_something_else_is_told_what_it_holds(path, content, wor
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("vocab_size", 2**45, "misshapen: tok_embeddings.weight"),
-        ("n_layers", 2**30, "n_layers=1073741824 but only"),
+        ("vocab_size", 2**28, "misshapen: tok_embeddings.weight"),
+        ("vocab_size", 2**45, "vocab_size=35184372088832 exceeds 268435456"),
+        ("n_layers", 2**28, "n_layers=268435456 but only"),
         ("self", 1, "unknown LlamaConfig key: self=1"),
     ],
 )
