@@ -10,6 +10,7 @@ Two formats are known, told apart by their content and never by their name:
   each kind for all layers in a row.
 """
 
+import errno
 import io
 import math
 import mmap
@@ -93,9 +94,9 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch, on kinds of tensors that are refused
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except OSError:
-        raise
     except Exception as error:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that: a position below 0
+            raise
         # Not torch's own words: they advise to load it without weights_only.
         raise ValueError(
             f"{path}: cannot be read as a checkpoint: it is damaged, or holds more than tensors "
