@@ -66,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, 
         head = file.read(512)
     if not head:
         raise ValueError(f"{path}: is empty; delete it and download it again")
-    if zipfile.is_zipfile(path) or head.startswith(_LEGACY_TORCH_MAGIC):
+    if _is_zip(path) or head.startswith(_LEGACY_TORCH_MAGIC):
         return _read_torch(path)
     if head.startswith(b"PK"):
         raise ValueError(f"{path}: is truncated; delete it and download it again")
@@ -86,7 +86,7 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
     not written in place (`cp` onto it), as the operating system would end the program. What the
     file declares is held against its size, so that a small file cannot ask for much memory.
     """
-    is_zip = zipfile.is_zipfile(path)
+    is_zip = _is_zip(path)
     try:
         bomb = _unpacked_bomb(path) if is_zip else None
         if bomb is None:
@@ -109,6 +109,13 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
     _require_kinds(path, content)
     _require_backed(path, content)
     return content
+
+
+def _is_zip(path: str | os.PathLike) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its end says zip64, and nonsense
+        return True
 
 
 def _unpacked_bomb(path: str | os.PathLike) -> str | None:

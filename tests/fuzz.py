@@ -212,7 +212,9 @@ def _run_batch(target: Target, n_cases: int, batch_seed: int, current: Path, pip
         if problem is not None:
             report["findings"].append(finding("failure", problem, inputs))
 
-    run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, on the strange tensors that are drawn
+        run()
     return report
 
 

@@ -32,6 +32,7 @@ def test_at_least_two_thousand_cases_run_here():
     assert sum(CASES.values()) >= 2000
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, on the strange tensors that are drawn
 @pytest.mark.parametrize("name", list(TARGETS))
 def test_whatever_is_read_ends_with_a_documented_exit_code_and_one_line(name):
     target = TARGETS[name]
