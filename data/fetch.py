@@ -188,6 +188,9 @@ def receive(asset: Asset, url: str, part: Path, down: dict[str, str]) -> None:
     if response.status == 206 and not span.startswith(f"bytes {start}-"):
         response.close()
         start, response = 0, connect(url, 0, down)
+        if response.status == 206:
+            response.close()
+            raise UnavailableError("sends a part of the file that was not asked for")
     if response.status != 206:  # the server ignores ranges: this is the whole file
         start = 0
     total = None if response.length is None else start + response.length
