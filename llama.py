@@ -235,8 +235,9 @@ class Llama(LlamaPreTrainedModel):
             model = cls(config)
         require_exactly(model, weights)
         weights = {name: tensor.float() for name, tensor in weights.items()}
-        require_finite(weights)
         tied = torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
+        twice = ("output.weight",) if tied else ()
+        require_finite({name: weights[name] for name in weights if name not in twice})
         weights = _unshared(weights)
         model.load_state_dict(weights, assign=True)
         if tied:

@@ -143,8 +143,8 @@ def check_size(asset: Asset, n_bytes: int) -> None:
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl):
+        fp.close()  # else urllib reads all of what came with it, however long
         if not is_allowed(newurl):
-            fp.close()
             raise UnavailableError(f"its redirect to {newurl} is refused: not https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

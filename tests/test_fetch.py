@@ -122,6 +122,12 @@ class Handler(BaseHTTPRequestHandler):
     def serve_to_here(self, start):
         self.answer(302, b"", Location="/ranges")
 
+    def serve_to_here_with_much(self, start):
+        self.answer(302, b"x", n_promised=10**15, Location="/ranges")
+
+    def serve_to_here_with_more(self, start):
+        self.answer(302, b"x", n_promised=10**30, Location="/ranges")
+
     def serve_to_nonsense(self, start):
         self.answer(302, b"", Location="https://[nonsense")
 
@@ -230,7 +236,10 @@ def error_lines(capsys):
     return lines
 
 
-@pytest.mark.parametrize("path", ["ranges", "no-ranges", "to-here"])
+REDIRECTS = ["to-here", "to-here-with-much", "to-here-with-more"]
+
+
+@pytest.mark.parametrize("path", ["ranges", "no-ranges", *REDIRECTS])
 def test_a_missing_file_is_downloaded_and_leaves_nothing_else(path, server, root, capfd):
     assert run(root, entry(server.url + path)) == 0
     assert (root / "data/file.bin").read_bytes() == BODY
