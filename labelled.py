@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from config import MAX_LABELS, shown
+
 SEPARATOR = " ||| "
 NO_GOLD_LABEL = -1
 # cfimdb-test.txt as it is published: every label is 0, a placeholder.
@@ -39,6 +41,11 @@ def parse_label_names(content: bytes, path: str | os.PathLike) -> list[str]:
             f"{path}: is not a JSON list of at least two different names "
             f'such as ["bad", "good"], but {" ".join(text.split())[:100]}'
         )
+    if len(names) > MAX_LABELS:
+        raise ValueError(f"{path}: holds {len(names)} names, more than {MAX_LABELS}")
+    for name in names:
+        if re.search("[\ud800-\udfff]", name):  # JSON can write half a letter, UTF-8 cannot
+            raise ValueError(f"{path}: {shown(ascii(name))} has a lone surrogate, which is no text")
     return names
 
 

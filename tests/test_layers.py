@@ -9,10 +9,10 @@ from conftest import ROOT
 
 LAYERS = [
     {
-        *("config", "labelled", "linear", "rope", "optimizer", "tokenizer", "utils"),
+        *("config", "linear", "rope", "optimizer", "tokenizer", "utils"),
         *("checkpoint", "interrupts"),
     },
-    {"base_llama", "steps", "cli", "locks", "resume"},
+    {"base_llama", "steps", "cli", "labelled", "locks", "resume"},
     {"llama", "outputs", "sources"},
     {"classifier", "dataset", "options", "archive"},
     {"training"},

@@ -27,7 +27,16 @@ from submission import (
     zip_of,
 )
 
-MODULES = ("prepare_submit", "archive", "outputs", "sources", "labelled", "cli", "interrupts")
+MODULES = (
+    "prepare_submit",
+    "archive",
+    "outputs",
+    "sources",
+    "labelled",
+    "config",
+    "cli",
+    "interrupts",
+)
 
 
 @pytest.fixture
