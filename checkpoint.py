@@ -10,11 +10,18 @@ Two formats are known, told apart by their content and never by their name:
   each kind for all layers in a row.
 """
 
+import errno
+import io
 import math
+import mmap
 import os
+import pickletools
 import re
+import reprlib
 import struct
+import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +42,9 @@ _BIN_HEADER = struct.Struct("<7i")
 _VERSIONED_BIN_MAGIC = 0x616B3432  # "ak42": llama2.c's later exports
 _LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before torch 1.6's zip files
 _TEXT_BEGINNINGS = (b"<", b"{", b"version https://git-lfs")
+# torch reads a pickle's instructions one by one in Python, and tuples within tuples crash Python
+# itself from about 10^5 on. A checkpoint of 1,000 tensors and their optimizer has a tenth of these.
+_MAX_INSTRUCTIONS, _MAX_TUPLES = 500_000, 50_000
 # The assignment's LlamaConfig has these too; nothing reads them.
 _UNREAD_ARGS = ("position_embedding_type", "use_cache")
 
@@ -56,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, 
         head = file.read(512)
     if not head:
         raise ValueError(f"{path}: is empty; delete it and download it again")
-    if zipfile.is_zipfile(path) or head.startswith(_LEGACY_TORCH_MAGIC):
+    if _is_zip(path) or head.startswith(_LEGACY_TORCH_MAGIC):
         return _read_torch(path)
     if head.startswith(b"PK"):
         raise ValueError(f"{path}: is truncated; delete it and download it again")
@@ -73,45 +83,156 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
     """A dict of plain data from a torch file, on the CPU; a ValueError names the file.
 
     Tensors are mapped from the file, not copied: it may be replaced or deleted while they live, but
-    not written in place (`cp` onto it), as the operating system would end the program.
+    not written in place (`cp` onto it), as the operating system would end the program. What the
+    file declares is held against its size, so that a small file cannot ask for much memory.
     """
+    is_zip = _is_zip(path)
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except OSError:
-        raise
+        bomb = _unpacked_bomb(path) if is_zip else None
+        if bomb is None:
+            _require_modest_pickles(path, is_zip)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, on kinds of tensors that are refused
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that: a position below 0
+            raise
         # Not torch's own words: they advise to load it without weights_only.
         raise ValueError(
             f"{path}: cannot be read as a checkpoint: it is damaged, or holds more than tensors "
             "and plain data (none of it was executed)"
         ) from error
+    if bomb is not None:
+        raise ValueError(f"{path}: {bomb}; no checkpoint is compressed, download it again")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dict")
+    _require_kinds(path, content)
+    _require_backed(path, content)
     return content
+
+
+def _is_zip(path: str | os.PathLike) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its end says zip64, and nonsense
+        return True
+
+
+def _unpacked_bomb(path: str | os.PathLike) -> str | None:
+    """What is wrong where a zip unpacks to more than it is: torch writes its zips uncompressed."""
+    size = Path(path).stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+    return f"unpacks to {unpacked:,} bytes and has {size:,}" if unpacked > size else None
+
+
+def _require_modest_pickles(path: str | os.PathLike, is_zip: bool) -> None:
+    """ValueError where torch would take long over a file's pickles, or crash, executing nothing."""
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [archive.read(n) for n in archive.namelist() if n.lower().endswith(".pkl")]
+        for content in pickles:
+            _require_modest(io.BytesIO(content), 1)
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        _require_modest(content, 5)  # magic number, version, system, content, names of the storages
+
+
+def _require_modest(stream: Any, n_pickles: int) -> None:
+    n_instructions, n_tuples = 0, 0
+    for _ in range(n_pickles):
+        for opcode, _, _ in pickletools.genops(stream):
+            n_instructions += 1
+            n_tuples += "TUPLE" in opcode.name
+            if n_instructions > _MAX_INSTRUCTIONS or n_tuples > _MAX_TUPLES:
+                raise ValueError("more instructions than any checkpoint has")
+
+
+def _require_kinds(path: str | os.PathLike, content: dict) -> None:
+    """ValueError where an entry that every reader knows is of another kind than they expect."""
+    for key in ("model", "model_args", "model_config"):
+        if key in content and not isinstance(content[key], dict):
+            raise ValueError(f"{path}: has no dict {key}; it holds {listed(content)}")
+    for key in ("model_args", "model_config"):
+        for name in content.get(key, {}):
+            if not isinstance(name, str):
+                raise ValueError(f"{path}: {key}[{reprlib.repr(name)}] has no string for a key")
+    for name, tensor in content.get("model", {}).items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: model[{reprlib.repr(name)}] is not a named tensor")
+        is_dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+        if not is_dense or tensor.is_complex() or tensor.is_quantized:
+            raise ValueError(f"{path}: {_cut(name)} is no dense tensor of real numbers")
+    labels = content.get("label_names", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path}: label_names is not a list of strings")
+
+
+def _require_backed(path: str | os.PathLike, content: dict) -> None:
+    """ValueError where tensors, by views that repeat their numbers, declare more than the file.
+
+    Twice its size is allowed, as an embedding may be stored once under two names.
+    """
+    size = Path(path).stat().st_size
+    inner = [
+        value for entry in content.values() if isinstance(entry, dict) for value in entry.values()
+    ]
+    declared = sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in [*content.values(), *inner]
+        if isinstance(tensor, torch.Tensor) and not tensor.is_nested and not tensor.is_meta
+    )
+    if declared > 2 * size:
+        raise ValueError(f"{path}: declares tensors of {declared:,} bytes, it has {size:,}")
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     content = load_torch_file(path)
-    absent = [key for key in ("model", "model_args") if not isinstance(content.get(key), dict)]
+    absent = [key for key in ("model", "model_args") if key not in content]
     if absent:
-        keys = ", ".join(map(str, content)) or "nothing"
-        raise ValueError(f"{path}: has no dict {' and no '.join(absent)}; it holds {keys}")
+        held = listed(content) or "nothing"
+        raise ValueError(f"{path}: has no dict {' and no '.join(absent)}; it holds {held}")
     weights = {}
     for name, tensor in content["model"].items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: model[{name!r}] is not a named tensor")
         name = _cmu_name(name)
         if name in weights:
-            raise ValueError(f"{path}: holds {name} twice, under two names")
+            raise ValueError(f"{path}: holds {_cut(name)} twice, under two names")
         if _DERIVED.fullmatch(name):
             continue
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{path}: {name} is no dense tensor of real numbers")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {_cut(name)} is no dense tensor of real numbers")
         weights[name] = tensor.float()
-    model_args = {str(key): value for key, value in content["model_args"].items()}
+    model_args = content["model_args"]
     return {key: model_args[key] for key in model_args if key not in _UNREAD_ARGS}, weights
+
+
+def require_finite(weights: dict[str, torch.Tensor]) -> None:
+    """Raises one ValueError that lists every tensor with a NaN or an infinity in it.
+
+    With those a model computes nothing but more of them, and says so late: where a token is drawn.
+    """
+    with torch.no_grad():
+        faulty = [
+            name
+            for name, tensor in weights.items()
+            if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax())
+        ]
+    if faulty:
+        raise ValueError(
+            f"NaN or infinite numbers in {listed(faulty)}; the file is damaged, or its training "
+            "diverged"
+        )
+
+
+def listed(keys: Iterable[Any]) -> str:
+    """Keys for a message, each cut and at most 50: a file may declare any."""
+    shown = [_cut(key) if isinstance(key, str) else reprlib.repr(key) for key in keys]
+    more = f" and {len(shown) - 50} more" if len(shown) > 50 else ""
+    return ", ".join(shown[:50]) + more
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 100 else f"{name[:97]}..."
 
 
 def _cmu_name(name: str) -> str:

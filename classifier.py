@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import POOLINGS, LlamaConfig
+from checkpoint import require_finite
+from config import POOLINGS, LlamaConfig, require_classifier_config
 from llama import Llama, last_real, load_pretrained, require_exactly
 from tokenizer import Tokenizer
 
@@ -139,6 +140,7 @@ class LlamaEmbeddingClassifier(_Classifier):
         cls, config: Any, llama_config: LlamaConfig, weights: dict[str, torch.Tensor]
     ) -> "LlamaEmbeddingClassifier":
         """A classifier in eval mode with exactly these weights, of Llama and head."""
+        require_classifier_config(config)
         prefix = "llama."
         llama_weights = {
             name.removeprefix(prefix): tensor
@@ -148,6 +150,7 @@ class LlamaEmbeddingClassifier(_Classifier):
         model = cls(config, Llama.from_weights(llama_config, llama_weights))
         require_exactly(model, weights)
         model.load_state_dict(weights)
+        require_finite(model.classifier_head.state_dict())
         return model.eval()
 
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:

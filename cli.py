@@ -1,16 +1,19 @@
 """How every script here fails: one line on standard error and an exit code, no traceback.
 
-Exit codes: 0 done; 1 a check failed; 2 usage or input error; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 a check failed; 2 usage or input error; 130 stopped by Ctrl-C, 143 by SIGTERM.
 `python -X dev script.py ...` shows the traceback behind an input error.
 """
 
 import argparse
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+import interrupts
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -29,27 +32,43 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if hasattr(sys.stdout, "reconfigure"):  # generated text on a terminal that lacks a letter
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = main()
+        with interrupts.raised():
+            code = main()
         sys.stdout.flush()  # here, where a reader who left is handled, and not at exit
         sys.exit(code)
     except BrokenPipeError:  # the reader of our output left: `run_llama.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
+    except interrupts.Stopped as stopped:
+        go_on = f"; to go on: {resume_command()}" if stopped.is_resumable else ""
+        _exit_with_line(f"{stopped}{go_on}", stopped.exit_code)
+    except KeyboardInterrupt:  # raised by other means than a signal
         _exit_with_line("interrupted", 130)
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
-        _exit_with_line(f"{where}{error.strerror or error}", 2, error)
+        _exit_with_line(f"error: {where}{error.strerror or error}", 2, error)
     except ValueError as error:
-        _exit_with_line(str(error), 2, error)
+        _exit_with_line(f"error: {error}", 2, error)
+
+
+def resume_command() -> str:
+    """The command that this process was started by, with --resume."""
+    command = sys.orig_argv
+    return shlex.join(command if "--resume" in command else [*command, "--resume"])
 
 
 def _exit_with_line(message: str, code: int, cause: Exception | None = None) -> NoReturn:
     if cause is not None and sys.flags.dev_mode:
         raise cause
     program = Path(sys.argv[0]).name
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def shown(name: str) -> str:
+    """A name from a file, fit for one line: no control characters, and not longer than a line."""
+    name = name if len(name) <= 200 else f"{name[:197]}..."
+    return name if name.isprintable() else ascii(name)
 
 
 def positive_int(text: str) -> int:

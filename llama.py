@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from base_llama import LlamaPreTrainedModel
-from checkpoint import read_checkpoint
+from checkpoint import listed, read_checkpoint, require_finite
 from config import LlamaConfig
 from linear import Linear
 from rope import apply_rotary_emb
@@ -223,17 +223,21 @@ class Llama(LlamaPreTrainedModel):
         """A float32 model in eval mode with exactly these weights, in their memory, not a copy.
 
         `output.weight` may be absent or equal to the embedding (tied), or differ (then untied).
-        ValueError lists every missing, unexpected and misshapen tensor.
+        ValueError lists every missing, unexpected and misshapen tensor, or those that hold numbers
+        which are none.
         """
-        if config.n_layers > len(weights) + 1000:  # too many to build for a list of what is missing
+        if config.n_layers > len(weights) // 9 + 100:  # too many to build for a list of the missing
             raise ValueError(f"n_layers={config.n_layers} but only {len(weights)} tensors")
-        weights = {name: tensor.float() for name, tensor in weights.items()}
+        weights = dict(weights)
         if "tok_embeddings.weight" in weights:
             weights.setdefault("output.weight", weights["tok_embeddings.weight"])
         with torch.device("meta"):  # a shape without memory, and without drawing initial weights
             model = cls(config)
         require_exactly(model, weights)
+        weights = {name: tensor.float() for name, tensor in weights.items()}
         tied = torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
+        twice = ("output.weight",) if tied else ()
+        require_finite({name: weights[name] for name in weights if name not in twice})
         weights = _unshared(weights)
         model.load_state_dict(weights, assign=True)
         if tied:
@@ -336,7 +340,10 @@ def pick_next(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """(B, V) -> (B, 1): the likeliest token at temperature 0, else a sample."""
     if temperature < torch.finfo(logits.dtype).tiny:  # 0, or what would be rounded to 0
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
+    largest = logits.amax(dim=-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or diverged")
+    logits = logits - largest  # a tiny temperature must not overflow
     return torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1)
 
 
@@ -360,7 +367,7 @@ def require_exactly(module: nn.Module, weights: dict[str, torch.Tensor]) -> None
     }
     if any(faults.values()):
         raise ValueError(
-            "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+            "; ".join(f"{kind}: {listed(names)}" for kind, names in faults.items() if names)
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cli
 from config import ATTENTION_MODES, POOLINGS
+from resume import state_path
 
 ROOT = Path(__file__).resolve().parent
 SPLITS_READ_BY = {"generate": (), "prompt": ("dev", "test"), "finetune": ("train", "dev", "test")}
@@ -81,6 +82,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="extra",
         help="from an extra pass over the train data, or from the training passes",
     )
+    recipe("--resume", action="store_true", help="go on with an interrupted run of these options")
+    recipe(
+        "--save_minutes",
+        type=cli.non_negative_float,
+        default=5.0,
+        help="between saves of the state that --resume reads (default 5, and after each epoch)",
+    )
     args = parser.parse_args(argv)
     fill_defaults(args)
     print(f"args: {vars(args)}")
@@ -140,6 +148,17 @@ def checkpoint_path(args: argparse.Namespace) -> str:
     dataset = train.parent.name if train.stem == "train" else train.stem.removesuffix("-train")
     dataset = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", dataset)  # no name on Windows has these
     return getattr(args, "filepath", None) or f"{args.option}-{dataset}-{args.epochs}-{args.lr}.pt"
+
+
+def output_files(args: argparse.Namespace) -> list[str]:
+    """The files that the option writes."""
+    if args.option == "generate":
+        return [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
+    predictions = [args.dev_out, args.test_out]
+    if args.option == "prompt":
+        return predictions
+    checkpoint = checkpoint_path(args)
+    return [checkpoint, str(state_path(checkpoint)), *predictions]
 
 
 def require_folder(outfile: str) -> None:

@@ -5,41 +5,51 @@
 
 Every violation is found before any is reported, all in one AssertionError. `ID.zip` appears in the
 current folder only after the finished archive has passed the check, and the same folder always
-gives the same bytes.
+gives the same bytes. What may be read of a zip is in `archive.py`, what an output file must hold in
+`outputs.py`, what a source may import in `sources.py`.
 """
 
-import ast
 import os
 import stat
 import sys
-import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from string import ascii_letters, digits
 
 import cli
-
-OUTPUTS = tuple(
-    f"{data}-{split}-{option}-output.txt"
-    for data in ("sst", "cfimdb")
-    for split in ("dev", "test")
-    for option in ("prompting", "finetuning")
+from archive import (
+    MAX_ENTRIES,
+    MAX_NAME,
+    crowd_problem,
+    is_read,
+    member_problems,
+    opened,
+    read_members,
+    within_bounds,
 )
+from outputs import (
+    GENERATED,
+    OUTPUTS,
+    PAIRS,
+    SPLITS,
+    References,
+    find_references,
+    is_blank,
+    output_problems,
+)
+from sources import source_problems
+
 REQUIRED = (
     *("run_llama.py", "base_llama.py", "llama.py", "rope.py", "classifier.py", "config.py"),
     *("optimizer.py", "sanity_check.py", "tokenizer.py", "utils.py"),
     *("README.md", "structure.md", "sanity_check.data", "setup.sh"),
-    *("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt"),
+    *GENERATED,
     *OUTPUTS,
 )
-PAIRS = tuple(
-    (f"{data}-dev-advanced-output.txt", f"{data}-test-advanced-output.txt")
-    for data in ("sst", "cfimdb")
-)
-RUNTIME_PACKAGES = frozenset({"torch", "numpy", "sentencepiece", "tqdm", "sklearn"})
+MAX_SHOWN = 200  # violations
 
 _VENV_NAMES = ("venv", "env", ".venv")
 _WEIGHTS = (".pt", ".pth", ".bin", ".safetensors", ".model", ".ckpt")
@@ -77,13 +87,10 @@ def _raise_for(problems: Iterable[str], place: str | os.PathLike) -> None:
     problems = list(dict.fromkeys(problems))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [f"{count} in {_shown(os.fspath(place))}:", *problems]
+        more = len(problems) - MAX_SHOWN
+        lines = [f"{count} in {cli.shown(os.fspath(place))}:", *problems[:MAX_SHOWN]]
+        lines += [f"... and {more:,} more"] if more > 0 else []
         raise AssertionError("\n  ".join(lines))  # not `assert`, which `python -O` removes
-
-
-def _shown(name: str) -> str:
-    """A file name on one line, whatever characters it has."""
-    return name if name.isprintable() else ascii(name)
 
 
 def _pack(folder: Path, aid: str) -> None:
@@ -91,15 +98,21 @@ def _pack(folder: Path, aid: str) -> None:
         _raise_for(["pyvenv.cfg: the folder is itself a virtual environment; move that"], folder)
     files, bad_links = _travelers(folder)
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    sources = {name: path.read_bytes() for name, path in files.items() if name.endswith(".py")}
-    names = [f"{aid}/{name}" for name in files]
-    _raise_for([*_name_problems(names), *_tree_problems(sizes, sources, bad_links)], folder)
+    readable, problems = within_bounds(sizes)
+    contents = {name: files[name].read_bytes() for name in readable if is_read(name)}
+    splits = {name: folder / name for name in SPLITS if _lies_in(folder / name, folder)}
+    references = find_references(contents, splits)
+    problems += _name_problems(files)
+    problems += _tree_problems(sizes, contents, references, bad_links)
+    if problems and (note := references.note()):
+        print(note, flush=True)
+    _raise_for(problems, folder)
 
     target = Path(f"{aid}.zip")
     temporary = Path(f".{aid}.zip.{os.getpid()}.tmp")
     try:
         _write_zip(temporary, files, aid)
-        problems, listing = _inspect(temporary, aid)
+        problems, listing = _inspect(temporary, aid, splits)
         _raise_for(problems, target)
         temporary.replace(target)
     except OSError as error:
@@ -118,7 +131,6 @@ def _travelers(folder: Path) -> tuple[dict[str, Path], set[str]]:
     Only names below `folder` count: it may itself lie in a `.git` or a `data`.
     """
     files, bad_links = {}, set()
-    real_folder = folder.resolve()
     for root, subfolders, names in os.walk(folder, onerror=_raise):
         below = "".join(f"{part}/" for part in Path(root).relative_to(folder).parts)
         venvs = [below + sub for sub in subfolders if _is_file(Path(root, sub, "pyvenv.cfg"))]
@@ -127,7 +139,7 @@ def _travelers(folder: Path) -> tuple[dict[str, Path], set[str]]:
             path = Path(root, name)
             if _junk(below + name):
                 continue
-            if _is_file(path) and path.resolve().is_relative_to(real_folder):
+            if _lies_in(path, folder):
                 files[below + name] = path
             elif path.is_symlink():
                 bad_links.add(below + name)
@@ -136,6 +148,11 @@ def _travelers(folder: Path) -> tuple[dict[str, Path], set[str]]:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether it is a file, and no link leads out of the folder to it."""
+    return _is_file(path) and path.resolve().is_relative_to(folder.resolve())
 
 
 def _is_file(path: Path) -> bool:
@@ -179,7 +196,7 @@ def _kind(part: str, is_folder: bool) -> str | None:
 
 
 def _write_zip(file: Path, files: Mapping[str, Path], aid: str) -> None:
-    with zipfile.ZipFile(file, "w") as archive:
+    with zipfile.ZipFile(file, "x") as archive:
         for name, path in files.items():
             info = zipfile.ZipInfo(f"{aid}/{name}", _OLDEST_ZIP_DATE)
             info.compress_type = zipfile.ZIP_DEFLATED
@@ -189,68 +206,72 @@ def _write_zip(file: Path, files: Mapping[str, Path], aid: str) -> None:
             archive.writestr(info, path.read_bytes())
 
 
-def _inspect(file: Path, aid: str) -> tuple[list[str], list[str]]:
+def _inspect(
+    file: Path, aid: str, splits: Mapping[str, Path] | None = None
+) -> tuple[list[str], list[str]]:
     """What is wrong with a zip, and the lines to print about what is in it."""
-    if not file.is_file():
-        raise ValueError(f"{file}: not a zip file")
-    try:
-        archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise ValueError(f"{file}: not a zip file that can be read ({error})") from error
-    with archive:
+    with opened(file) as archive:
         infos = archive.infolist()
-        sources, problems = _read_members(archive)
-    problems += _name_problems([info.filename for info in infos])
-    names = {info.filename for info in infos if not _is_unsafe(info.filename)}
-    top, top_problems = _top_folder(names, aid)
-    problems += top_problems
+        if len(infos) > MAX_ENTRIES:
+            return [crowd_problem(infos)], [f"{len(infos):,} entries"]
+        problems = _name_problems([info.filename for info in infos])
+        by_name = {info.filename: info for info in infos if not _is_unsafe(info.filename)}
+        top, top_problems = _top_folder(by_name, aid)
+        problems += top_problems
+        inside = {name.removeprefix(top): name for name in by_name if name.startswith(top)}
+        travelers, forbidden, junk_problems = _sort_out(inside)
+        problems += junk_problems
 
-    inside = {name.removeprefix(top): name for name in names if name.startswith(top)}
+        refused, refusals = member_problems(infos)
+        costs = {
+            name: max(info.file_size, info.compress_size)  # either can be the larger by far
+            for name, info in by_name.items()
+            if name not in forbidden | refused
+        }
+        readable, bound_problems = within_bounds(costs, top)
+        wanted = {name: by_name[full] for name, full in travelers.items() if full in readable}
+        contents, read_problems = read_members(archive, wanted)
+    references = find_references(contents, splits or {})
+    sizes = {name: by_name[full].file_size for name, full in travelers.items()}
+    problems = [*refusals, *bound_problems, *read_problems, *problems]
+    problems += _tree_problems(sizes, contents, references)
+    return problems, [*_listing(infos), *filter(None, [references.note()])]
+
+
+def _sort_out(inside: Mapping[str, str]) -> tuple[dict[str, str], set[str], list[str]]:
+    """Of the members by their name below the top folder: those that travel, the full names of
+    those that must not be there, and what is wrong with these."""
     venvs = {name.removesuffix("/pyvenv.cfg") for name in inside if name.endswith("/pyvenv.cfg")}
     junk = {name: _junk(name, venvs) for name in inside}
-    for kind, culprit in sorted(filter(None, junk.values())):
-        if kind in _FORBIDDEN:
-            problems.append(f"{_shown(culprit)}: {kind} must not be in the zip")
-    sizes = {info.filename: info.file_size for info in infos}
-    travelers = {short: full for short, full in inside.items() if not junk[short]}
-    problems += _tree_problems(
-        {short: sizes[full] for short, full in travelers.items()},
-        {short: sources[full] for short, full in travelers.items() if full in sources},
-    )
-    return problems, list(_listing(infos))
-
-
-def _read_members(archive: zipfile.ZipFile) -> tuple[dict[str, bytes], list[str]]:
-    """Every Python source in the archive; reading each member to its end checks its CRC."""
-    sources, problems = {}, []
-    for info in archive.infolist():
-        if stat.S_ISLNK(info.external_attr >> 16):
-            problems.append(f"{_shown(info.filename)}: is a symbolic link; pack the file itself")
-        try:
-            with archive.open(info) as member:
-                if info.filename.endswith(".py"):
-                    sources[info.filename] = member.read()
-                while member.read(1 << 20):
-                    pass
-        except Exception as error:  # zipfile and each compression have errors of their own
-            problems.append(f"{_shown(info.filename)}: corrupt or unreadable ({error})")
-    return sources, problems
+    travelers = {name: full for name, full in inside.items() if not junk[name]}
+    found = {name: why for name, why in junk.items() if why and why[0] in _FORBIDDEN}
+    problems = [
+        f"{cli.shown(culprit)}: {kind} must not be in the zip"
+        for kind, culprit in sorted(found.values())
+    ]
+    return travelers, {inside[name] for name in found}, problems
 
 
 def _is_unsafe(name: str) -> bool:
-    """Whether unpacking may write elsewhere than at `name` below the current folder."""
+    """Whether unpacking may fail, or write elsewhere than at `name` below the current folder."""
     parts = name.removesuffix("/").split("/")
-    return "\\" in name or name[1:2] == ":" or any(part in ("", ".", "..") for part in parts)
+    is_odd = "\\" in name or name[1:2] == ":" or any(part in ("", ".", "..") for part in parts)
+    return is_odd or len(name) > MAX_NAME
 
 
-def _name_problems(names: Collection[str]) -> Iterator[str]:
+def _name_problems(names: Collection[str]) -> list[str]:
+    problems = []
     for name, count in Counter(name.removesuffix("/") for name in names).items():
+        shown = cli.shown(name)
         if count > 1:
-            yield f"{_shown(name)}: {count} entries of this name"
-        if _is_unsafe(name):
-            yield f"{_shown(name)}: the name is absolute or has a '..', a '.' or a backslash"
+            problems.append(f"{shown}: {count} entries of this name")
+        if len(name) > MAX_NAME:
+            problems.append(f"{shown}: a name of {len(name):,} characters; use {MAX_NAME} at most")
+        elif _is_unsafe(name):
+            problems.append(f"{shown}: the name is absolute or has a '..', a '.' or a backslash")
         if any("\ud800" <= letter <= "\udfff" for letter in name):  # how Python reads such bytes
-            yield f"{_shown(name)}: the file name is not UTF-8"
+            problems.append(f"{shown}: the file name is not UTF-8")
+    return problems
 
 
 def _top_folder(names: Iterable[str], aid: str) -> tuple[str, list[str]]:
@@ -258,7 +279,8 @@ def _top_folder(names: Iterable[str], aid: str) -> tuple[str, list[str]]:
     tops = sorted({name.split("/")[0] for name in names} - {_FINDER})
     if tops == [aid]:
         return f"{aid}/", []
-    listed = ", ".join(map(_shown, tops)) or "nothing"
+    listed = ", ".join(map(cli.shown, tops[:5])) or "nothing"
+    listed += f" and {len(tops) - 5:,} more" if len(tops) > 5 else ""
     problem = f"the top of the zip holds {listed}; it should hold the folder {aid}/ alone"
     return f"{tops[0] if len(tops) == 1 else aid}/", [problem]
 
@@ -266,7 +288,7 @@ def _top_folder(names: Iterable[str], aid: str) -> tuple[str, list[str]]:
 def _listing(infos: Collection[zipfile.ZipInfo]) -> Iterator[str]:
     yield f"{'bytes':>13} {'compressed':>13}"
     for info in infos:
-        yield f"{info.file_size:13,} {info.compress_size:13,}  {_shown(info.filename)}"
+        yield f"{info.file_size:13,} {info.compress_size:13,}  {cli.shown(info.filename)}"
     size = sum(info.file_size for info in infos)
     compressed = sum(info.compress_size for info in infos)
     yield f"{size:13,} {compressed:13,}  total of {len(infos)} entries"
@@ -276,7 +298,10 @@ def _listing(infos: Collection[zipfile.ZipInfo]) -> Iterator[str]:
 
 
 def _tree_problems(
-    sizes: Mapping[str, int], sources: Mapping[str, bytes], bad_links: Collection[str] = ()
+    sizes: Mapping[str, int],
+    contents: Mapping[str, bytes],
+    references: References,
+    bad_links: Collection[str] = (),
 ) -> Iterator[str]:
     """What is wrong with the files that travel, named relative to the top folder."""
     for name in REQUIRED:
@@ -284,49 +309,17 @@ def _tree_problems(
             yield f"missing required file: {name} is a link out of the folder or to nothing"
         elif name not in sizes:
             yield f"missing required file: {name}"
-        elif sizes[name] == 0:
+        elif sizes[name] == 0 or is_blank(contents.get(name, b"not read")):
             yield f"empty required file: {name}"
     for pair in PAIRS:
         absent = [name for name in pair if name not in sizes]
         if len(absent) == 1:
             yield f"half a pair: {' and '.join(pair)} go together; {absent[0]} is missing"
-    trees = {}
-    for name, source in sources.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # such as "\d" in a plain string
-                trees[name] = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            yield f"{_shown(name)}: not valid Python ({' '.join(str(error).split())})"
-    yield from _import_problems(trees, sizes)
-
-
-def _import_problems(trees: Mapping[str, ast.Module], names: Collection[str]) -> Iterator[str]:
-    """The imports that would fail, in the root modules and in all that those import."""
-    pythons = [name for name in names if name.endswith(".py")]
-    queue = [name for name in trees if "/" not in name]
-    for importer in queue:  # grows on the way
-        for module, members in _imports(importer, trees[importer]):
-            path = module.replace(".", "/")
-            if any(name == f"{path}.py" or name.startswith(f"{path}/") for name in pythons):
-                packages = map(str, PurePosixPath(path).parents)
-                paths = [path, *packages, *(f"{path}/{member}" for member in members)]
-                files = [f"{p}{ending}" for p in paths for ending in (".py", "/__init__.py")]
-                queue += [file for file in files if file in trees and file not in queue]
-            elif module.split(".")[0] not in RUNTIME_PACKAGES | sys.stdlib_module_names:
-                yield f"{_shown(importer)} imports {module}, which is not in the zip"
-
-
-def _imports(importer: str, tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
-    """Every imported module by its name from the root, and what may be modules within it."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, []) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            folders = importer.split("/")[: -node.level] if node.level else []
-            module = ".".join([*folders, *filter(None, [node.module])])
-            members = [alias.name for alias in node.names]
-            yield from [(module, members)] if module else ((name, []) for name in members)
+        for name in pair:
+            if name in sizes and is_blank(contents.get(name, b"not read")):
+                yield f"empty file: {name}"
+    yield from output_problems(contents, references)
+    yield from source_problems({n: c for n, c in contents.items() if n.endswith(".py")}, sizes)
 
 
 def _script() -> int:

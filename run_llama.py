@@ -6,8 +6,8 @@ our optional options (`attention`, `pooling`, `tokenizer_path`, the recipe) mean
 """
 
 import argparse
-import hashlib
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +25,11 @@ from dataset import (
     read_label_names,
     read_sentences,
 )
+from interrupts import Stopped
 from llama import Llama, load_pretrained
-from options import checkpoint_path, get_args, require_folder, require_output_names
+from locks import sole_writer
+from options import checkpoint_path, get_args, output_files, require_folder, require_output_names
+from resume import Keeper, require_space, state_path
 from tokenizer import Tokenizer, find_tokenizer_model
 from training import (
     EpochReport,
@@ -43,6 +46,7 @@ from utils import (
     keep_freed_memory,
     pick_device,
     seed_everything,
+    sha256_of,
 )
 
 PREFIX = (
@@ -121,8 +125,6 @@ def write_predictions_to_file(
 
 def generate(args: argparse.Namespace) -> None:
     """Continues the assignment's prefix at temperature 0 and at temperature 1."""
-    require_folder(args.generated_sentence_low_temp_out)
-    require_folder(args.generated_sentence_high_temp_out)
     llama, tokenizer, device = _load_backbone(args)
     _announce(args, llama, device)
     for outfile, temperature in (
@@ -206,12 +208,15 @@ def train(args: argparse.Namespace) -> list[EpochReport]:
     model = LlamaEmbeddingClassifier(config, llama).to(device)
     _announce(args, llama, device, model.pooling)
     room = llama.config.max_seq_len
+    recipe = _recipe(args)
     provenance = {
-        "args": vars(args),
+        "args": {key: value for key, value in vars(args).items() if key != "resume"},
         "label_names": label_names,
         "tokenizer_path": tokenizer.model_path,
-        "tokenizer_sha256": _sha256(tokenizer),
+        "tokenizer_sha256": sha256_of(tokenizer.model_path),
     }
+    require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
+    keeper = _keeper(args, model, recipe, device)
 
     def on_epoch(report: EpochReport, is_best: bool) -> None:
         if is_best:
@@ -233,13 +238,8 @@ def train(args: argparse.Namespace) -> list[EpochReport]:
         seed=args.seed,
         device=device,
         on_epoch=on_epoch,
-        recipe=Recipe(
-            warmup=_option(args, "warmup", 0.0),
-            lr_decay=_option(args, "lr_decay", False),
-            max_grad_norm=_option(args, "max_grad_norm"),
-            bf16=_option(args, "bf16", False),
-            running_train_acc=_option(args, "train_acc") == "running",
-        ),
+        recipe=recipe,
+        keeper=keeper,
     )
 
 
@@ -254,7 +254,7 @@ def test(args: argparse.Namespace) -> dict[str, Evaluation]:
     model.to(device)
     print(f"load model from {filepath}")
     tokenizer = _tokenizer(args)
-    tokenizer_sha256 = _sha256(tokenizer)
+    tokenizer_sha256 = sha256_of(tokenizer.model_path)
     if saved.get("label_names", label_names) != label_names:
         raise ValueError(f"{filepath}: has labels {saved['label_names']}, not {label_names}")
     if saved.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
@@ -274,14 +274,18 @@ def finetune(args: argparse.Namespace) -> None:
     require_output_names(args, "finetuning")
     _read_dev_and_test(args, len(read_label_names(args.label_names)))  # before the work, not after
     history = train(args)
-    print("Epoch | Train Loss | Train Acc | Dev Acc")
-    for r in history:
-        print(
-            f"{r.epoch:5d} | {r.train_loss:10.3f} | {r.train_accuracy:9.3f} | {r.dev_accuracy:7.3f}"
-        )
-    for split, result in test(args).items():
-        if result.macro_f1 is not None:
-            print(f"{split} macro f1 :: {result.macro_f1:.3f}")
+    try:
+        print("Epoch | Train Loss | Train Acc | Dev Acc")
+        for r in history:
+            accuracies = f"{r.train_accuracy:9.3f} | {r.dev_accuracy:7.3f}"
+            print(f"{r.epoch:5d} | {r.train_loss:10.3f} | {accuracies}")
+        for split, result in test(args).items():
+            if result.macro_f1 is not None:
+                print(f"{split} macro f1 :: {result.macro_f1:.3f}")
+    except Stopped as stopped:
+        stopped.is_resumable = True  # with no step to take
+        raise
+    state_path(checkpoint_path(args)).unlink(missing_ok=True)  # there is nothing left to resume
 
 
 # ---------------------------------------------------------------- from args to named parameters
@@ -296,8 +300,39 @@ def _tokenizer(args: argparse.Namespace, max_len: int | None = None) -> Tokenize
     return Tokenizer(max_len=max_len, tokenizer_model=path)
 
 
-def _sha256(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(Path(tokenizer.model_path).read_bytes()).hexdigest()
+def _recipe(args: argparse.Namespace) -> Recipe:
+    return Recipe(
+        warmup=_option(args, "warmup", 0.0),
+        lr_decay=_option(args, "lr_decay", False),
+        max_grad_norm=_option(args, "max_grad_norm"),
+        bf16=_option(args, "bf16", False),
+        running_train_acc=_option(args, "train_acc") == "running",
+    )
+
+
+def _keeper(
+    args: argparse.Namespace, model: LlamaEmbeddingClassifier, recipe: Recipe, device: torch.device
+) -> Keeper:
+    """Compared is all that decides what a training ends in; files count by their content."""
+    files = {"train": args.train, "dev": args.dev, "label_names": args.label_names}
+    files |= {"model": args.pretrained_model_path, "tokenizer": _tokenizer(args).model_path}
+    names = ("epochs", "batch_size", "lr", "seed", "hidden_dropout_prob", "max_sentence_len")
+    settings = {
+        **{name: getattr(args, name) for name in names},
+        **asdict(recipe),
+        "attention": model.llama.config.attention,
+        "pooling": model.pooling,
+        "device": device.type,
+        **{f"{name}_sha256": sha256_of(path) for name, path in files.items()},
+    }
+    path, resume = state_path(checkpoint_path(args)), _option(args, "resume", False)
+    keeper = Keeper(path, settings, resume, minutes=_option(args, "save_minutes", 5.0))
+    if keeper.is_resumed:
+        place = keeper.place
+        print(f"resume {path} in epoch {place.epoch}, behind {place.n_batches} batches")
+    elif resume:
+        print(f"run_llama.py: {path} not found, beginning anew", file=sys.stderr)
+    return keeper
 
 
 def _load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device]:
@@ -370,11 +405,17 @@ def _evaluate_and_write(
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
+    for path in output_files(args):
+        require_folder(path)
     seed_everything(args.seed)
     if args.option == "finetune":
         keep_freed_memory()
         allow_tf32()
-    {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}[args.option](args)
+    option = {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}[
+        args.option
+    ]
+    with sole_writer(*output_files(args)):
+        option(args)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ class Tokenizer:
             )
         try:
             self.sp_model = SentencePieceProcessor(model_file=self.model_path)
-        except (RuntimeError, OSError) as error:
+            self.sp_model.id_to_piece(0)  # an IndexError where it has no piece at all
+            self.sp_model.decode(list(range(len(self.sp_model))))  # where one is not UTF-8
+        except (RuntimeError, OSError, ValueError, IndexError) as error:
             raise ValueError(f"{self.model_path}: is not a SentencePiece model") from error
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()

@@ -1,8 +1,10 @@
 """Train one classifier, evaluate it, keep the best of it."""
 
+import itertools
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,9 @@ from checkpoint import load_torch_file
 from classifier import LlamaEmbeddingClassifier
 from config import LlamaConfig
 from dataset import NO_GOLD_LABEL, SentenceDataset, make_loader
+from interrupts import Stopped, held_back
 from optimizer import AdamW
+from resume import Keeper, Place, require_finite
 from steps import learning_rate_factor, precision, take_step
 from utils import save_torch_file
 
@@ -114,6 +118,7 @@ def train_classifier(
     device: torch.device,
     on_epoch: Callable[[EpochReport, bool], None],
     recipe: Recipe = Recipe(),
+    keeper: Keeper | None = None,
 ) -> list[EpochReport]:
     """Minimizes the NLL by AdamW over shuffled batches; the model must be on `device`.
 
@@ -121,57 +126,111 @@ def train_classifier(
     each epoch train and dev accuracy are measured in eval mode and `on_epoch(report, is_best)` is
     called; best is the first epoch with the highest dev accuracy. A model that masks its padding
     gets batches of similar lengths, which hold less of it.
+
+    With a `keeper` the run goes on where that says, and its state is kept after every epoch, when a
+    save is due, and on `Stopped`, which comes between two batches. A loss or a weight that is not
+    finite is a ValueError, before anything is kept of it.
     """
     shuffle_by = torch.Generator().manual_seed(seed)
-    shuffled = make_loader(train_data, batch_size, shuffle_by, similar_lengths=model.reads_lengths)
-    train_loader, dev_loader = (
-        make_loader(data, batch_size, similar_lengths=model.reads_lengths)
-        for data in (train_data, dev_data)
+    by_length = {"similar_lengths": model.reads_lengths}
+    run = _Run(
+        model,
+        AdamW(model.parameters(), lr=lr),
+        make_loader(train_data, batch_size, shuffle_by, **by_length),
+        make_loader(train_data, batch_size, **by_length),
+        make_loader(dev_data, batch_size, **by_length),
+        batch_size,
+        device,
+        epochs,
+        recipe,
+        keeper,
     )
-    optimizer = AdamW(model.parameters(), lr=lr)
-    history: list[EpochReport] = []
-    for epoch in range(epochs):
-        train_loss, train_accuracy = _train_epoch(
-            model, shuffled, optimizer, batch_size, device, epoch, epochs, recipe
-        )
-        if not recipe.running_train_acc:
-            result = evaluate(model, train_loader, device, "eval train", recipe.bf16)
-            train_accuracy = result.accuracy
-        dev_accuracy = evaluate(model, dev_loader, device, "eval dev", recipe.bf16).accuracy
-        report = EpochReport(epoch, train_loss, train_accuracy, dev_accuracy)
-        is_best = all(report.dev_accuracy > earlier.dev_accuracy for earlier in history)
-        history.append(report)
-        on_epoch(report, is_best)
-    return history
+    place = Place(order=shuffle_by.get_state())
+    if keeper is not None and keeper.is_resumed:
+        place = keeper.restore(model, run.optimizer)
+    try:
+        while place.epoch < epochs:
+            report = run.epoch(place)
+            earlier = [past["dev_accuracy"] for past in place.history]
+            with held_back():
+                on_epoch(report, all(report.dev_accuracy > accuracy for accuracy in earlier))
+                history = [*place.history, asdict(report)]
+                place = Place(place.epoch + 1, order=shuffle_by.get_state(), history=history)
+                run.save(place)
+    except Stopped as stopped:
+        with held_back():
+            run.save(place)
+        stopped.is_resumable = keeper is not None
+        raise
+    return [EpochReport(**report) for report in place.history]
 
 
-def _train_epoch(
-    model: nn.Module,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    batch_size: int,
-    device: torch.device,
-    epoch: int,
-    epochs: int,
-    recipe: Recipe,
-) -> tuple[float, float]:
-    """(mean loss of the batches, accuracy of the training passes)."""
-    model.train()
-    n_steps = epochs * len(loader)
-    warmup_steps = round(recipe.warmup * n_steps)
-    decay_from = recipe.warmup if recipe.lr_decay else 1.0
-    total, n_right = 0.0, 0
-    bar = tqdm(loader, desc=f"train-{epoch}", disable=None, leave=False)
-    for step, batch in enumerate(bar, start=epoch * len(loader)):
-        labels = batch["labels"].to(device)
-        log_probs = log_probs_of(model, batch, device, recipe.bf16)
-        loss = F.nll_loss(log_probs, labels, reduction="sum") / batch_size
-        loss.backward()
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from the first step of a run to its last; a `Place` is what changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    shuffled: DataLoader
+    train_loader: DataLoader
+    dev_loader: DataLoader
+    batch_size: int
+    device: torch.device
+    epochs: int
+    recipe: Recipe
+    keeper: Keeper | None
+
+    def save(self, place: Place) -> None:
+        if self.keeper is not None:
+            self.keeper.save(place, self.model, self.optimizer)
+
+    def epoch(self, place: Place) -> EpochReport:
+        """Takes the steps of the epoch that `place` has not taken, and measures."""
+        n_batches = len(self.shuffled)
+        self.model.train()
+        self.shuffled.generator.set_state(place.order)
+        to_take = itertools.islice(self.shuffled, place.n_batches, None)
+        bar = {"desc": f"train-{place.epoch}", "disable": None, "leave": False}
+        for batch in tqdm(to_take, total=n_batches, initial=place.n_batches, **bar):
+            with held_back():
+                self._step(place, batch)
+                if self.keeper is not None and self.keeper.is_due():
+                    self.save(place)
+        require_finite(self.model)
+
+        train_accuracy = place.n_right / len(self.shuffled.dataset)
+        if not self.recipe.running_train_acc:
+            train_accuracy = self._accuracy(self.train_loader, "eval train")
+        dev_accuracy = self._accuracy(self.dev_loader, "eval dev")
+        return EpochReport(place.epoch, place.loss_sum / n_batches, train_accuracy, dev_accuracy)
+
+    def _accuracy(self, loader: DataLoader, description: str) -> float | None:
+        return evaluate(self.model, loader, self.device, description, self.recipe.bf16).accuracy
+
+    def _step(self, place: Place, batch: dict[str, Any]) -> None:
+        recipe, n_steps = self.recipe, self.epochs * len(self.shuffled)
+        step = place.epoch * len(self.shuffled) + place.n_batches
+        warmup_steps = round(recipe.warmup * n_steps)
+        decay_from = recipe.warmup if recipe.lr_decay else 1.0
         factor = learning_rate_factor(step, step / n_steps, warmup_steps, decay_from)
-        take_step([optimizer], factor, recipe.max_grad_norm)
-        total += loss.item()
-        n_right += (log_probs.argmax(dim=1) == labels).sum().item()
-    return total / len(loader), n_right / len(loader.dataset)
+
+        labels = batch["labels"].to(self.device)
+        log_probs = log_probs_of(self.model, batch, self.device, recipe.bf16)
+        loss = F.nll_loss(log_probs, labels, reduction="sum") / self.batch_size
+        value = loss.item()
+        if not math.isfinite(value):
+            lr = factor * self.optimizer.defaults["lr"]
+            raise ValueError(
+                f"epoch {place.epoch}, step {place.n_batches + 1} of {len(self.shuffled)}, "
+                f"learning rate {lr:.3g}: the loss is {value} on the batch that begins with "
+                f"{batch['sents'][0][:60]!r}; lower --lr or set --max_grad_norm "
+                "(what was saved before is kept)"
+            )
+        loss.backward()
+        take_step([self.optimizer], factor, recipe.max_grad_norm)
+        place.loss_sum += value
+        place.n_right += (log_probs.argmax(dim=1) == labels).sum().item()
+        place.n_batches += 1
 
 
 def save_classifier(

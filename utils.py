@@ -1,9 +1,11 @@
-"""Seeds, the device, memory, and writing a file whole or not at all."""
+"""Seeds, the device, memory, and files: written whole or not at all, told apart by content."""
 
 import ctypes
+import hashlib
 import os
 import random
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,35 @@ def seed_everything(seed: int = 11711) -> None:
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+
+
+def random_state() -> dict[str, Any]:
+    """Where every generator that `seed_everything` seeds is, as plain data."""
+    name, keys, *rest = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    state = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Goes back to what `random_state` gave."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 def pick_device(use_gpu: bool) -> torch.device:
@@ -50,14 +81,12 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     protect and is opened as it is.
     """
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    is_device = Path("/dev") in Path(path).absolute().parents
-    path = Path(path).resolve()
-    if is_device or (path.exists() and not path.is_file() and not path.is_dir()):
+    if has_no_content(path):
         with open(path, mode, **text) as file:
             yield file
         return
-    # The name is cut because a file system bounds its length.
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
+    path = Path(path).resolve()
+    temporary = hidden_neighbor(path, f"{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **text) as file:
             yield file
@@ -66,15 +95,44 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)  # the name that the caller knows
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # the name that the caller knows; a full disk gives none
         raise
+
+
+def has_no_content(path: str | os.PathLike) -> bool:
+    """Whether `path` is in /dev, or a pipe or the like: nothing there to replace or to protect."""
+    is_device = Path("/dev") in Path(path).absolute().parents
+    path = Path(path).resolve()
+    return is_device or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def hidden_neighbor(path: Path, ending: str) -> Path:
+    """A neighbor for temporary use, named after `path`; file systems bound a name's length."""
+    name = path.name
+    if len(os.fsencode(name)) > 200:
+        name = f"{name[:40]}-{zlib.crc32(os.fsencode(name)):08x}"
+    return path.with_name(f".{name}.{ending}")
 
 
 def save_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """A dict of tensors and plain data, which `checkpoint.load_torch_file` reads again."""
     with atomic_write(path, "wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch hides what the disk said behind words of its own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """The sha256 of a file of any size, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def keep_freed_memory() -> None:

@@ -19,11 +19,13 @@ from tqdm import tqdm
 
 from advanced.corpus import TokenStream, encode_documents, windows
 from checkpoint import load_torch_file
+from interrupts import Stopped, held_back
 from llama import Llama
 from optimizer import AdamW
+from resume import require_finite, require_same_settings
 from steps import learning_rate_factor, precision, take_step
 from tokenizer import Tokenizer
-from utils import atomic_write, save_torch_file
+from utils import atomic_write, random_state, save_torch_file, set_random_state
 
 
 def lm_loss(model: Llama, batch: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
@@ -118,39 +120,37 @@ class Run:
         """Continues where `save` left off; ValueError where that run was another one."""
         path = self.folder / "state.pt"
         state = load_torch_file(path)
-        if not isinstance(state.get("settings"), dict):
-            raise ValueError(f"{path}: is no state of a pretraining run")
-        differing = [
-            f"{key}: {state['settings'].get(key)} there, {value} here"
-            for key, value in self.settings.items()
-            if state["settings"].get(key) != value
-        ]
-        if differing:
-            raise ValueError(f"{path}: is of another run ({'; '.join(differing)})")
+        require_same_settings(path, state.get("settings"), self.settings)
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{path}: is damaged, or of another version") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.stream = TokenStream(
             self.stream.documents, self.stream.seq_len, self.stream.seed, tuple(state["position"])
         )
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        set_random_state(state["random"])
         self.budget = state["budget"]
         self.step, self.seconds = state["step"], state["seconds"]
         self.history, self.n_losses = state["history"], state["n_losses"]
         self.loss_sum.fill_(state["loss_sum"])
-        for stale in self.folder.glob(".*.tmp"):  # what a killed run was writing
-            stale.unlink()
 
     def save(self) -> None:
-        """State, weights and history, each whole or not at all; the state, which counts, first."""
+        """State, weights and history, each whole or not at all; the state, which counts, first.
+
+        Weights that are not finite are refused, so that the last good ones stay.
+        """
+        require_finite(self.model)
         state = {
             "settings": self.settings,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "position": list(self.stream.position),
-            "rng": torch.get_rng_state(),
+            "random": random_state(),
             "budget": self.budget,
             "loss_sum": self.loss_sum.item(),
             "n_losses": self.n_losses,
@@ -158,8 +158,6 @@ class Run:
             "seconds": self.seconds,
             "history": self.history,
         }
-        if torch.cuda.is_available():
-            state["cuda_rng"] = torch.cuda.get_rng_state_all()
         save_torch_file(self.folder / "state.pt", state)
         save_model(self.folder / "model.pt", self.model, self.half)
         with atomic_write(self.folder / "history.csv") as file:
@@ -170,19 +168,20 @@ class Run:
 
     def evaluate(self, lr_factor: float, batch_size: int) -> str:
         """Measures every held-out set, adds a row to the history and puts it in words."""
-        train_loss = self.loss_sum.item() / self.n_losses
-        self.loss_sum.zero_()
-        self.n_losses = 0
-        n_tokens = self.step * self.settings["batch_tokens"]
-        row = {
-            "step": self.step,
-            "tokens": n_tokens,
-            "minutes": round(self.seconds / 60, 2),
-            "lr_factor": round(lr_factor, 4),
-            "train_loss": round(train_loss, 4),
-        }
         measured = self.measure(batch_size)
-        self.history.append(row | measured)
+        with held_back():
+            train_loss = self.loss_sum.item() / self.n_losses
+            self.loss_sum.zero_()
+            self.n_losses = 0
+            n_tokens = self.step * self.settings["batch_tokens"]
+            row = {
+                "step": self.step,
+                "tokens": n_tokens,
+                "minutes": round(self.seconds / 60, 2),
+                "lr_factor": round(lr_factor, 4),
+                "train_loss": round(train_loss, 4),
+            }
+            self.history.append(row | measured)
         begin = f"step {self.step}, {n_tokens:,} tokens, {self.seconds / 60:.1f} minutes"
         return f"{begin}; train loss {train_loss:.3f}; {in_words(measured)}"
 
@@ -216,7 +215,21 @@ def save_model(path: Path, model: Llama, half: bool) -> None:
 
 
 def train(run: Run, device: torch.device, eval_minutes: float, save_minutes: float) -> None:
-    """Takes steps until the budget's tokens are read or its minutes have passed."""
+    """Takes steps until the budget's tokens are read or its minutes have passed.
+
+    On `Stopped`, which comes between two steps, the run is saved first. ValueError where a loss is
+    not finite; what was saved before stays.
+    """
+    try:
+        _take_steps(run, device, eval_minutes, save_minutes)
+    except Stopped as stopped:
+        with held_back():
+            run.save()
+        stopped.is_resumable = True
+        raise
+
+
+def _take_steps(run: Run, device: torch.device, eval_minutes: float, save_minutes: float) -> None:
     options, bf16 = run.settings, run.settings["bf16"]
     n_rows = options["batch_tokens"] // options["seq_len"]
     total_steps = -(-run.budget["tokens"] // options["batch_tokens"])
@@ -227,16 +240,22 @@ def train(run: Run, device: torch.device, eval_minutes: float, save_minutes: flo
     factor = 0.0
     run.model.train()
     while (progress := max(run.step / total_steps, run.seconds / total_seconds)) < 1.0:
-        batch = run.stream.next_batch(n_rows).to(device, non_blocking=True)
         factor = learning_rate_factor(run.step, progress, options["warmup"], options["decay_from"])
-        with precision(device, bf16):
-            loss = lm_loss(run.model, batch)
-        loss.backward()
-        take_step(run.optimizers, factor, options["max_grad_norm"])
-        run.loss_sum += loss.detach()
-        run.n_losses += 1
-        run.step += 1
-        run.seconds = time.monotonic() - started
+        with held_back():
+            batch = run.stream.next_batch(n_rows).to(device, non_blocking=True)
+            with precision(device, bf16):
+                loss = lm_loss(run.model, batch)
+            if not math.isfinite(loss.item()):
+                raise ValueError(
+                    f"step {run.step + 1}, learning rate {factor} of its peak: the loss is "
+                    f"{loss.item()}; lower --lr (what was saved before is kept)"
+                )
+            loss.backward()
+            take_step(run.optimizers, factor, options["max_grad_norm"])
+            run.loss_sum += loss.detach()
+            run.n_losses += 1
+            run.step += 1
+            run.seconds = time.monotonic() - started
         bar.update()
 
         now = time.monotonic()
@@ -245,9 +264,11 @@ def train(run: Run, device: torch.device, eval_minutes: float, save_minutes: flo
             sys.stdout.flush()
             evaluated = time.monotonic()
         if now - saved >= 60 * save_minutes:
-            run.save()
+            with held_back():
+                run.save()
             saved = time.monotonic()
     bar.close()
     if run.n_losses:
         print(run.evaluate(factor, n_rows))
-    run.save()
+    with held_back():
+        run.save()

@@ -12,6 +12,8 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import torch
+
 import cli
 from advanced.corpus import (
     TokenStream,
@@ -24,6 +26,7 @@ from advanced.corpus import (
 from advanced.language_model import HeldOut, Run, in_words, make_optimizers, train
 from config import LlamaConfig
 from llama import Llama, load_pretrained
+from locks import sole_writer
 from tokenizer import Tokenizer, find_tokenizer_model
 from utils import atomic_write, keep_freed_memory, pick_device, seed_everything
 
@@ -36,6 +39,7 @@ SHAPE = {
     "vocab_size": 4096,
     "max_seq_len": 1024,
 }
+FILES = ("state.pt", "model.pt", "tokenizer.model", "history.csv")  # of a run, in its folder
 # What is not compared between a run and its resumption: the budget, which may be given anew and
 # stretches the rest of the schedule; paths, because the hash of the tokens tells texts apart; what
 # does not touch the weights; and use_gpu, because the device itself is compared.
@@ -132,8 +136,7 @@ def prepare_folder(args: argparse.Namespace) -> Path:
     state = folder / "state.pt"
     if args.resume and not state.is_file():
         raise ValueError(f"{state}: no such file, so there is nothing to --resume")
-    names = ("state.pt", "model.pt", "tokenizer.model", "history.csv")
-    held = [name for name in names if (folder / name).exists()]
+    held = [name for name in FILES if (folder / name).exists()]
     if held and not args.resume:
         remedy = "--resume continues the run, or " if "state.pt" in held else ""
         raise ValueError(f"{folder}: holds {', '.join(held)}; {remedy}name another --out")
@@ -181,6 +184,11 @@ def main(argv: list[str] | None = None) -> None:
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     seed_everything(args.seed)
     folder = prepare_folder(args)
+    with sole_writer(*(folder / name for name in FILES)):
+        _pretrain(args, folder, device, bf16)
+
+
+def _pretrain(args: argparse.Namespace, folder: Path, device: torch.device, bf16: bool) -> None:
     texts, heldout_texts = load_corpus(args)
     tokenizer = prepare_tokenizer(args, folder, texts)
     model = make_model(args, tokenizer).to(device)

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ except ModuleNotFoundError:
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT_S = 30
+LEAST_BYTES = 1 << 14  # in that time; a server that sends fewer is as good as silent
 CHUNK_BYTES = 1 << 18
 LOOPBACK_HOSTS = {"127.0.0.1", "localhost", "::1"}
 NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError)  # ValueError: a mad Location
@@ -66,23 +68,28 @@ def load_manifest(path: Path) -> list[Asset]:
     """Every file of the manifest; a ValueError names the file and what is wrong in it."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return [_asset(entry) for entry in entries]
+        assets = [_asset(entry) for entry in entries]
     except KeyError as error:
         raise ValueError(f"{path}: the key {error} is missing") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path}: not of the form {{"files": [{{...}}, ...]}}') from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    names = [asset.name for asset in assets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path}: {twice[0]} is listed twice")
+    return assets
 
 
 def _asset(entry: dict) -> Asset:
     name, urls, sha256, n_bytes = (entry[key] for key in ("name", "urls", "sha256", "bytes"))
-    if not urls:
-        raise ValueError(f"{name}: no address")
     for path in (name, entry["assets"]):
         parts = PurePosixPath(path)
-        if parts.is_absolute() or ".." in parts.parts or not parts.name:
+        is_plain = not parts.is_absolute() and ".." not in parts.parts and parts.name
+        if not is_plain or not path.isprintable():  # as are a line break, a NUL, half a letter
             raise ValueError(f"{path!r} is not a plain path inside a folder")
+    if not urls:
+        raise ValueError(f"{name}: no address")
     for url in urls:
         if not is_allowed(url):
             raise ValueError(f"{name}: {url!r} is not an https address")
@@ -96,7 +103,13 @@ def _asset(entry: dict) -> Asset:
 
 def is_allowed(url: str) -> bool:
     """https anywhere; plain http only on this machine, where a test may serve it."""
-    parts = urlsplit(url)
+    if not url.isascii() or not url.isprintable() or " " in url:  # urlsplit drops a line break
+        return False
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018, a ValueError where it is none
+    except ValueError:
+        return False
     return bool(parts.hostname) and (
         parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK_HOSTS)
     )
@@ -130,8 +143,8 @@ def check_size(asset: Asset, n_bytes: int) -> None:
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl):
+        fp.close()  # else urllib reads all of what came with it, however long
         if not is_allowed(newurl):
-            fp.close()
             raise UnavailableError(f"its redirect to {newurl} is refused: not https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -174,26 +187,34 @@ def receive(asset: Asset, url: str, part: Path, down: dict[str, str]) -> None:
     span = response.headers.get("Content-Range", "")
     if response.status == 206 and not span.startswith(f"bytes {start}-"):
         response.close()
-        response = connect(url, 0, down)
+        start, response = 0, connect(url, 0, down)
+        if response.status == 206:
+            response.close()
+            raise UnavailableError("sends a part of the file that was not asked for")
     if response.status != 206:  # the server ignores ranges: this is the whole file
         start = 0
     total = None if response.length is None else start + response.length
     bar = tqdm(total=total, initial=start, desc=asset.name, **BAR)
     with response, bar, open(part, "ab" if start else "wb") as file:
-        n_bytes = start
+        n_bytes = mark = start
+        deadline = time.monotonic() + TIMEOUT_S
         check_size(asset, total or n_bytes)
         while chunk := _read(response):
             n_bytes += len(chunk)
             check_size(asset, n_bytes)
             file.write(chunk)
             bar.update(len(chunk))
+            if time.monotonic() > deadline:
+                if n_bytes - mark < LEAST_BYTES:
+                    raise UnavailableError(f"sent {n_bytes - mark} bytes in {TIMEOUT_S} s")
+                mark, deadline = n_bytes, time.monotonic() + TIMEOUT_S
     if total is not None and n_bytes < total:
         raise UnavailableError(f"broke off after {n_bytes} of {total} bytes")
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
-        return response.read(CHUNK_BYTES)
+        return response.read1(CHUNK_BYTES)  # what has come, so that a slow server is seen as such
     except NETWORK_ERRORS as error:  # told apart here from an OSError of the disk
         raise UnavailableError(_reason(error)) from error
 
@@ -294,8 +315,9 @@ def place_all(assets: Sequence[Asset], root: Path, folder: Path | None) -> int:
 
 
 def complain(message: str) -> None:
-    """One line on standard error, whatever the message holds."""
-    print(f"fetch.py: {' '.join(message.split())}", file=sys.stderr)
+    """One line on standard error, whatever the message holds: some of it may be a server's."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"fetch.py: {line}", file=sys.stderr)
 
 
 class _ArgumentParser(argparse.ArgumentParser):

@@ -6,7 +6,6 @@ With several learning rates the first seed tries each and the one with the best 
 all seeds; the test set has no say. What is finished is kept after every run and not run again.
 """
 
-import hashlib
 import json
 import platform
 import shlex
@@ -22,7 +21,7 @@ import torch
 import cli
 import run_llama
 from training import Evaluation
-from utils import atomic_write, keep_freed_memory, seed_everything
+from utils import atomic_write, keep_freed_memory, seed_everything, sha256_of
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -64,7 +63,7 @@ def study(path: Path, command: str, options: list[str], lrs: list[float], seeds:
     checkpoint = run_llama.get_args(options).pretrained_model_path
     identity = {
         "options": options,
-        "checkpoint_sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        "checkpoint_sha256": sha256_of(checkpoint),
     }
     content = {"command": command, **identity, "lr": None, "runs": []}
     if path.exists():

@@ -48,8 +48,11 @@ def seeded_torch() -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def train_tokenizer(folder: Path) -> Path:
     """A SentencePiece model of 320 tokens with byte fallback, trained on a few sentences."""
-    folder = tmp_path_factory.mktemp("tokenizer")
     sentence = "good bad this movie is a good bad film and the story was good or bad"
     words = sentence.split(" ")
     text = folder / "text.txt"

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ import torch
 import oracle
 from checkpoint import load_torch_file, read_checkpoint
 from config import LlamaConfig
-from conftest import random_llama, save_llama, shared_asset
+from conftest import ROOT, random_llama, save_llama, shared_asset
+from hostile import bomb, legacy_file, repacked, text, torch_file
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
 from utils import atomic_write
@@ -262,7 +265,7 @@ def test_no_tensor_but_a_tied_output_may_be_missing(path, name):
         ({"n_heads": 5}, ["dim=32", "n_heads=5"]),
         ({"attention": "sliding"}, ["attention='sliding'"]),
         ({"dropout": float("nan")}, ["dropout=nan"]),
-        ({1: 2}, ["1=2"]),
+        ({1: 2}, ["model_args[1] has no string for a key"]),
     ],
 )
 def test_model_args_that_describe_another_or_no_model_are_named(path, model_args, named):
@@ -377,8 +380,9 @@ def test_a_torch_file_of_something_else_is_told_what_it_holds(path, content, wor
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("vocab_size", 2**45, "misshapen: tok_embeddings.weight"),
-        ("n_layers", 2**30, "n_layers=1073741824 but only"),
+        ("vocab_size", 2**28, "misshapen: tok_embeddings.weight"),
+        ("vocab_size", 2**45, "vocab_size=35184372088832 exceeds 268435456"),
+        ("n_layers", 2**28, "n_layers=268435456 but only"),
         ("self", 1, "unknown LlamaConfig key: self=1"),
     ],
 )
@@ -405,13 +409,82 @@ def test_model_args_that_only_the_assignments_config_has_are_ignored(path):
         torch.ones(32).to_sparse(),
         torch.ones(32, dtype=torch.complex64),
         torch.ones(32, dtype=torch.int64),
+        torch.nested.nested_tensor([torch.ones(32)]),
     ],
-    ids=["meta", "sparse", "complex", "integer"],
+    ids=["meta", "sparse", "complex", "integer", "nested"],
 )
 def test_a_tensor_that_is_no_dense_real_array_is_named(path, tensor):
     model = random_llama()
     save(path, model, {**model.state_dict(), "norm.weight": tensor})
     assert "norm.weight is no dense tensor of real numbers" in refusal(path)
+
+
+# ---------------------------------------------------------------- small files that ask for much
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(2**31,), (2**15, 2**15)])
+def test_a_tensor_that_repeats_its_numbers_is_refused_before_it_is_copied(path, dtype, shape):
+    weights = {**random_llama(**TINY).state_dict(), "norm.weight": torch.ones(1, dtype=dtype)}
+    weights["norm.weight"] = weights["norm.weight"].expand(shape)
+    save(path, random_llama(**TINY), weights)
+    with little_memory(32 * 2**20):
+        message = refusal(path)
+    assert re.fullmatch("declares tensors of [0-9,]+ bytes, it has [0-9,]+", message)
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "data/0"])
+def test_a_zip_that_unpacks_to_more_than_it_is_is_refused_unread(path, member):
+    path.write_bytes(bomb(200, member))
+    assert path.stat().st_size < 2**20
+    with little_memory(32 * 2**20):
+        message = refusal(path)
+    assert message.startswith("unpacks to 209,7")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize("n", [60_000, 1_000_000])
+def test_tuples_within_tuples_that_would_crash_python_are_refused(path, form, n):
+    key = b")" + b"\x85" * n
+    content = b"\x80\x02}(" + text("model") + b"}" + text("model_args") + b"}" + key + b"K\1su."
+    whole = torch_file({})
+    path.write_bytes(
+        repacked(whole, {"data.pkl": content}) if form == "zip" else legacy_file(content)
+    )
+    done = subprocess.run(  # of its own, as it would crash
+        [sys.executable, "-c", "import sys, llama; llama.load_pretrained(sys.argv[1])", path],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 1
+    assert "ValueError" in done.stderr and "cannot be read as a checkpoint" in done.stderr
+
+
+def test_a_zip_whose_end_names_several_disks_is_damaged(path):
+    whole = save(path, random_llama(**TINY)).read_bytes()
+    end = whole.rindex(b"PK\x05\x06")
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 7, 0, 7)
+    path.write_bytes(whole[:end] + locator + whole[end:])
+    assert "cannot be read as a checkpoint" in refusal(path)
+
+
+def test_many_layers_declared_by_many_tensors_are_refused_before_a_model_is_made(path):
+    model = random_llama(**TINY)
+    weights = {**model.state_dict(), **{f"x{i}": model.norm.weight for i in range(5000)}}
+    save(path, model, weights, model_args={**args_of(model), "n_layers": 5900})
+    assert refusal(path) == "n_layers=5900 but only 5012 tensors"
+
+
+def test_a_message_lists_at_most_fifty_names_and_cuts_them(path):
+    model = random_llama(**TINY)
+    save(path, model, {**model.state_dict(), "a" * 10**6: torch.ones(1)})
+    assert len(refusal(path)) < 200
+    save(path, model, {**model.state_dict(), **{f"x{i}": torch.ones(1) for i in range(60)}})
+    message = refusal(path)
+    assert "x49" in message and message.endswith(" and 10 more")
+    torch.save({"a" * 10**6: 1, **{f"x{i}": 1 for i in range(1000)}}, path)
+    assert len(refusal(path)) < 1000
 
 
 class MakesFolder:

@@ -2,10 +2,11 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from config import LlamaConfig
+from config import LlamaConfig, require_classifier_config
 
 # The assignment's config.py, in its order.
 ASSIGNMENT = {
@@ -84,6 +85,64 @@ def refusal(**arguments) -> str:
     with pytest.raises(ValueError) as caught:
         LlamaConfig(**arguments)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("key", sorted({*SIZES} - {"n_heads", "n_kv_heads", "max_seq_len"}))
+def test_sizes_whose_product_no_tensor_can_have_are_refused(key):
+    heads = {"n_heads": 64, "max_seq_len": 1}
+    assert getattr(LlamaConfig(**heads, **{key: 2**28}), key) == 2**28
+    for size in (2**28 + 8, 2**62, 10**100):
+        with pytest.raises(ValueError, match=f"{key}=.* exceeds 268435456"):
+            LlamaConfig(**{key: size})
+
+
+def test_a_rotary_table_that_would_fill_the_memory_is_refused():
+    assert LlamaConfig(max_seq_len=2**18).head_dim == 64
+    with pytest.raises(ValueError, match="max_seq_len=262145 times head size 64"):
+        LlamaConfig(max_seq_len=2**18 + 1)
+
+
+def test_numbers_beyond_a_float_are_refused():
+    with pytest.raises(ValueError, match="layer_norm_eps=1000"):
+        LlamaConfig(layer_norm_eps=10**400)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "dropout", "layer_norm_eps", "attention", "unknown"])
+def test_a_value_of_any_length_and_depth_is_refused_in_a_short_message(key):
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    doubled: list = []
+    for _ in range(60):
+        doubled = [doubled, doubled]  # 2^60 lists, where they are printed
+    for value in (deep, doubled, "a" * 10**6, ["a"] * 10**6):
+        with pytest.raises(ValueError, match=key) as caught:
+            LlamaConfig(**{key: value})
+        assert len(str(caught.value)) < 1000
+
+
+SOUND = {"num_labels": 2, "hidden_dropout_prob": 0.3, "option": "finetune", "pooling": "last"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        *(({key: ...}, f"has no {key}") for key in SOUND if key != "pooling"),
+        ({"num_labels": 0}, "num_labels=0 is not a positive integer"),
+        ({"num_labels": "2"}, "num_labels='2' is not a positive integer"),
+        ({"num_labels": 10_001}, "num_labels=10001 exceeds 10000"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob=1.0 is not a number"),
+        ({"hidden_dropout_prob": None}, "hidden_dropout_prob=None is not a number"),
+        ({"option": ["finetune"]}, "option=.* is not one of"),
+        ({"pooling": 3}, "pooling=3 is not one of"),
+        ({"attention": "sliding"}, "attention='sliding' is not one of"),
+    ],
+)
+def test_the_config_of_a_stored_classifier_is_checked(changed, words):
+    require_classifier_config(SimpleNamespace(**SOUND))
+    kept = {key: value for key, value in {**SOUND, **changed}.items() if value is not ...}
+    with pytest.raises(ValueError, match=words):
+        require_classifier_config(SimpleNamespace(**kept))
 
 
 @pytest.mark.parametrize("key", SIZES)

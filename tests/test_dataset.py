@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dataset
+import labelled
 from conftest import ROOT, shared_asset
 from dataset import (
     Example,
@@ -170,7 +171,7 @@ def test_a_file_of_placeholder_labels_is_a_test_file_without_labels(write, monke
     content = b"0 ||| a\n0 ||| b\n"
     path = write(content)
     assert read_sentences(path, unlabelled=True) == [("a", 0), ("b", 0)]
-    monkeypatch.setattr(dataset, "PLACEHOLDER_SHA256", {hashlib.sha256(content).hexdigest()})
+    monkeypatch.setattr(labelled, "PLACEHOLDER_SHA256", {hashlib.sha256(content).hexdigest()})
     assert read_sentences(path, unlabelled=True) == [("a", -1), ("b", -1)]
     assert "placeholder labels, fit for --test alone" in refusal(read_sentences, path)
     other = write(content + b"1 ||| c\n")
@@ -240,6 +241,23 @@ def test_label_names_that_are_not_json_are_refused_with_their_line(write, conten
 @pytest.mark.parametrize("content", ["1" * 5000, "[" * 100_000])
 def test_label_names_that_the_json_parser_gives_up_on_are_refused(write, content):
     assert "is not JSON; label names are a JSON list" in refusal(read_label_names, write(content))
+
+
+@pytest.mark.parametrize("name", [r"\ud800", r"good \udc80", r"\ud83d\ud83d"])
+def test_half_a_letter_is_no_label_name(write, name):
+    path = write(f'["bad", "{name}"]')
+    with pytest.raises(ValueError, match="lone surrogate") as caught:
+        read_label_names(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    str(caught.value).encode()  # it can be shown
+    assert read_label_names(write(r'["bad", "\ud83d\ude00"]')) == ["bad", "\U0001f600"]
+
+
+def test_more_label_names_than_a_head_can_have_are_refused(write):
+    names = [f"name {i}" for i in range(10_001)]
+    assert len(read_label_names(write(json.dumps(names[:-1])))) == 10_000
+    with pytest.raises(ValueError, match="holds 10001 names, more than 10000"):
+        read_label_names(write(json.dumps(names)))
 
 
 def test_label_names_in_another_encoding_are_refused_with_the_byte(write):

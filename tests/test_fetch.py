@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -70,6 +71,21 @@ class Handler(BaseHTTPRequestHandler):
     def serve_breaks_off(self, start):
         self.answer(200, BODY[:500_000], n_promised=len(BODY))
 
+    def serve_drips(self, start):
+        self.answer(200, b"", n_promised=len(BODY))
+        while True:  # one byte in time, again and again
+            self.wfile.write(b"x")
+            time.sleep(0.01)
+
+    def serve_only_another_part(self, start):
+        self.answer(206, BODY[7:], Content_Range=f"bytes 7-{len(BODY) - 1}/{len(BODY)}")
+
+    def serve_to_port_99999(self, start):
+        self.answer(302, b"", Location="http://127.0.0.1:99999/ranges")
+
+    def serve_escape(self, start):
+        self.wfile.write(b"\x1b[31mnonsense\r\n\r\n")
+
     def serve_stalls(self, start):
         self.answer(200, BODY[:500_000], n_promised=len(BODY))
         self.rfile.read(1)  # until the other side hangs up
@@ -105,6 +121,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve_to_here(self, start):
         self.answer(302, b"", Location="/ranges")
+
+    def serve_to_here_with_much(self, start):
+        self.answer(302, b"x", n_promised=10**15, Location="/ranges")
+
+    def serve_to_here_with_more(self, start):
+        self.answer(302, b"x", n_promised=10**30, Location="/ranges")
 
     def serve_to_nonsense(self, start):
         self.answer(302, b"", Location="https://[nonsense")
@@ -214,7 +236,10 @@ def error_lines(capsys):
     return lines
 
 
-@pytest.mark.parametrize("path", ["ranges", "no-ranges", "to-here"])
+REDIRECTS = ["to-here", "to-here-with-much", "to-here-with-more"]
+
+
+@pytest.mark.parametrize("path", ["ranges", "no-ranges", *REDIRECTS])
 def test_a_missing_file_is_downloaded_and_leaves_nothing_else(path, server, root, capfd):
     assert run(root, entry(server.url + path)) == 0
     assert (root / "data/file.bin").read_bytes() == BODY
@@ -284,10 +309,13 @@ def test_a_file_without_checksum_is_bounded_by_max_bytes(server, folder, root):
 
 @pytest.mark.parametrize(
     "path",
-    ["altered", "gone", "breaks-off", "stalls", "broken-chunks", "to-plain-http", "to-nonsense"],
+    [
+        *("altered", "gone", "breaks-off", "stalls", "broken-chunks", "to-plain-http"),
+        *("to-nonsense", "to-port-99999", "drips"),
+    ],
 )
 def test_the_next_address_is_tried(path, server, root, monkeypatch):
-    if path == "stalls":
+    if path in ("stalls", "drips"):
         monkeypatch.setattr(fetch, "TIMEOUT_S", 1)
     assert run(root, entry(server.url + path, server.url + "ranges")) == 0
     assert [path for path, _ in server.requests] == ["/" + path, "/ranges"]
@@ -316,6 +344,12 @@ def test_a_part_never_spoils_the_file(path, n_had, server, root, capsys):
     assert error_lines(capsys) == []
 
 
+def test_a_server_that_sends_another_part_twice_is_given_up(server, root, capsys):
+    assert run(root, entry(server.url + "only-another-part", **UNPUBLISHED)) == 3
+    assert len(server.requests) == 2 and files_in(root) == []
+    assert "a part of the file that was not asked for" in error_lines(capsys)[0]
+
+
 def test_a_part_of_something_else_is_given_up_and_the_file_downloaded_whole(server, root, capsys):
     (root / "data").mkdir()
     (root / "data/file.bin.part").write_bytes(b"\1" * 1000)
@@ -342,6 +376,11 @@ def test_a_redirect_to_plain_http_is_refused_before_any_connection(server, root,
     assert files_in(root) == []
 
 
+def test_what_a_server_says_reaches_the_terminal_as_text(server, root, capsys):
+    assert run(root, entry(server.url + "escape")) == 3
+    assert r"\x1b[31mnonsense" in error_lines(capsys)[0]
+
+
 @pytest.mark.parametrize(
     ("url", "allowed"),
     [
@@ -355,6 +394,12 @@ def test_a_redirect_to_plain_http_is_refused_before_any_connection(server, root,
         ("ftp://127.0.0.1/file", False),
         ("file:///etc/passwd", False),
         ("https:///file", False),
+        ("http://127.0.0.1:99999/file", False),
+        ("http://127.0.0.1:port/file", False),
+        ("https://[::1/file", False),
+        ("https://exam\nple.org/file", False),
+        ("https://example.org/a file", False),
+        ("https://example.org/\u00e9", False),
         ("file", False),
     ],
 )
@@ -453,6 +498,13 @@ def without(key):
         ({"files": [entry(name="data/../../file")]}, "'data/../../file' is not a plain path"),
         ({"files": [entry(name="")]}, "'' is not a plain path"),
         ({"files": [entry(assets="../file")]}, "'../file' is not a plain path"),
+        ({"files": [entry(name="a\0b")]}, r"'a\x00b' is not a plain path"),
+        ({"files": [entry(name="a\nb")]}, r"'a\nb' is not a plain path"),
+        ({"files": [entry(name="\ud800")]}, r"'\ud800' is not a plain path"),
+        ({"files": [entry(assets="\x1b[31m")]}, r"'\x1b[31m' is not a plain path"),
+        ({"files": [entry(), entry()]}, "data/file.bin is listed twice"),
+        ({"files": [entry("https://[::1/file")]}, "is not an https address"),
+        ("[" * 100_000, "not of the form"),
     ],
 )
 def test_a_bad_manifest_is_one_line_that_says_what_is_wrong(content, complaint, root, capsys):

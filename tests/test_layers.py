@@ -8,10 +8,13 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"cli", "config", "linear", "rope", "optimizer", "tokenizer", "utils", "checkpoint"},
-    {"base_llama", "steps"},
-    {"llama"},
-    {"classifier", "dataset", "options"},
+    {
+        *("config", "linear", "rope", "optimizer", "tokenizer", "utils"),
+        *("checkpoint", "interrupts"),
+    },
+    {"base_llama", "steps", "cli", "labelled", "locks", "resume"},
+    {"llama", "outputs", "sources"},
+    {"classifier", "dataset", "options", "archive"},
     {"training"},
     {"run_llama", "sanity_check", "prepare_submit", "optimizer_test", "rope_test"},
 ]

@@ -415,6 +415,29 @@ def test_weights_that_share_memory_in_a_file_are_trained_apart(share):
     assert torch.equal(loaded.get_parameter(name), weights[name] + 1.0)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(number):
+    model = random_llama()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights["norm.weight"][3] = number
+    weights["layers.1.feed_forward.w2.weight"][-1, -1] = number
+    with pytest.raises(ValueError) as caught:
+        Llama.from_weights(model.config, weights)
+    assert str(caught.value).startswith(
+        "NaN or infinite numbers in layers.1.feed_forward.w2.weight, norm.weight; "
+    )
+
+
+def test_finite_weights_that_overflow_are_said_where_a_token_is_drawn():
+    model = random_llama()
+    with torch.no_grad():
+        model.layers[0].feed_forward.w1.weight.fill_(3e38)
+    idx = random_tokens(1, 4)
+    assert model.generate(idx, 1, temperature=0.0).shape == (1, 5)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        model.generate(idx, 1, temperature=1.0)
+
+
 def test_weights_in_half_precision_become_float32():
     model = random_llama()
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}

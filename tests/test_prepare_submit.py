@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,58 +12,38 @@ from pathlib import Path
 
 import pytest
 
+import outputs
 import prepare_submit
 from conftest import ROOT
+from submission import (
+    FILES,
+    ID,
+    REQUIRED,
+    SOURCES,
+    add_to,
+    predictions,
+    put,
+    put_splits,
+    zip_of,
+)
 
-SCRIPT = ROOT / "prepare_submit.py"
-ID = "abc-1"
-
-SOURCES = {
-    "run_llama.py": "import argparse\nimport cli\nfrom training import train\n",
-    "base_llama.py": "import torch\nfrom config import LlamaConfig\n",
-    "llama.py": "from base_llama import Base\nfrom checkpoint import read\nimport rope\n",
-    "rope.py": "import torch.nn.functional as F\n",
-    "classifier.py": "from llama import Llama\nfrom tokenizer import Tokenizer\n",
-    "config.py": "from __future__ import annotations\nimport os.path\n",
-    "optimizer.py": "from torch.optim import Optimizer\n",
-    "sanity_check.py": "import numpy as np\nfrom llama import Llama\n",
-    "tokenizer.py": "from sentencepiece import SentencePieceProcessor\n",
-    "utils.py": "import random\n",
-    "cli.py": "import argparse\n",
-    "checkpoint.py": "import torch\n",
-    "training.py": "import tqdm\n\ndef train():\n    import sklearn.metrics\n    import dataset\n",
-    "dataset.py": "from tokenizer import Tokenizer\n",
-    "data/fetch.py": "import urllib.request\n",
-    "tests/test_llama.py": "import pytest\n",
-}
-OUTPUTS = [
-    f"{data}-{split}-{mode}-output.txt"
-    for data in ("sst", "cfimdb")
-    for split in ("dev", "test")
-    for mode in ("prompting", "finetuning")
-]
-REQUIRED = [
-    *("run_llama.py", "base_llama.py", "llama.py", "rope.py", "classifier.py", "config.py"),
-    *("optimizer.py", "sanity_check.py", "tokenizer.py", "utils.py", "README.md", "structure.md"),
-    *("sanity_check.data", "setup.sh"),
-    *("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt", *OUTPUTS),
-]
-FILES = {name: f"the text of {name}\n" * 20 for name in REQUIRED} | SOURCES
-FILES |= {"data/manifest.json": "{}", "abc-1-report.pdf": "%PDF", "requirements.txt": "torch\n"}
-
-
-def put(folder: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return folder
+MODULES = (
+    "prepare_submit",
+    "archive",
+    "outputs",
+    "sources",
+    "labelled",
+    "config",
+    "cli",
+    "interrupts",
+)
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The current folder, beside the submission's."""
+    """The current folder, beside the submission's; splits that no folder has are in a third."""
     (tmp_path / "here").mkdir()
+    monkeypatch.setattr(outputs, "DATA", put_splits(tmp_path / "splits"))
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 
@@ -88,23 +69,25 @@ def packed(folder, aid=ID) -> set[str]:
         return {name.removeprefix(f"{aid}/") for name in archive.namelist()}
 
 
-def zip_of(files: dict[str, str], path: str = "made.zip", top: str = f"{ID}/") -> str:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(top + name, text)
-    return path
+@pytest.fixture
+def script(tmp_path):
+    """script(*args) runs a copy of prepare_submit.py that has its modules and data, no more."""
+    put_splits(tmp_path / "tool" / "data")
+    for module in MODULES:
+        shutil.copy(ROOT / f"{module}.py", tmp_path / "tool")
 
+    def call(*args, flags=()) -> subprocess.CompletedProcess:
+        command = [
+            sys.executable,
+            *flags,
+            str(tmp_path / "tool/prepare_submit.py"),
+            *map(str, args),
+        ]
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", timeout=60, check=False
+        )
 
-def add_to(path: str, name: str, text: str = "x") -> str:
-    with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
-        warnings.simplefilter("ignore")  # zipfile's own about a duplicate name
-        archive.writestr(name, text)
-    return path
-
-
-def script(*args, flags=()) -> subprocess.CompletedProcess:
-    command = [sys.executable, *flags, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False)
+    return call
 
 
 def test_complete_folder_becomes_one_compressed_zip_with_all_of_its_files(folder, here, capsys):
@@ -136,11 +119,11 @@ def test_every_required_file_must_be_there_and_not_empty(folder, here, name):
 def test_advanced_outputs_come_in_pairs(folder, data):
     dev, test = (f"{data}-{split}-advanced-output.txt" for split in ("dev", "test"))
     for present, absent in ((dev, test), (test, dev)):
-        put(folder, {present: "0, 1\n"})
+        put(folder, {present: predictions(data, present.split("-")[1])})
         (line,) = problems(folder)
         assert line.startswith("half a pair") and line.endswith(f"{absent} is missing")
         (folder / present).unlink()
-    put(folder, {dev: "0, 1\n", test: "0, 1\n"})
+    put(folder, {dev: predictions(data, "dev"), test: predictions(data, "test")})
     assert packed(folder) == {*FILES, dev, test}
 
 
@@ -218,7 +201,7 @@ def test_links_out_of_the_folder_are_left_out_and_named_if_required(folder, tmp_
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe that has a name")
-def test_pipe_is_left_out_and_not_waited_for(folder):
+def test_pipe_is_left_out_and_not_waited_for(folder, script):
     os.mkfifo(folder / "pipe")
     assert packed(folder) == set(FILES)
     assert script(folder / "pipe", ID).returncode == 2
@@ -282,7 +265,14 @@ def test_python_that_does_not_parse_is_a_violation_and_a_warning_is_none(folder)
 
 def test_all_violations_come_in_one_error_and_leave_the_old_zip_as_it_was(folder, here):
     put(here, {f"{ID}.zip": "old"})
-    put(folder, {"rope.py": "", "sst-dev-advanced-output.txt": "0", "extra.py": "import nowhere"})
+    put(
+        folder,
+        {
+            "rope.py": "",
+            "sst-dev-advanced-output.txt": predictions("sst", "dev"),
+            "extra.py": "import nowhere",
+        },
+    )
     (folder / "README.md").unlink()
     assert [re.match(r"\w+", line)[0] for line in problems(folder)] == [
         *("empty", "missing", "half", "extra")
@@ -300,7 +290,7 @@ def test_zip_that_was_written_wrong_never_takes_its_name(folder, here, monkeypat
     assert (here / f"{ID}.zip").read_text(encoding="utf-8") == "old"
 
 
-def test_file_name_of_odd_characters_stays_on_one_line(folder, capsys, monkeypatch):
+def test_file_name_of_odd_characters_stays_on_one_line(folder, script, capsys, monkeypatch):
     put(folder, {"a\nb.txt": "", "c\nd.py": "x = ("})
     assert problems(folder)[0].startswith(r"'c\nd.py'")
     (folder / "c\nd.py").unlink()
@@ -389,7 +379,7 @@ def test_id_of_other_characters_is_refused(folder, here, aid):
 
 
 @pytest.mark.parametrize("flags", [(), ("-O",), ("-X", "dev")])
-def test_script_lists_violations_on_stderr_and_exits_with_1(folder, here, flags):
+def test_script_lists_violations_on_stderr_and_exits_with_1(folder, here, script, flags):
     (folder / "README.md").unlink()
     put(folder, {"setup.sh": ""})
     for path in (folder, zip_of({name: FILES[name] for name in SOURCES})):
@@ -402,14 +392,14 @@ def test_script_lists_violations_on_stderr_and_exits_with_1(folder, here, flags)
 
 
 @pytest.mark.parametrize("flags", [(), ("-O",)])
-def test_script_packs_and_checks_with_exit_code_0(folder, here, flags):
+def test_script_packs_and_checks_with_exit_code_0(folder, script, flags):
     done = script(folder, ID, flags=flags)
     assert (done.returncode, done.stderr) == (0, "") and f"{ID}/rope.py" in done.stdout
     done = script(f"{ID}.zip", ID, flags=flags)
     assert (done.returncode, done.stderr) == (0, "") and "complete" in done.stdout
 
 
-def test_script_says_in_one_line_what_it_cannot_work_with_and_exits_with_2(folder, here):
+def test_script_says_in_one_line_what_it_cannot_work_with_and_exits_with_2(folder, here, script):
     put(here, {"text.zip": "no zip", "cut.zip": ""})
     Path("cut.zip").write_bytes(Path(zip_of(FILES)).read_bytes()[:-40])
     coded = Path(zip_of(FILES | {"é": ""})).read_bytes()
@@ -441,3 +431,75 @@ def test_script_says_in_one_line_what_it_cannot_work_with_and_exits_with_2(folde
 def test_script_starts_without_torch():
     code = "import sys, prepare_submit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_links_out_of_the_folder_are_not_followed_to_its_splits_either(folder, tmp_path):
+    other = put(tmp_path / "other", {"sst-dev.txt": "0 ||| of nobody\n"})
+    put(folder, {"data/sst-dev.txt": "0 ||| of nobody\n"})
+    assert any("data/sst-dev.txt has 'of nobody'" in line for line in problems(folder))
+    (folder / "data/sst-dev.txt").unlink()
+    (folder / "data/sst-dev.txt").symlink_to(other / "sst-dev.txt")
+    packed(folder)
+    (folder / "data/sst-dev.txt").unlink()
+    (folder / "data/sst-dev.txt").symlink_to("more.txt")
+    put(folder, {"data/more.txt": "0 ||| of nobody\n"})
+    assert any("data/sst-dev.txt has 'of nobody'" in line for line in problems(folder))
+
+
+def test_a_planted_link_of_the_temporary_name_is_not_written_through(folder, here, tmp_path):
+    put(tmp_path, {"outside.txt": "mine"})
+    (here / f".{ID}.zip.{os.getpid()}.tmp").symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(FileExistsError):
+        prepare_submit.main(folder, ID)
+    assert (tmp_path / "outside.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_what_was_not_compared_is_said_once_by_folder_and_by_zip(folder, tmp_path, capsys):
+    (tmp_path / "splits/cfimdb-test.txt").unlink()
+    expected = "note: not checked: sentences, for want of data/cfimdb-test.txt\n"
+    for act in (lambda: packed(folder), lambda: prepare_submit.main(f"{ID}.zip", ID)):
+        act()
+        assert capsys.readouterr().out.count(expected) == 1
+    (folder / "rope.py").unlink()
+    problems(folder)
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("sst-dev-prompting-output.txt", " \r\n", "empty required file: sst-dev-prompting"),
+        ("rope.py", "\n", "empty required file: rope.py"),
+        ("generated-sentence-temp-1.txt", "\t\n", "empty required file: generated"),
+        ("sst-dev-advanced-output.txt", "\ufeff\n", "empty file: sst-dev-advanced-output.txt"),
+        ("sst-dev-prompting-output.txt", "7 ||| a\n", "sst-dev-prompting-output.txt:1: 'a' stands"),
+    ],
+)
+def test_contents_are_checked_in_folders_and_zips_alike(folder, as_zip, name, text, expected):
+    more = {name: text}
+    if "advanced" in name:
+        more["sst-test-advanced-output.txt"] = predictions("sst", "test")
+    (line,) = problems(zip_of(FILES | more) if as_zip else put(folder, more))
+    assert line.startswith(expected)
+
+
+def test_files_beyond_the_bounds_are_named_before_a_folder_is_read(folder, here):
+    for name, size in (("notes.bin2", 2**33), ("long.py", 2**33), ("sst-dev-x.txt", 2**20)):
+        with open(folder / name, "wb") as file:
+            file.truncate(size)
+    assert sorted(problems(folder)) == [
+        "long.py: 8,589,934,592 bytes were not read; at most 262,144 are: "
+        "leave it out or make it smaller",
+        "notes.bin2: 8,589,934,592 bytes were not read; at most 67,108,864 are: "
+        "leave it out or make it smaller",
+    ]
+    assert not list(here.iterdir())
+
+
+def test_a_flood_of_violations_is_counted_and_cut(folder):
+    put(folder, {"extra.py": "".join(f"import gone{i}\n" for i in range(300))})
+    with pytest.raises(AssertionError, match="300 problems in ") as caught:
+        prepare_submit.main(folder, ID)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 1 + prepare_submit.MAX_SHOWN + 1 and lines[-1] == "  ... and 100 more"

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 import cli
 import oracle
-from advanced import pretrain
+from advanced import language_model, pretrain
 from advanced.corpus import read_documents
 from advanced.language_model import HeldOut, lm_loss, make_optimizers
 from checkpoint import load_torch_file
@@ -281,6 +282,50 @@ def test_a_killed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit(
     assert ends[0]["position"] == ends[1]["position"]
     assert history(cut)[-1]["train_loss"] == history(tmp_path / "whole")[-1]["train_loss"]
     assert ends[0]["position"][0] >= 2
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [(language_model, "take_step"), (HeldOut, "measure")],
+    ids=["step", "measure"],
+)
+def test_a_run_stopped_by_a_signal_is_saved_whole_and_ends_as_if_it_had_not_been(
+    call, tmp_path, finished, monkeypatch, place, name
+):
+    def stop_at_seventh(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    calls, original = [], getattr(place, name)
+    monkeypatch.setattr(place, name, stop_at_seventh)
+    options = ["--tokens", 2500, "--eval_minutes", 0]
+    code, _, error = call(*options)
+    assert code == 143 and "terminated; to go on: " in error and error.count("\n") == 1
+    code, said, _ = call(*options, "--resume")
+    assert code == 0 and "resumed at step 7\n" in said
+    ours, theirs = weights_of(tmp_path / "out"), weights_of(finished)
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert losses(tmp_path / "out")[-1] == losses(finished)[-1]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_state(
+    call, tmp_path, monkeypatch
+):
+    lm_loss, calls = language_model.lm_loss, []
+
+    def diverge(*args, **kwargs):
+        calls.append(args)
+        return lm_loss(*args, **kwargs) * (float("inf") if len(calls) == 9 else 1.0)
+
+    monkeypatch.setattr(language_model, "lm_loss", diverge)
+    code, _, error = call("--tokens", 2500, "--save_minutes", 0)
+    assert code == 2 and "step 9, learning rate " in error and "the loss is inf; lower" in error
+    state = load_torch_file(tmp_path / "out" / "state.pt")
+    assert state["step"] == 8
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
 def test_resuming_a_finished_run_changes_nothing(call, finished):

@@ -58,6 +58,8 @@ def test_options_and_defaults_are_the_assignments_and_ours_are_optional(
         "max_grad_norm": None,
         "bf16": False,
         "train_acc": "extra",
+        "resume": False,
+        "save_minutes": 5.0,
     }
     assert capsys.readouterr().out.count("args: ") == 1
 

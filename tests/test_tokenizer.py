@@ -7,6 +7,7 @@ import sentencepiece
 
 import tokenizer as tokenizer_module
 from conftest import shared_asset
+from hostile import sentencepiece_model
 from tokenizer import TOKENIZER_MODEL, Tokenizer, find_tokenizer_model
 
 TEXTS = [
@@ -127,6 +128,23 @@ def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, tokenizer_file
             "truncated": real[: len(real) // 2],
         }[content]
     )
+    with pytest.raises(ValueError) as caught:
+        Tokenizer(tokenizer_model=path)
+    assert str(caught.value) == f"{path}: is not a SentencePiece model"
+
+
+@pytest.mark.parametrize("pieces", ["none", "not UTF-8"])
+def test_a_model_without_a_piece_or_with_one_that_is_no_text_is_named(tmp_path, pieces):
+    sound = [(b"<unk>", 0.0, 2), (b"<s>", 0.0, 3), (b"</s>", 0.0, 3)]
+    sound += [(b"<0x%02X>" % i, 0.0, 6) for i in range(256)]
+    path = tmp_path / "tokenizer.model"
+
+    def write(pieces) -> None:
+        path.write_bytes(sentencepiece_model(pieces, [(3, 2), (35, 1)], []))
+
+    write(sound)
+    assert Tokenizer(tokenizer_model=path).n_words == 259
+    write([] if pieces == "none" else [*sound, (b"a\xe2\x96", 0.0, 1)])
     with pytest.raises(ValueError) as caught:
         Tokenizer(tokenizer_model=path)
     assert str(caught.value) == f"{path}: is not a SentencePiece model"

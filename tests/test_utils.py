@@ -2,12 +2,24 @@
 
 import os
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from utils import allow_tf32, atomic_write, pick_device, seed_everything
+import utils
+from checkpoint import load_torch_file
+from utils import (
+    allow_tf32,
+    atomic_write,
+    pick_device,
+    random_state,
+    save_torch_file,
+    seed_everything,
+    set_random_state,
+    sha256_of,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -48,6 +60,52 @@ def test_a_seed_repeats_the_draws_of_python_numpy_and_torch():
         seed_everything(5)
         draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
     assert draws[0] == draws[1]
+
+
+def test_generators_go_on_where_a_stored_state_was_taken(tmp_path):
+    def draw():
+        normal = random.gauss(0, 1), np.random.randn()  # which keep a second number for later
+        return (*normal, random.random(), np.random.rand(), torch.rand(()).item())
+
+    seed_everything(5)
+    draw()
+    save_torch_file(tmp_path / "state", random_state())
+    draws = [draw() for _ in range(3)]
+    seed_everything(6)
+    set_random_state(load_torch_file(tmp_path / "state"))
+    assert [draw() for _ in range(3)] == draws
+
+
+def test_a_sum_tells_files_apart(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of(tmp_path / "abc") == expected
+
+
+def test_an_error_of_the_disk_names_the_file_and_not_what_torch_makes_of_it(tmp_path, monkeypatch):
+    class Full:
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    @contextmanager
+    def atomic_write_on_a_full_disk(path, mode):
+        try:
+            yield Full()
+        except OSError as error:
+            error.filename = str(path)
+            raise
+
+    monkeypatch.setattr(utils, "atomic_write", atomic_write_on_a_full_disk)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        save_torch_file(tmp_path / "x.pt", {"a": torch.zeros(1000)})
+    assert error.value.filename == str(tmp_path / "x.pt")
+
+
+def test_a_failed_write_tells_which_file(tmp_path):
+    path = tmp_path / "out.txt"
+    with pytest.raises(OSError, match="No space") as error, atomic_write(path):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(path)
 
 
 def test_without_use_gpu_the_device_is_the_cpu():

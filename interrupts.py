@@ -1,0 +1,61 @@
+"""How a run is stopped from outside: Ctrl-C (SIGINT) and SIGTERM, told apart and let in where it
+does no harm."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM came. `is_resumable` says that the run was saved and `--resume` goes on."""
+
+    def __init__(self, signum: int = signal.SIGINT):
+        super().__init__(signum)
+        self.signum = signum
+        self.is_resumable = False
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports of a process that a signal ended."""
+        return 128 + self.signum
+
+    def __str__(self) -> str:
+        return "interrupted" if self.signum == signal.SIGINT else "terminated"
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """A signal that is ignored (as `nohup` does) stays ignored; only a main thread has handlers."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                before[signum] = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+def raised() -> AbstractContextManager[None]:
+    """In this context a signal raises `Stopped` at once."""
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        raise Stopped(signum)
+
+    return _handled_by(stop)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """In this context a signal waits until its end, so that what is in it happens whole."""
+    waiting: list[int] = []
+    with _handled_by(lambda signum, _frame: waiting.append(signum)):
+        yield
+    if waiting:
+        raise Stopped(waiting[0])

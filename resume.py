@@ -1,0 +1,150 @@
+"""What a finetuning run needs in order to go on, and the file that keeps it.
+
+The file lies beside the run's checkpoint until its last output is written, is plain data, and is
+replaced whole. What is drawn at random is where it was, too, so that a resumed run ends in the same
+weights as an uninterrupted one, bit for bit (on the same machine, with as many threads).
+"""
+
+import copy
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from checkpoint import load_torch_file
+from utils import random_state, save_torch_file, set_random_state
+
+
+@dataclass
+class Place:
+    """How far a run is. An epoch whose batches are all trained on has yet to be evaluated."""
+
+    epoch: int = 0
+    n_batches: int = 0  # of this epoch that were trained on
+    loss_sum: float = 0.0  # over them
+    n_right: int = 0  # examples among them that were classified right while training
+    order: torch.Tensor | None = None  # the shuffling generator's state when the epoch began
+    history: list[dict[str, Any]] = field(default_factory=list)  # a report for each epoch before
+
+
+def state_path(checkpoint: str | os.PathLike) -> Path:
+    """finetune-sst-5-2e-05.pt -> finetune-sst-5-2e-05.state.pt"""
+    return Path(checkpoint).with_suffix(".state.pt")
+
+
+def require_same_settings(path: Path, saved: Any, settings: dict[str, Any]) -> None:
+    """A ValueError that names all in which the run at `path` is not the one with `settings`."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: is no state of a run; delete it")
+    differing = [
+        f"{key}: {saved.get(key)} there, {value} here"
+        for key, value in settings.items()
+        if saved.get(key) != value
+    ]
+    if differing:
+        raise ValueError(f"{path}: is of another run ({'; '.join(differing)})")
+
+
+def require_finite(model: nn.Module) -> None:
+    """A ValueError where a weight is not a number any more: no such model is kept."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"{name} is no longer finite; lower --lr or set --max_grad_norm "
+                "(what was saved before is kept)"
+            )
+
+
+class Keeper:
+    """Keeps the state of one run in `path`, a save being due every `minutes`.
+
+    Without `resume` the file of another run is a ValueError, as this one would replace it. With
+    it `place` is where to go on, after `restore`; a run with other `settings` is a ValueError, and
+    where there is no file the run begins at its beginning.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        settings: dict[str, Any],
+        resume: bool = False,
+        minutes: float = 5.0,
+    ):
+        self.path = Path(path)
+        self.settings = settings
+        self.minutes = minutes
+        self.saved_at = time.monotonic()
+        self.place = Place()
+        self.is_resumed = False
+        self._saved: dict[str, Any] = {}
+        if not self.path.exists():
+            return
+        if not resume:
+            raise ValueError(
+                f"{self.path}: keeps a run that was interrupted; --resume continues it, "
+                "and deleting this file lets a new one begin"
+            )
+        self._saved = load_torch_file(self.path)
+        require_same_settings(self.path, self._saved.get("settings"), settings)
+        try:
+            self.place = Place(**self._saved["place"])
+        except (KeyError, TypeError) as error:
+            raise self._damaged() from error
+        self.is_resumed = True
+
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> Place:
+        """Puts weights, optimizer and random numbers where they were and says where that is."""
+        saved, self._saved = self._saved, {}
+        if saved:
+            try:
+                model.load_state_dict(saved["model"])
+                # Copied: what is loaded is mapped from the file, which is about to be replaced.
+                optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+                set_random_state(saved["random"])
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                raise self._damaged() from error
+        return self.place
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.saved_at >= 60 * self.minutes
+
+    def save(self, place: Place, model: nn.Module, optimizer: Optimizer) -> None:
+        """Refuses weights that are not finite, so that the last good state stays."""
+        require_finite(model)
+        save_torch_file(
+            self.path,
+            {
+                "settings": self.settings,
+                "place": vars(place),
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "random": random_state(),
+            },
+        )
+        self.saved_at = time.monotonic()
+
+    def _damaged(self) -> ValueError:
+        return ValueError(f"{self.path}: is damaged, or of another version; delete it")
+
+
+def require_space(checkpoint: str | os.PathLike, n_parameters: int) -> None:
+    """A ValueError, before the work, where the disk cannot hold what a run will keep.
+
+    That is the checkpoint, the state (weights and AdamW's m and v) and, until it replaces it, the
+    state's successor, all of float32 numbers.
+    """
+    checkpoint = Path(checkpoint).resolve()
+    held = [path for path in (checkpoint, state_path(checkpoint)) if path.is_file()]
+    needed = 4 * n_parameters * (1 + 3 + 3) - sum(path.stat().st_size for path in held)
+    free = shutil.disk_usage(checkpoint.parent).free
+    if free < needed:
+        raise ValueError(
+            f"{checkpoint.parent}: has {free / 1e6:,.0f} MB free, training needs "
+            f"{needed / 1e6:,.0f} MB there for its checkpoint and state; make room"
+        )
