@@ -1,4 +1,3 @@
-# NOTE from main: the huge-view allocation in filled() is mended here and merged on main (branch fuzz, 4efd88c). Do not debug test_fuzz further; finish and report.
 """Fuzz targets that hold weights: checkpoints of every form, finetuned classifiers."""
 
 import contextlib
