@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -145,6 +146,7 @@ def checkpoint_path(args: argparse.Namespace) -> str:
     """`args.filepath` if a script set it, else a name that carries option, data set, epochs, lr."""
     train = Path(args.train).resolve()
     dataset = train.parent.name if train.stem == "train" else train.stem.removesuffix("-train")
+    dataset = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", dataset)  # no name on Windows has these
     return getattr(args, "filepath", None) or f"{args.option}-{dataset}-{args.epochs}-{args.lr}.pt"
 
 

@@ -81,13 +81,17 @@ def _forget_peak() -> None:
     """Linux: the most memory held is what is held now. Elsewhere the peak keeps the building's."""
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
-        reset.write_text("5")
+        reset.write_text("5", encoding="utf-8")
 
 
 def _peak_mb() -> float:
     status = Path("/proc/self/status")
     if status.exists():  # Linux: getrusage would count the parent's memory before exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(
+            line
+            for line in status.read_text(encoding="utf-8").splitlines()
+            if line.startswith("VmHWM")
+        )
         return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
 

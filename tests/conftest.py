@@ -1,5 +1,7 @@
 """Small stand-ins for the real thing, made on the spot, and the real thing where it lies about."""
 
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,25 @@ def shared_asset(path: str) -> Path:
     return SHARED / path
 
 
+def copy_project(folder: Path) -> Path:
+    """A copy without what setup.sh downloads: the code, the demo data, the bundled model."""
+    for pattern in ("*.py", "data/*.py", "data/demo-*", "data/mini/*", "data/*.json"):
+        for path in ROOT.glob(pattern):
+            target = folder / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded_torch() -> None:
+    """What a test draws depends on the run's seed and on the test, not on those before it.
+
+    pytest-randomly seeds Python and NumPy before each test and leaves PyTorch out.
+    """
+    torch.manual_seed(random.getrandbits(32))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
@@ -35,7 +56,9 @@ def train_tokenizer(folder: Path) -> Path:
     sentence = "good bad this movie is a good bad film and the story was good or bad"
     words = sentence.split(" ")
     text = folder / "text.txt"
-    text.write_text("\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words))))
+    text.write_text(
+        "\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words))), encoding="utf-8"
+    )
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(folder / "tokenizer"),
@@ -81,14 +104,14 @@ def workplace(tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
     save_llama(random_llama(scale=1.0), tmp_path / "model.pt")
-    (tmp_path / "labels.json").write_text('["bad", "good"]')
+    (tmp_path / "labels.json").write_text('["bad", "good"]', encoding="utf-8")
     good = ["this film is good", "a warm movie", "her story is good", "the heart is warm"]
     bad = ["this film is bad", "a bad movie", "her story was bad", "this was a bad film"]
     lines = [
         f"{label} ||| {s}" for pair in zip(bad, good, strict=True) for label, s in enumerate(pair)
     ]
     for name in ("train", "dev", "test"):
-        (tmp_path / f"toy-{name}.txt").write_text("\n".join(lines) + "\n")
+        (tmp_path / f"toy-{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return tmp_path
 
 

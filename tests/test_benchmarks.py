@@ -54,9 +54,9 @@ def test_lengths_are_those_of_the_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tokenizer.parent.parent)
     monkeypatch.setattr("tokenizer.TOKENIZER_MODEL", tokenizer)
     monkeypatch.setattr(lengths, "PATH", tmp_path / "lengths.json")
-    committed = (ROOT / "benchmarks" / "lengths.json").read_text()
+    committed = (ROOT / "benchmarks" / "lengths.json").read_text(encoding="utf-8")
     lengths.main()
-    assert (tmp_path / "lengths.json").read_text() == committed
+    assert (tmp_path / "lengths.json").read_text(encoding="utf-8") == committed
 
 
 # ---------------------------------------------------------------- the contenders
@@ -227,13 +227,13 @@ def test_a_run_writes_its_numbers_and_a_plot(tmp_path, capsys):
     out = tmp_path / "speed.json"
     options = ["--shapes", "stories260K", "--rows", "AdamW", "--repeats", "1", "--threads", "1"]
     run.main([*options, "--out", str(out)])
-    content = json.loads(out.read_text())
+    content = json.loads(out.read_text(encoding="utf-8"))
     assert [row["row"] for row in content["rows"]] == ["AdamW step"]
     everything = report.with_limits(content["rows"])
     assert report.table(everything) in capsys.readouterr().out
     another = [*options[:3], "generate, full", *options[4:]]
     run.main([*another, "--out", str(out)])
-    both = json.loads(out.read_text())["rows"]
+    both = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [row["row"] for row in both] == ["AdamW step", "generate, full"]
     assert both[0] == content["rows"][0]
     content["growth"] = {

@@ -230,7 +230,7 @@ def test_label_names_are_at_least_two_different_strings(write, content):
 
 @pytest.mark.parametrize(
     ("content", "number"),
-    [("", 1), ("bad, good", 1), ("['bad', 'good']", 1), ('["bad",\n"good",\n]', 3), ('["bad"', 1)],
+    [("", 1), ("bad, good", 1), ("['bad', 'good']", 1), ('["bad",\n"good",\nx]', 3), ('["bad"', 1)],
 )
 def test_label_names_that_are_not_json_are_refused_with_their_line(write, content, number):
     message = refusal(read_label_names, write(content))

@@ -215,7 +215,7 @@ UNPUBLISHED = {"sha256": None, "bytes": None, "max_bytes": len(BODY)}
 def run(root, *entries, options=()):
     """Exit code of main() on a manifest of these entries."""
     manifest = root.parent / "manifest.json"
-    manifest.write_text(json.dumps({"files": entries}))
+    manifest.write_text(json.dumps({"files": entries}), encoding="utf-8")
     return code_of(["--manifest", str(manifest), "--root", str(root), *options])
 
 
@@ -510,7 +510,9 @@ def without(key):
 def test_a_bad_manifest_is_one_line_that_says_what_is_wrong(content, complaint, root, capsys):
     manifest = root / "given.json"
     if content is not None:
-        manifest.write_text(content if isinstance(content, str) else json.dumps(content))
+        manifest.write_text(
+            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+        )
     assert code_of(["--manifest", str(manifest), "--root", str(root)]) == 2
     (line,) = error_lines(capsys)
     assert str(manifest) in line and complaint in line
@@ -524,16 +526,18 @@ def test_an_unknown_option_is_one_line(capsys):
 def test_as_a_script_it_passes_on_its_exit_code_and_shows_no_traceback(folder, root):
     manifest = root.parent / "manifest.json"
     absent = entry(name="b", assets="models/absent.bin")
-    manifest.write_text(json.dumps({"files": [entry(), absent]}))
+    manifest.write_text(json.dumps({"files": [entry(), absent]}), encoding="utf-8")
     command = [sys.executable, SCRIPT, "--manifest", manifest, "--root", root]
-    done = subprocess.run([*command, "--assets-from", folder], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--assets-from", folder], capture_output=True, encoding="utf-8"
+    )
     assert (done.returncode, done.stdout) == (3, "copied   data/file.bin\n")
     assert done.stderr.count("\n") == 2 and "Traceback" not in done.stderr
 
 
 def test_without_tqdm_it_says_what_to_run_first():
     done = subprocess.run(
-        [sys.executable, "-S", SCRIPT], capture_output=True, text=True
+        [sys.executable, "-S", SCRIPT], capture_output=True, encoding="utf-8"
     )  # -S: bare
     assert done.returncode == 2
     assert re.fullmatch("fetch.py: error: tqdm .* run `bash setup.sh` first\n", done.stderr)
@@ -552,12 +556,12 @@ def test_ctrl_c_is_one_line_and_keeps_what_has_come(server, root, monkeypatch, c
 
 
 def test_a_root_that_cannot_hold_the_file_is_one_line(server, root, capsys):
-    (root / "data").write_text("a file where a folder is needed")
+    (root / "data").write_text("a file where a folder is needed", encoding="utf-8")
     assert run(root, entry(server.url + "ranges")) == 2
     assert len(error_lines(capsys)) == 1
 
 
-COMMITTED = json.loads(MANIFEST.read_text())["files"]
+COMMITTED = json.loads(MANIFEST.read_text(encoding="utf-8"))["files"]
 KEYS = ["name", "urls", "sha256", "bytes", "max_bytes", "licence", "note", "assets"]
 
 

@@ -1,7 +1,6 @@
 """The bundled model is what its card says, and the bare commands work on it without a network."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import oracle
 import run_llama
 import sanity_check
 from config import ATTENTION_MODES
-from conftest import ROOT
+from conftest import ROOT, copy_project
 from llama import load_pretrained
 from tokenizer import Tokenizer
 
@@ -99,14 +98,7 @@ def test_it_predicts_a_review_better_than_shuffled_words(mini, mini_tokenizer):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy without what setup.sh downloads: the code, the demo data, the bundled model."""
-    folder = tmp_path_factory.mktemp("clone")
-    for pattern in ("*.py", "data/*.py", "data/demo-*", "data/mini/*", "data/*.json"):
-        for path in ROOT.glob(pattern):
-            target = folder / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-    return folder
+    return copy_project(tmp_path_factory.mktemp("clone"))
 
 
 def bare(clone, *options):
@@ -115,7 +107,7 @@ def bare(clone, *options):
         cwd=clone,
         env={**os.environ, **OFFLINE},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=600,
     )
 

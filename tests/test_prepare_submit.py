@@ -209,7 +209,7 @@ def test_pipe_is_left_out_and_not_waited_for(folder, script):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such a name")
 def test_file_name_that_is_not_utf8_is_a_violation(folder, here):
-    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("")
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("", encoding="utf-8")
     (line,) = problems(folder)
     assert line.isprintable() and line.endswith("the file name is not UTF-8")
 
@@ -278,7 +278,7 @@ def test_all_violations_come_in_one_error_and_leave_the_old_zip_as_it_was(folder
         *("empty", "missing", "half", "extra")
     ]
     assert [path.name for path in here.iterdir()] == [f"{ID}.zip"]
-    assert (here / f"{ID}.zip").read_text() == "old"
+    assert (here / f"{ID}.zip").read_text(encoding="utf-8") == "old"
 
 
 def test_zip_that_was_written_wrong_never_takes_its_name(folder, here, monkeypatch):
@@ -287,7 +287,7 @@ def test_zip_that_was_written_wrong_never_takes_its_name(folder, here, monkeypat
     monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda z, info, text: write(z, info, b""))
     assert "empty required file: rope.py" in problems(folder)
     assert [path.name for path in here.iterdir()] == [f"{ID}.zip"]
-    assert (here / f"{ID}.zip").read_text() == "old"
+    assert (here / f"{ID}.zip").read_text(encoding="utf-8") == "old"
 
 
 def test_file_name_of_odd_characters_stays_on_one_line(folder, script, capsys, monkeypatch):

@@ -40,7 +40,7 @@ def as_options(options: dict) -> list[str]:
 def write_tales(path: Path, n: int = 80) -> str:
     rng = random.Random(1)
     nouns, verbs = ["cat", "dog", "film", "story"], ["saw", "liked", "met"]
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for _ in range(n):
             parts = [(rng.choice(nouns), rng.choice(verbs), rng.choice(nouns)) for _ in range(3)]
             print("\\n".join("The {} {} a {}.".format(*part) for part in parts), file=file)
@@ -48,7 +48,7 @@ def write_tales(path: Path, n: int = 80) -> str:
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    with open(folder / "history.csv", newline="") as file:
+    with open(folder / "history.csv", newline="", encoding="utf-8") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
@@ -206,7 +206,7 @@ def test_by_default_the_text_is_read_once_or_as_often_as_it_is_named(call, tmp_p
 
 def test_documents_that_share_words_with_an_excluded_file_are_not_read(call, tmp_path, tales):
     sentence = read_documents(tales)[7].replace("\n", " ").upper()
-    (tmp_path / "test.txt").write_text(f"3 ||| {sentence}\n")
+    (tmp_path / "test.txt").write_text(f"3 ||| {sentence}\n", encoding="utf-8")
     n_same = read_documents(tales).count(read_documents(tales)[7])
     options = ["--exclude", tmp_path / "test.txt", "--exclude_words", 15, "--tokens", 64]
     assert f"{n_same} dropped for overlap" in call(*options)[1]
@@ -365,7 +365,7 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
     model = shared_asset("models/stories260K/stories260K.pt")
     stories = read_documents(shared_asset("text/tinystories.txt.xz"))[:150]
     text = tmp_path / "stories.txt"
-    text.write_text("\n".join(story.replace("\n", "\\n") for story in stories))
+    text.write_text("\n".join(story.replace("\n", "\\n") for story in stories), encoding="utf-8")
     options = {"text": text, "init": model, "seq_len": 128, "batch_tokens": 1024, "lr": 1e-4}
     options |= {"tokens": 24 * 1024, "warmup": 2, "decay_from": 0, "heldout": 15}
     code, said, _ = call(*as_options(options))
@@ -412,11 +412,11 @@ def test_errors_are_one_line(call, options, words):
 @pytest.mark.parametrize("name", ["tokenizer.model", "history.csv", "model.pt"])
 def test_a_file_that_is_no_run_is_not_written_over(call, tmp_path, name):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text("mine")
+    (tmp_path / "out" / name).write_text("mine", encoding="utf-8")
     code, _, error = call()
     assert code == 2 and f"holds {name}; name another --out" in error
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
-    assert (tmp_path / "out" / name).read_text() == "mine"
+    assert (tmp_path / "out" / name).read_text(encoding="utf-8") == "mine"
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(call, finished):

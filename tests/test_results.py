@@ -34,7 +34,7 @@ def test_the_rate_of_the_best_dev_accuracy_serves_all_seeds(scripted, tmp_path):
     path = tmp_path / "sst-toy.json"
     finetune.study(path, "command", OPTIONS, [0.3, 0.1, 0.2], [1, 2])
     assert scripted == [(0.3, 1), (0.1, 1), (0.2, 1), (0.1, 2)]
-    assert json.loads(path.read_text())["lr"] == 0.1
+    assert json.loads(path.read_text(encoding="utf-8"))["lr"] == 0.1
 
 
 def test_what_is_finished_is_not_run_again(scripted, tmp_path):
@@ -52,7 +52,7 @@ def test_what_is_finished_is_not_run_again(scripted, tmp_path):
 def test_the_command_line_hands_over_what_stands_behind_the_dashes(scripted, tmp_path):
     argv = ["sst-toy", "--lrs", "0.1", "0.2", "--seeds", "3", "4", "--", *OPTIONS, "--bf16"]
     finetune.main(argv)
-    content = json.loads((tmp_path / "sst-toy.json").read_text())
+    content = json.loads((tmp_path / "sst-toy.json").read_text(encoding="utf-8"))
     assert content["options"] == [*OPTIONS, "--bf16"]
     assert content["command"] == f"python -m results.finetune {' '.join(argv)}"
     assert scripted == [(0.1, 3), (0.2, 3), (0.1, 4)]
@@ -116,11 +116,11 @@ def test_the_readmes_show_what_the_files_say(name):
 def test_a_history_is_drawn_and_a_bad_one_is_named(tmp_path):
     pytest.importorskip("matplotlib", reason="a development extra")
     path = tmp_path / "history.csv"
-    path.write_text("step,tokens,stories bits/byte\n1,1000,2.5\n2,2000,2.25\n")
+    path.write_text("step,tokens,stories bits/byte\n1,1000,2.5\n2,2000,2.25\n", encoding="utf-8")
     assert history.read_history(str(path))["stories bits/byte"] == [2.5, 2.25]
     history.main([str(path), str(tmp_path / "loss.png")])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     for text in ("", "step\n1\n", "tokens,x\n1,\n"):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"history\.csv: "):
             history.read_history(str(path))

@@ -117,7 +117,7 @@ def test_generate_pays_for_neither_scikit_learn_nor_transformers(run, workplace)
     ended = subprocess.run(
         command,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
     )
@@ -166,7 +166,9 @@ def test_prompt_predicts_by_hand_computed_scores(run, attention, trailing_space)
 
 def test_prompts_longer_than_the_model_are_cut_with_one_counted_warning(run, workplace):
     long = "a good film " * 40
-    (workplace / "toy-dev.txt").write_text(f"0 ||| {long}\n1 ||| short\n0 ||| {long}b\n")
+    (workplace / "toy-dev.txt").write_text(
+        f"0 ||| {long}\n1 ||| short\n0 ||| {long}b\n", encoding="utf-8"
+    )
     code, _, err = run("prompt")
     assert code == 0
     assert err.count("warning") == 1
@@ -244,15 +246,17 @@ def test_checkpoints_of_two_data_sets_do_not_overwrite_each_other(run, workplace
 
 
 def test_a_label_absent_from_the_train_file_leaves_no_hole_in_the_head(run, workplace):
-    (workplace / "labels.json").write_text('["awful", "bad", "good"]')
-    (workplace / "toy-train.txt").write_text("0 ||| bad film\n2 ||| good film\n")
-    (workplace / "toy-dev.txt").write_text("1 ||| a film\n")
+    (workplace / "labels.json").write_text('["awful", "bad", "good"]', encoding="utf-8")
+    (workplace / "toy-train.txt").write_text("0 ||| bad film\n2 ||| good film\n", encoding="utf-8")
+    (workplace / "toy-dev.txt").write_text("1 ||| a film\n", encoding="utf-8")
     assert run("finetune", "--epochs", "1")[0] == 0
 
 
 @pytest.mark.parametrize("option", ["prompt", "finetune"])
 def test_a_test_file_without_gold_labels_has_no_accuracy(run, workplace, option):
-    (workplace / "toy-test.txt").write_text("-1 ||| a good film\n-1 ||| a bad film\n")
+    (workplace / "toy-test.txt").write_text(
+        "-1 ||| a good film\n-1 ||| a bad film\n", encoding="utf-8"
+    )
     code, out, _ = run(option, "--epochs", "1")
     assert code == 0
     assert "test acc :: n/a (no gold labels)" in out
@@ -263,7 +267,7 @@ def test_a_test_file_without_gold_labels_has_no_accuracy(run, workplace, option)
 
 def test_the_placeholder_file_is_known_by_its_content_not_its_name(run, workplace):
     (workplace / "toy-test.txt").write_bytes(shared_asset("data/cfimdb-test.txt").read_bytes())
-    (workplace / "toy-dev.txt").write_text("0 ||| a bad film\n1 ||| good\n")
+    (workplace / "toy-dev.txt").write_text("0 ||| a bad film\n1 ||| good\n", encoding="utf-8")
     code, out, _ = run("prompt", "--batch_size", "64", "--max_sentence_len", "5")
     assert code == 0
     assert "test acc :: n/a (no gold labels)" in out
@@ -271,7 +275,9 @@ def test_the_placeholder_file_is_known_by_its_content_not_its_name(run, workplac
 
 
 def test_max_sentence_len_cuts_what_the_model_reads_and_not_what_is_written(run, workplace):
-    (workplace / "toy-dev.txt").write_text("0 ||| good bad\n1 ||| good bad film and story\n")
+    (workplace / "toy-dev.txt").write_text(
+        "0 ||| good bad\n1 ||| good bad film and story\n", encoding="utf-8"
+    )
     run("finetune", "--epochs", "1", "--max_sentence_len", "2", "--batch_size", "1")
     first, second = lines_of("toy-dev-finetuning-output.txt")
     assert first.split(" ||| ")[0] == second.split(" ||| ")[0]  # the same two tokens were read
@@ -380,7 +386,7 @@ def test_tokenizer_path_names_the_tokenizer(run, workplace):
 
 def test_real_process_ends_with_one_line_and_code_2(workplace):
     command = [sys.executable, str(ROOT / "run_llama.py"), "--pretrained-model-path", "no.pt"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert ended.returncode == 2
     assert ended.stderr.startswith("run_llama.py: error: no.pt: ")
     assert ended.stderr.count("\n") == 1
@@ -489,7 +495,9 @@ def shared_words() -> set[str]:
 
 def test_committed_label_names_are_those_of_the_data(workplace):
     for dataset, n_labels in (("sst", 5), ("cfimdb", 2)):
-        names = json.loads((ROOT / f"data/{dataset}-label-mapping.json").read_text())
+        names = json.loads(
+            (ROOT / f"data/{dataset}-label-mapping.json").read_text(encoding="utf-8")
+        )
         assert len(names) == n_labels
         labels = {label for _, label in read_sentences(shared_asset(f"data/{dataset}-train.txt"))}
         assert labels == set(range(n_labels))

@@ -58,7 +58,7 @@ def test_prompt_predicts_by_the_oracles_scores_in_batches(run, workplace, attent
     model = random_llama(seed=5, attention=attention)
     save_llama(model, workplace / "model.pt")
     run("prompt", "--attention", attention, "--batch_size", "3")
-    lines = (workplace / "toy-dev-prompting-output.txt").read_text().splitlines()
+    lines = (workplace / "toy-dev-prompting-output.txt").read_text(encoding="utf-8").splitlines()
     tokenizer = Tokenizer(tokenizer_model="tokenizer.model")
     labels = [tokenizer.encode(name, bos=False, eos=False)[0] for name in LABEL_NAMES]
 
@@ -85,8 +85,8 @@ def test_prompt_predicts_by_the_oracles_scores_in_batches(run, workplace, attent
 
 
 def test_a_prompt_leaves_room_for_the_longest_label(run, workplace, seen):
-    (workplace / "labels.json").write_text('["bad xyz", "good"]')
-    (workplace / "toy-dev.txt").write_text(f"0 ||| {'a good film ' * 40}\n")
+    (workplace / "labels.json").write_text('["bad xyz", "good"]', encoding="utf-8")
+    (workplace / "toy-dev.txt").write_text(f"0 ||| {'a good film ' * 40}\n", encoding="utf-8")
     code, _, err = run("prompt")
     assert (code, err.count("warning")) == (0, 1)
     assert max(tokens.shape[1] for tokens in seen) == random_llama().config.max_seq_len
@@ -185,7 +185,7 @@ def ended(*command: str, close_stdout: bool = False) -> tuple[int, str]:
     env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
     )  # fmt: skip
     if close_stdout:  # the reader has left
         process.stdout.close()

@@ -22,7 +22,9 @@ from rope import apply_rotary_emb
 )
 def test_checks_pass_from_any_folder(script, words, tmp_path):
     command = [sys.executable, str(ROOT / script)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    ended = subprocess.run(
+        command, capture_output=True, encoding="utf-8", cwd=tmp_path, check=False
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.endswith(f"{words}\n")
 

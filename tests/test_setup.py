@@ -43,21 +43,21 @@ class Tree:
         self.caller.mkdir(parents=True)
         for name in ("setup.sh", "requirements.txt", "data/fetch.py", "data/manifest.json"):
             shutil.copy(REPOSITORY / name, self.root / name)
-        self.python.write_text(STAND_IN)
+        self.python.write_text(STAND_IN, encoding="utf-8")
         self.python.chmod(0o755)
 
     def run(self, *options, **environment):
         """Runs setup.sh from another folder; `asked` becomes what Python was asked to do."""
-        self.log.write_text("")
+        self.log.write_text("", encoding="utf-8")
         environment = {"PYTHON": str(self.python), "LOG": str(self.log), **environment}
         done = subprocess.run(
             ["bash", self.root / "setup.sh", *options],
             cwd=self.caller,
             env={**os.environ, **environment},
             capture_output=True,
-            text=True,
+            encoding="utf-8",
         )
-        asked = self.log.read_text().splitlines()
+        asked = self.log.read_text(encoding="utf-8").splitlines()
         self.asked = [line for line in asked if line != "-m pip --version"]
         return done
 
@@ -116,7 +116,8 @@ def test_an_unsupported_python_is_refused(python, tree):
 def test_pythons_from_3_10_to_3_13_are_supported(version, supported, tree):
     real = tree.caller / "real"  # the real Python, but for the version that it claims
     real.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.version_info = {version} + (0,)\nexec(sys.argv[2])\n"
+        f"#!{sys.executable}\nimport sys\nsys.version_info = {version} + (0,)\nexec(sys.argv[2])\n",
+        encoding="utf-8",
     )
     real.chmod(0o755)
     assert tree.run(REAL_PYTHON=str(real)).returncode == (0 if supported else 2)
@@ -135,7 +136,7 @@ def test_without_any_python_there_is_one_line(tree):
 def test_a_stub_on_the_path_is_passed_over_for_a_python_that_runs(tree):
     tools = tree.caller / "tools"
     tools.mkdir()
-    (tools / "python3").write_text("#!/bin/sh\nexit 127\n")
+    (tools / "python3").write_text("#!/bin/sh\nexit 127\n", encoding="utf-8")
     (tools / "python3").chmod(0o755)
     for name in ("python3.13", "python3.12", "python3.11"):
         shutil.copy(tools / "python3", tools / name)
@@ -207,7 +208,7 @@ def test_a_venv_whose_python_is_gone_is_made_anew(tree):
 
 def test_a_folder_that_is_no_venv_is_never_cleared(tree):
     (tree.root / ".venv").mkdir()
-    (tree.root / ".venv/mine").write_text("dear to someone")
+    (tree.root / ".venv/mine").write_text("dear to someone", encoding="utf-8")
     done = tree.run()
     assert done.returncode == 2 and "move it away" in one_error(done)
     assert (tree.root / ".venv/mine").exists()
@@ -217,7 +218,8 @@ def test_a_folder_that_is_no_venv_is_never_cleared(tree):
 def test_a_venv_of_another_python_is_left_to_its_owner(tree):
     tree.run()
     (tree.root / ".venv/bin/python").write_text(
-        '#!/bin/sh\ncase "$*" in *version_info*) exit 1 ;; esac\n'
+        '#!/bin/sh\ncase "$*" in *version_info*) exit 1 ;; esac\n',
+        encoding="utf-8",
     )
     done = tree.run()
     assert done.returncode == 2 and "rm -r .venv" in one_error(done)
@@ -226,7 +228,7 @@ def test_a_venv_of_another_python_is_left_to_its_owner(tree):
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
 def test_every_requirement_is_an_exact_pin(name):
-    lines = (REPOSITORY / name).read_text().splitlines()
+    lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines()
     if name == "requirements-dev.txt":
         assert lines.pop(0) == "-r requirements.txt"
     assert lines

@@ -25,7 +25,7 @@ REAL = {"models/tokenizer.model": 32000, "models/stories260K/tok512.model": 512}
 def train_tiny(folder, **options) -> str:
     """A SentencePiece model of the given traits; returns its file."""
     text = folder / "text.txt"
-    text.write_text("a good film\na bad film\nthe story was good\n" * 4)
+    text.write_text("a good film\na bad film\nthe story was good\n" * 4, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(folder / "tiny"),

@@ -24,11 +24,11 @@ from utils import (
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "out.txt"
-    path.write_text("old")
+    path.write_text("old", encoding="utf-8")
     with pytest.raises(RuntimeError), atomic_write(path) as file:
         file.write("half")
         raise RuntimeError
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -51,7 +51,7 @@ def test_a_long_name_is_no_obstacle(tmp_path):
     path = tmp_path / ("名" * 82 + ".txt")
     with atomic_write(path) as file:
         file.write("x")
-    assert path.read_text() == "x"
+    assert path.read_text(encoding="utf-8") == "x"
 
 
 def test_a_seed_repeats_the_draws_of_python_numpy_and_torch():

@@ -1,0 +1,233 @@
+"""The same behaviour on every system: letters, folders, file names, encodings, processes."""
+
+import argparse
+import ast
+import ntpath
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import options
+import run_llama
+from conftest import ROOT, copy_project
+from test_layers import PROJECT
+from utils import atomic_write
+
+LETTERS = "мои модели 我的"
+ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+
+
+def python(*command: str | Path, cwd: Path = ROOT, **environment: str):
+    """A Python process that leaves no bytecode behind."""
+    return subprocess.run(
+        [sys.executable, "-B", *command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        check=False,
+    )
+
+
+# ---------------------------------------------------------------- folders and letters
+
+
+def test_from_another_folder_inputs_are_the_projects_and_outputs_stay_here(tmp_path):
+    """With spaces and letters of three scripts in both paths."""
+    project, here = tmp_path / LETTERS / "min llama", tmp_path / "別の 所"
+    copy_project(project)
+    here.mkdir()
+    before = sorted(project.rglob("*"))
+    ended = python(project / "run_llama.py", cwd=here)
+    assert (ended.returncode, ended.stderr.count("\n")) == (0, 1), ended.stderr
+    outputs = [f"generated-sentence-temp-{temperature}.txt" for temperature in (0, 1)]
+    assert sorted(path.name for path in here.iterdir()) == outputs
+    assert sorted(project.rglob("*")) == before
+    for name in outputs:
+        assert (here / name).read_text(encoding="utf-8").startswith(run_llama.PREFIX)
+
+
+@pytest.mark.parametrize(
+    ("folder", "environment"),
+    [(LETTERS, {"PYTHONIOENCODING": "ascii"}), ("plain", ASCII_LOCALE)],
+    ids=["letters", "locale"],
+)
+def test_neither_the_folders_letters_nor_the_locale_change_what_is_written(
+    workplace, folder, environment
+):
+    sentences = ["un film réussi", "хороший фильм", "好电影", "👍 good"]
+    (workplace / folder).mkdir()
+    for name in ("train", "dev", "test"):
+        rows = "".join(f"{i % 2} ||| {sentence}\n" for i, sentence in enumerate(sentences))
+        (workplace / folder / f"toy-{name}.txt").write_text(rows, encoding="utf-8")
+    for name in ("model.pt", "tokenizer.model", "labels.json"):
+        shutil.move(workplace / name, workplace / folder / name)
+    inputs = {"pretrained-model-path": "model.pt", "label-names": "labels.json"}
+    inputs |= {split: f"toy-{split}.txt" for split in ("train", "dev", "test")}
+    outputs = {f"{split}_out": f"toy-{split}-finetuning-output.txt" for split in ("dev", "test")}
+    typed = [
+        word
+        for key, name in (inputs | outputs).items()
+        for word in (f"--{key}", f"{folder}/{name}")
+    ]
+    command = [ROOT / "run_llama.py", "--option", "finetune", "--epochs", "1", *typed]
+    ended = python(*command, cwd=workplace, **environment)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.isascii()
+    assert (workplace / "finetune-toy-1-2e-05.pt").is_file()
+    for name in outputs.values():
+        lines = (workplace / folder / name).read_text(encoding="utf-8").splitlines()
+        assert [line.split(" ||| ")[1] for line in lines] == sentences
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, ASCII_LOCALE])
+def test_a_letter_that_the_terminal_lacks_is_escaped_on_both_streams(environment):
+    script = "import cli; cli.run(lambda: print('\\u6211') or int('\\u6211'))"
+    ended = python("-c", script, **environment)
+    assert (ended.returncode, ended.stdout) == (2, "\\u6211\n")
+    assert ended.stderr.endswith("'\\u6211'\n")
+    assert ended.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------- names that Windows can have
+
+DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
+DEVICES |= {f"{port}{digit}" for port in ("COM", "LPT") for digit in "123456789¹²³"}
+
+
+def is_windows_name(name: str) -> bool:
+    """Microsoft's rules for the name of a file (Naming Files, Paths, and Namespaces)."""
+    if not name or name[-1] in " ." or set(name) & {*'<>:"/\\|?*', *map(chr, range(32))}:
+        return False
+    return name.partition(".")[0].rstrip(" ").upper() not in DEVICES
+
+
+def test_the_rule_for_names_is_windows_own():
+    good = ["a.txt", ".hidden", "com", "com0", "nullable", "a b.c", "мои"]
+    bad = ["", "a:b", "a\\b", "a\tb", "a.", "a ", "nul", "Aux.txt", "con .txt", "com1.a", "lpt¹"]
+    for name in good + bad:
+        assert is_windows_name(name) == (name in good), name
+        is_path = ntpath.basename(name) != name  # ":" and a backslash divide one
+        if name and not is_path and hasattr(ntpath, "isreserved"):  # since Python 3.13
+            assert ntpath.isreserved(name) == (name in bad), name
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        *("aux-train.txt", "nul.txt", "con/train.txt", "-train.txt", "/train.txt", "мои-train.txt"),
+        *("a:b-train.txt", 'a"b<c>d|e?f*g-train.txt', "a\\b-train.txt", "a\tb-train.txt"),
+        *("dot.-train.txt", "space -train.txt", "what?/train.txt", "what. /train.txt"),
+    ],
+)
+def test_a_checkpoints_name_is_one_that_windows_can_have(train):
+    args = argparse.Namespace(option="finetune", train=train, epochs=5, lr=2e-5)
+    assert is_windows_name(options.checkpoint_path(args))
+
+
+@pytest.mark.parametrize("option", ["generate", "prompt", "finetune"])
+def test_the_default_outputs_are_names_that_windows_can_have(option):
+    args = vars(options.get_args(["--option", option]))
+    names = [value for key, value in args.items() if key.endswith("_out")]
+    assert len(names) == 4
+    assert all(map(is_windows_name, names))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a" * 39 + " b.txt", "a" * 39 + ".txt", "com", "мои модели", ".hidden"]
+)
+def test_a_temporary_name_is_one_that_windows_can_have(tmp_path, name):
+    with atomic_write(tmp_path / name):
+        (temporary,) = tmp_path.iterdir()
+    assert is_windows_name(temporary.name)
+
+
+def test_the_project_can_be_checked_out_on_windows():
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    paths = listed.stdout.rstrip("\0").split("\0")
+    assert "run_llama.py" in paths
+    assert all(is_windows_name(name) for path in paths for name in path.split("/"))
+    assert len({path.casefold() for path in paths}) == len(paths)
+
+
+# ---------------------------------------------------------------- laws of the sources
+
+
+def calls(source: str) -> Iterator[tuple[str, str, ast.Call]]:
+    """(module or object, verb, call) of every call: ("os.path", "join", ...)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            owner, _, verb = ast.unparse(node.func).rpartition(".")
+            yield owner, verb, node
+
+
+def leaves_the_encoding_open(owner: str, verb: str, call: ast.Call) -> bool:
+    words = {word.arg: word.value for word in call.keywords}
+    if "encoding" in words or None in words:  # None: `**options`
+        return False
+    if owner == "subprocess":
+        return "text" in words or "universal_newlines" in words
+    if verb in ("read_text", "write_text"):
+        return len(call.args) <= ("read_text", "write_text").index(verb)
+    if verb != "open":
+        return False
+    is_packed = owner in ("gzip", "bz2", "lzma")  # binary by default
+    place = 1 if is_packed or owner in ("", "io") else 0  # else Path.open, whose mode comes first
+    mode = call.args[place] if len(call.args) > place else words.get("mode", ast.Constant("r"))
+    modes = [node.value for node in ast.walk(mode) if isinstance(node, ast.Constant)]
+    text = [m for m in modes if isinstance(m, str) and set(m) <= set("rwaxt+")]
+    return any("t" in m for m in text) if is_packed else bool(text)
+
+
+@pytest.mark.parametrize(
+    ("source", "is_open"),
+    [
+        *((call, True) for call in ("open(p)", "open(p, 'w')", "open(p, mode='r+')", "p.open()")),
+        *((call, True) for call in ("p.open('w')", "lzma.open(p, 'rt')", "p.read_text()")),
+        *((call, True) for call in ("p.write_text(s)", "subprocess.run(c, text=True)")),
+        *((call, False) for call in ("open(p, 'rb')", "open(p, 'ab' if more else 'wb')")),
+        *((call, False) for call in ("p.open('rb')", "lzma.open(p)", "zip.open(member)")),
+        *((call, False) for call in ("p.read_text('utf-8')", "open(p, encoding='utf-8')")),
+        *((call, False) for call in ("subprocess.run(c)", "os.open(p, flags)")),
+    ],
+)
+def test_an_encoding_left_to_the_system_is_seen(source, is_open):
+    assert [leaves_the_encoding_open(*call) for call in calls(source)] == [is_open]
+
+
+@pytest.mark.parametrize(
+    "path", [*PROJECT, *ROOT.glob("tests/*.py")], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_every_text_names_its_encoding(path):
+    found = calls(path.read_text(encoding="utf-8"))
+    assert [ast.unparse(call[2]) for call in found if leaves_the_encoding_open(*call)] == []
+
+
+def test_renames_replace_what_is_there_on_windows_too():
+    """os.rename and Path.rename fail there on an existing target, and shutil.move copies."""
+    for path in PROJECT:
+        verbs = {verb for _, verb, _ in calls(path.read_text(encoding="utf-8"))}
+        assert verbs.isdisjoint({"rename", "renames", "move"}), path
+
+
+def test_no_process_is_a_fork_of_another():
+    """Windows cannot, macOS should not; a DataLoader with workers forks on Linux alone.
+
+    `context` is what get_context("spawn") gave.
+    """
+    forking = {"fork", "forkpty", "Process", "Pool", "ProcessPoolExecutor", "set_start_method"}
+    for path in PROJECT:
+        for owner, verb, call in calls(path.read_text(encoding="utf-8")):
+            assert verb not in forking or owner == "context", f"{path}: {owner}.{verb}"
+            if verb == "get_context":
+                assert [ast.unparse(argument) for argument in call.args] == ["'spawn'"], path
+            assert "num_workers" not in {word.arg for word in call.keywords}, path
