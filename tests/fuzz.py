@@ -177,12 +177,12 @@ def child(name: str, n_cases: int, first_seed: int, current: str, pipe: Any) -> 
     torch.set_num_threads(1)
     target = TARGETS[name]
     examine(target, {})  # what is imported or made on first use
-    _bound_memory()
-    for batch in range(-(-n_cases // BATCH)):
-        report = _run_batch(
-            target, min(BATCH, n_cases - batch * BATCH), first_seed + batch, Path(current), pipe
-        )
-        pipe.send({**report, "peak_mb": _peak_mb()})
+    with bounded_memory():
+        for batch in range(-(-n_cases // BATCH)):
+            report = _run_batch(
+                target, min(BATCH, n_cases - batch * BATCH), first_seed + batch, Path(current), pipe
+            )
+            pipe.send({**report, "peak_mb": _peak_mb()})
     pipe.send(None)
 
 
@@ -227,15 +227,22 @@ def finding(kind: str, text: str, inputs: Inputs) -> dict[str, Any]:
     return {"kind": kind, "text": text, "inputs": contents}
 
 
-def _bound_memory() -> None:
-    """Linux: whoever takes more than 1 GiB beyond the present size gets a MemoryError."""
+@contextlib.contextmanager
+def bounded_memory(n_bytes: int = MEMORY_BYTES) -> Iterator[None]:
+    """Linux: whoever takes more than this beyond the present size gets a MemoryError."""
     statm = Path("/proc/self/statm")
-    if statm.exists():
-        import resource
+    if not statm.exists():
+        yield
+        return
+    import resource
 
-        in_use = int(statm.read_text().split()[0]) * resource.getpagesize()
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES, hard))
+    in_use = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def _peak_mb() -> float:
@@ -322,7 +329,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {text[:300]}", flush=True)
     n_findings = sum(len(result["findings"]) for result in results.values())
     if args.out:
-        args.out.write_text(json.dumps(_document(args, results), indent=1) + "\n")
+        content = json.dumps(_document(args, results), indent=1) + "\n"
+        args.out.write_text(content, encoding="utf-8")
     return 1 if n_findings else 0
 
 

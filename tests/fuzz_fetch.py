@@ -34,7 +34,7 @@ CONTENTS = [
     *(b"", b"import os\n", b"(" * 3000, b"x = 1" * 1000, b"\0", b"\xff", b"-" * 20_000 + b"1\n"),
     *(b"a." * 20_000 + b"b", b"import " + b"a." * 5000 + b"b\n", bytes(10**5)),
 ]
-LARGE = bytes(100 * 2**20)  # 100 KB when deflated
+LARGE = bytes(300 * 2**20)  # 300 KB when deflated
 
 
 @st.composite
@@ -181,7 +181,7 @@ def act_server() -> None:
         listed = entry(urls=[f"http://127.0.0.1:{port}/file"])
         if Path("published").read_bytes() == b"no":
             listed |= {"sha256": None, "bytes": None, "max_bytes": 10_000}
-        Path("manifest.json").write_text(json.dumps({"files": [listed]}))
+        Path("manifest.json").write_text(json.dumps({"files": [listed]}), encoding="utf-8")
         with (
             mock.patch.object(fetch, "TIMEOUT_S", 0.3),
             mock.patch.dict("os.environ", no_proxy="*"),

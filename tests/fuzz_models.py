@@ -102,8 +102,10 @@ STRANGE_NAMES = st.sampled_from(
 
 
 def filled(like: torch.Tensor, value: float) -> torch.Tensor:
-    """Float64 holds all of ODD_FLOATS and is read as float32. `like` may itself be a huge view."""
-    return torch.full(like.shape if like.numel() < 10**5 else (8,), value, dtype=torch.float64)
+    """Float64 holds all of ODD_FLOATS and is read as float32. `like` may itself be a huge view, or
+    have no shape."""
+    is_plain = not like.is_nested and like.numel() < 10**5
+    return torch.full(like.shape if is_plain else (8,), value, dtype=torch.float64)
 
 
 @st.composite

@@ -30,7 +30,9 @@ def assets() -> Path:
     model = random_llama(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, scale=1.0)
     content = {"model": model.state_dict(), "model_args": model_args(model)}
     (folder / "model.pt").write_bytes(hostile.torch_file(content))
-    (folder / "two.txt").write_text("0 ||| this movie is bad\n1 ||| a good film\n")
+    (folder / "two.txt").write_text(
+        "0 ||| this movie is bad\n1 ||| a good film\n", encoding="utf-8"
+    )
     return folder
 
 

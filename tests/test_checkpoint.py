@@ -17,6 +17,7 @@ import oracle
 from checkpoint import load_torch_file, read_checkpoint
 from config import LlamaConfig
 from conftest import ROOT, random_llama, save_llama, shared_asset
+from fuzz import bounded_memory
 from hostile import bomb, legacy_file, repacked, text, torch_file
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
@@ -655,17 +656,10 @@ def test_heads_that_cannot_rotate_are_refused(tmp_path):
 @contextlib.contextmanager
 def little_memory(n_bytes: int):
     """Whoever allocates more than this gets a MemoryError."""
-    resource = pytest.importorskip("resource")
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
+    if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc to know how much is in use")
-    in_use = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + n_bytes, limits[1]))
-    try:
+    with bounded_memory(n_bytes):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
