@@ -17,8 +17,9 @@ from tqdm import tqdm
 from checkpoint import load_torch_file
 from classifier import LlamaEmbeddingClassifier
 from config import LlamaConfig
-from dataset import NO_GOLD_LABEL, SentenceDataset, make_loader
+from dataset import SentenceDataset, make_loader
 from interrupts import Stopped, held_back
+from labelled import NO_GOLD_LABEL
 from optimizer import AdamW
 from resume import Keeper, Place, require_finite
 from steps import learning_rate_factor, precision, take_step
