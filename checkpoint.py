@@ -206,7 +206,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return {key: model_args[key] for key in model_args if key not in _UNREAD_ARGS}, weights
 
 
-def require_finite(weights: dict[str, torch.Tensor]) -> None:
+def require_finite(
+    weights: dict[str, torch.Tensor], remedy: str = "the file is damaged, or its training diverged"
+) -> None:
     """Raises one ValueError that lists every tensor with a NaN or an infinity in it.
 
     With those a model computes nothing but more of them, and says so late: where a token is drawn.
@@ -218,10 +220,7 @@ def require_finite(weights: dict[str, torch.Tensor]) -> None:
             if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax())
         ]
     if faulty:
-        raise ValueError(
-            f"NaN or infinite numbers in {listed(faulty)}; the file is damaged, or its training "
-            "diverged"
-        )
+        raise ValueError(f"NaN or infinite numbers in {listed(faulty)}; {remedy}")
 
 
 def listed(keys: Iterable[Any]) -> str:

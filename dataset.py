@@ -1,4 +1,4 @@
-"""`label ||| sentence` files -> examples -> right-padded batches that carry their lengths."""
+"""Labelled sentences -> examples -> right-padded batches that carry their lengths."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -6,11 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from labelled import NO_GOLD_LABEL as NO_GOLD_LABEL
-from labelled import PLACEHOLDER_SHA256 as PLACEHOLDER_SHA256
-from labelled import SEPARATOR as SEPARATOR
-from labelled import read_label_names as read_label_names
-from labelled import read_sentences as read_sentences
 from tokenizer import Tokenizer
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from checkpoint import load_torch_file
+from checkpoint import load_torch_file, require_finite
 from utils import random_state, save_torch_file, set_random_state
 
 
@@ -51,14 +51,12 @@ def require_same_settings(path: Path, saved: Any, settings: dict[str, Any]) -> N
         raise ValueError(f"{path}: is of another run ({'; '.join(differing)})")
 
 
-def require_finite(model: nn.Module) -> None:
-    """A ValueError where a weight is not a number any more: no such model is kept."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"{name} is no longer finite; lower --lr or set --max_grad_norm "
-                "(what was saved before is kept)"
-            )
+DIVERGED = "lower --lr or set --max_grad_norm (what was saved before is kept)"
+
+
+def require_not_diverged(model: nn.Module) -> None:
+    """A ValueError where a weight is no number any more: no such model is kept."""
+    require_finite(dict(model.named_parameters()), DIVERGED)
 
 
 class Keeper:
@@ -116,7 +114,7 @@ class Keeper:
 
     def save(self, place: Place, model: nn.Module, optimizer: Optimizer) -> None:
         """Refuses weights that are not finite, so that the last good state stays."""
-        require_finite(model)
+        require_not_diverged(model)
         save_torch_file(
             self.path,
             {

@@ -17,15 +17,9 @@ from torch.utils.data import DataLoader
 
 import cli
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
-from dataset import (
-    Example,
-    SentenceDataset,
-    encode_examples,
-    make_loader,
-    read_label_names,
-    read_sentences,
-)
+from dataset import Example, SentenceDataset, encode_examples, make_loader
 from interrupts import Stopped
+from labelled import read_label_names, read_sentences
 from llama import Llama, load_pretrained
 from locks import sole_writer
 from options import checkpoint_path, get_args, output_files, require_folder, require_output_names

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from checkpoint import load_torch_file
 from classifier import LlamaEmbeddingClassifier
 from config import LlamaConfig
-from dataset import NO_GOLD_LABEL, SentenceDataset, make_loader
+from dataset import SentenceDataset, make_loader
 from interrupts import Stopped, held_back
+from labelled import NO_GOLD_LABEL
 from optimizer import AdamW
-from resume import Keeper, Place, require_finite
+from resume import DIVERGED, Keeper, Place, require_not_diverged
 from steps import learning_rate_factor, precision, take_step
 from utils import save_torch_file
 
@@ -196,7 +197,7 @@ class _Run:
                 self._step(place, batch)
                 if self.keeper is not None and self.keeper.is_due():
                     self.save(place)
-        require_finite(self.model)
+        require_not_diverged(self.model)
 
         train_accuracy = place.n_right / len(self.shuffled.dataset)
         if not self.recipe.running_train_acc:
@@ -223,8 +224,7 @@ class _Run:
             raise ValueError(
                 f"epoch {place.epoch}, step {place.n_batches + 1} of {len(self.shuffled)}, "
                 f"learning rate {lr:.3g}: the loss is {value} on the batch that begins with "
-                f"{batch['sents'][0][:60]!r}; lower --lr or set --max_grad_norm "
-                "(what was saved before is kept)"
+                f"{batch['sents'][0][:60]!r}; {DIVERGED}"
             )
         loss.backward()
         take_step([self.optimizer], factor, recipe.max_grad_norm)

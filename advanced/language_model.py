@@ -22,7 +22,7 @@ from checkpoint import load_torch_file
 from interrupts import Stopped, held_back
 from llama import Llama
 from optimizer import AdamW
-from resume import require_finite, require_same_settings
+from resume import DIVERGED, require_not_diverged, require_same_settings
 from steps import learning_rate_factor, precision, take_step
 from tokenizer import Tokenizer
 from utils import atomic_write, random_state, save_torch_file, set_random_state
@@ -144,7 +144,7 @@ class Run:
 
         Weights that are not finite are refused, so that the last good ones stay.
         """
-        require_finite(self.model)
+        require_not_diverged(self.model)
         state = {
             "settings": self.settings,
             "model": self.model.state_dict(),
@@ -248,7 +248,7 @@ def _take_steps(run: Run, device: torch.device, eval_minutes: float, save_minute
             if not math.isfinite(loss.item()):
                 raise ValueError(
                     f"step {run.step + 1}, learning rate {factor} of its peak: the loss is "
-                    f"{loss.item()}; lower --lr (what was saved before is kept)"
+                    f"{loss.item()}; {DIVERGED}"
                 )
             loss.backward()
             take_step(run.optimizers, factor, options["max_grad_norm"])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import encode_examples, read_sentences
+from dataset import encode_examples
+from labelled import read_sentences
 from tokenizer import Tokenizer
 from utils import atomic_write
 

@@ -37,7 +37,7 @@ TARGETS = {
             act_manifest,
             codes=(0, 1, 2, 3),
             outputs=FETCHED,
-            names=("root",),
+            names=("root", "a" * 300),  # or one of its own, which is too long
         ),
         Target(
             "server",

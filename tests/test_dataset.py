@@ -6,17 +6,10 @@ import json
 import pytest
 import torch
 
-import dataset
 import labelled
 from conftest import ROOT, shared_asset
-from dataset import (
-    Example,
-    SentenceDataset,
-    encode_examples,
-    make_loader,
-    read_label_names,
-    read_sentences,
-)
+from dataset import Example, SentenceDataset, encode_examples, make_loader
+from labelled import PLACEHOLDER_SHA256, read_label_names, read_sentences
 from tokenizer import Tokenizer
 
 # Unicode's other line ends; only \n, \r\n and \r end a line of a data file.
@@ -180,7 +173,7 @@ def test_a_file_of_placeholder_labels_is_a_test_file_without_labels(write, monke
 
 def test_cfimdb_test_is_the_file_with_placeholder_labels():
     path = shared_asset("data/cfimdb-test.txt")
-    assert {hashlib.sha256(path.read_bytes()).hexdigest()} == dataset.PLACEHOLDER_SHA256
+    assert {hashlib.sha256(path.read_bytes()).hexdigest()} == PLACEHOLDER_SHA256
     assert {line[:6] for line in path.read_text(encoding="utf-8").splitlines()} == {"0 ||| "}
     rows = read_sentences(path, n_labels=2, unlabelled=True)
     assert len(rows) == 488
@@ -194,7 +187,7 @@ def test_the_manifest_knows_the_file_with_placeholder_labels():
         pytest.skip("needs data/manifest.json")
     files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     published = {entry["sha256"] for entry in files if entry["name"] == "data/cfimdb-test.txt"}
-    assert published == dataset.PLACEHOLDER_SHA256
+    assert published == PLACEHOLDER_SHA256
 
 
 # ---------------------------------------------------------------- read_label_names

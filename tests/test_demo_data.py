@@ -6,7 +6,7 @@ import re
 import pytest
 
 from conftest import ROOT, shared_asset
-from dataset import read_label_names, read_sentences
+from labelled import read_label_names, read_sentences
 
 SPLITS = {"train": 400, "dev": 100, "test": 100}
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import run_llama
 from conftest import ROOT, random_llama, save_llama, shared_asset
-from dataset import PLACEHOLDER_SHA256, read_sentences
+from labelled import PLACEHOLDER_SHA256, read_sentences
 from optimizer import AdamW
 from tokenizer import Tokenizer
 

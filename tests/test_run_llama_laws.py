@@ -14,7 +14,7 @@ import oracle
 import run_llama
 from classifier import LlamaEmbeddingClassifier
 from conftest import LABEL_NAMES, ROOT, random_llama, save_llama
-from dataset import read_sentences
+from labelled import read_sentences
 from llama import Llama, load_pretrained
 from options import checkpoint_path
 from tokenizer import Tokenizer
