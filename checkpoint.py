@@ -90,9 +90,9 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
     try:
         bomb = _unpacked_bomb(path) if is_zip else None
         if bomb is None:
-            _require_modest_pickles(path, is_zip)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch, on kinds of tensors that are refused
+            with warnings.catch_warnings():  # torch's of tensors, Python's of escapes in a pickle
+                warnings.simplefilter("ignore")
+                _require_modest_pickles(path, is_zip)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that: a position below 0

@@ -435,6 +435,11 @@ def test_a_tensor_that_repeats_its_numbers_is_refused_before_it_is_copied(path, 
     assert re.fullmatch("declares tensors of [0-9,]+ bytes, it has [0-9,]+", message)
 
 
+def test_a_wrong_escape_in_a_pickle_is_no_warning(path):
+    path.write_bytes(repacked(torch_file({}), {"data.pkl": b"S'\\='\n."}))
+    assert "cannot be read as a checkpoint" in refusal(path)  # and warnings fail a test
+
+
 @pytest.mark.parametrize("member", ["data.pkl", "data/0"])
 def test_a_zip_that_unpacks_to_more_than_it_is_is_refused_unread(path, member):
     path.write_bytes(bomb(200, member))

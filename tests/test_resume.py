@@ -203,12 +203,18 @@ def long_run(workplace: Path) -> Path:
 
 
 def start(folder: Path, *options: str, **how) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     command = [*COMMAND, *options]
     return subprocess.Popen(
         command, cwd=folder, env=environment, encoding="utf-8", **{**pipes, **how}
     )
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit code and what was said on standard error, once the process has ended."""
+    error = process.communicate()[1]
+    return process.returncode, error
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -223,28 +229,34 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[bytes]]:
 
 
 @pytest.fixture
-def uninterrupted(long_run: Path, tmp_path_factory) -> tuple:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    shutil.copytree(long_run, folder)
-    process = start(folder, "--save_minutes", "9")
-    assert process.wait() == 0, process.stderr.read()
-    assert not (folder / STATE).exists()  # a finished run has nothing to resume
-    assert not list(folder.glob(".*"))
-    return outcome(folder)
+def uninterrupted(long_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """What the run ends in if left alone; run once, as its files are the same in every test."""
+    if not _whole:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        shutil.copytree(long_run, folder)
+        assert ended(start(folder, "--save_minutes", "9")) == (0, "")
+        assert not (folder / STATE).exists()  # a finished run has nothing to resume
+        assert not list(folder.glob(".*"))
+        _whole.extend(outcome(folder))
+    return tuple(_whole)
+
+
+_whole: list = []
 
 
 def test_a_run_killed_at_ten_random_moments_ends_in_the_same_files(long_run, uninterrupted):
     moments, places = random.Random(3), []
-    for _ in range(10):
-        process = start(long_run, "--resume")
-        time.sleep(moments.uniform(0.2, 4.0))
+    for i in range(10):
+        process = start(long_run, "--resume", stdout=subprocess.PIPE)
+        if i % 2:  # else wherever it is by then, which may be before its first batch
+            assert any("toy-dev.txt" in line for line in process.stdout if line.startswith("load"))
+        time.sleep(moments.uniform(0.1, 1.0 if i % 2 else 4.0))
         process.kill()
-        process.wait()
+        process.communicate()
         if (long_run / STATE).exists():
             place = load_torch_file(long_run / STATE)["place"]
             places.append((place["epoch"], place["n_batches"]))
-    process = start(long_run, "--resume")
-    assert process.wait() == 0, process.stderr.read()
+    assert ended(start(long_run, "--resume"))[0] == 0
     assert places == sorted(places) and len(set(places)) > 1
     weights, outputs = outcome(long_run)
     assert_same_weights(weights, uninterrupted[0])
@@ -260,12 +272,11 @@ def test_a_run_killed_at_ten_random_moments_ends_in_the_same_files(long_run, uni
 def test_a_signal_ends_a_run_with_the_command_that_resumes_it(
     long_run, uninterrupted, signum, code, word
 ):
-    process = start(long_run, "--save_minutes", "9")
-    wait_for(lambda: list(long_run.glob(f".{CHECKPOINT}.lock")), process)
-    time.sleep(1.5)
+    process = start(long_run)
+    wait_for((long_run / STATE).exists, process)
     process.send_signal(signum)
-    error = process.communicate()[1]
-    assert process.returncode == code
+    returned, error = ended(process)
+    assert returned == code
     said, _, command = error.partition("; to go on: ")
     assert said == f"run_llama.py: {word}"
     assert shlex.split(command) == [*process.args, "--resume"]
@@ -279,14 +290,13 @@ def test_a_second_run_that_would_write_the_same_files_is_refused_while_the_first
     first = start(long_run)
     wait_for((long_run / STATE).exists, first)
     for options in ([], ["--lr", "0.5"]):  # another checkpoint, but the same outputs
-        second = start(long_run, *options)
-        error = second.communicate()[1]
-        assert second.returncode == 2 and error.count("\n") == 1
+        code, error = ended(start(long_run, *options))
+        assert code == 2 and error.count("\n") == 1
         assert f"process {first.pid} is writing it" in error
     first.kill()
-    first.wait()
+    first.communicate()
     assert list(long_run.glob(".*.lock"))  # stale ones, which bar nobody
-    assert start(long_run, "--resume").wait() == 0
+    assert ended(start(long_run, "--resume"))[0] == 0
     assert not list(long_run.glob(".*"))
 
 
@@ -428,8 +438,8 @@ def test_a_disk_that_is_full_costs_no_earlier_result(long_run, uninterrupted, sh
     process = start(
         long_run, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     )
-    error = process.communicate()[1]
-    assert process.returncode == 2, error
+    code, error = ended(process)
+    assert code == 2, error
     assert error.count("\n") == 1 and error.endswith("File too large\n")
     assert CHECKPOINT in error or STATE in error
     assert [(long_run / name).read_bytes() for name in OUTPUTS] == outputs
