@@ -245,16 +245,17 @@ _whole: list = []
 
 
 def test_a_run_killed_at_ten_random_moments_ends_in_the_same_files(long_run, uninterrupted):
-    moments, places = random.Random(3), []
+    moments, places, state = random.Random(3), [], long_run / STATE
     for i in range(10):
-        process = start(long_run, "--resume", stdout=subprocess.PIPE)
-        if i % 2:  # else wherever it is by then, which may be before its first batch
-            assert any("toy-dev.txt" in line for line in process.stdout if line.startswith("load"))
-        time.sleep(moments.uniform(0.1, 1.0 if i % 2 else 4.0))
+        before = state.stat().st_mtime_ns if state.exists() else None
+        process = start(long_run, "--resume")
+        if i % 2:  # in its steps; else wherever it is by then, which may be before them
+            wait_for(lambda old=before: state.exists() and state.stat().st_mtime_ns != old, process)
+        time.sleep(moments.uniform(0.0, 1.0 if i % 2 else 4.0))
         process.kill()
         process.communicate()
-        if (long_run / STATE).exists():
-            place = load_torch_file(long_run / STATE)["place"]
+        if state.exists():
+            place = load_torch_file(state)["place"]
             places.append((place["epoch"], place["n_batches"]))
     assert ended(start(long_run, "--resume"))[0] == 0
     assert places == sorted(places) and len(set(places)) > 1
