@@ -90,6 +90,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="between saves of the state that --resume reads (default 5, and after each epoch)",
     )
     args = parser.parse_args(argv)
+    if args.resume and args.option != "finetune":
+        parser.error("--resume goes on with a training; add --option finetune")
     fill_defaults(args)
     print(f"args: {vars(args)}")
     return args

@@ -415,6 +415,13 @@ def test_a_run_stopped_in_its_last_evaluation_can_be_resumed(run, workplace, mon
     assert finetune(run)[0] == 0  # and then nothing bars a new run
 
 
+def test_what_does_not_train_cannot_be_resumed(run, workplace):
+    before = set(workplace.iterdir())
+    code, _, error = run("prompt", "--resume")
+    assert code == 2 and "add --option finetune" in error and error.count("\n") == 1
+    assert set(workplace.iterdir()) == before
+
+
 def test_too_little_room_is_said_before_the_training(run, workplace, monkeypatch):
     usage = shutil.disk_usage(workplace)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
