@@ -100,7 +100,7 @@ class AdamW(Optimizer):
 def _in_chunks(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
     """Views of the same elements of all tensors, on a CPU few enough to stay in its cache.
 
-    Six operations then read memory once. A GPU is better served by the whole at once.
+    The operations then read memory once. A GPU is better served by the whole at once.
     """
     if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
         return [tensors]

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import fnmatch
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -316,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     shares = sum(target.share for target in chosen.values())
     results = {}
     for number, (name, target) in enumerate(chosen.items()):
-        n_cases = -(-int(args.cases * target.share) // max(1, round(shares))) or 1
+        n_cases = math.ceil(args.cases * target.share / shares)
         result = run_target(name, n_cases, args.seed + number * 1_000_000)
         results[name] = result
         print(
