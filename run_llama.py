@@ -405,11 +405,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.option == "finetune":
         keep_freed_memory()
         allow_tf32()
-    option = {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}[
-        args.option
-    ]
+    modes = {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}
     with sole_writer(*output_files(args)):
-        option(args)
+        modes[args.option](args)
 
 
 if __name__ == "__main__":
