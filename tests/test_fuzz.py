@@ -122,7 +122,8 @@ def test_every_way_to_fail_badly_is_a_problem(act, problem):
     assert (found is None) if problem is None else found.startswith(problem)
 
 
-def test_a_run_counts_its_cases_and_writes_what_it_found(tmp_path, capsys):
+def test_a_run_counts_its_cases_and_writes_what_it_found(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which it sets for its children, as it was after
     out = tmp_path / "fuzz.json"
     assert fuzz.main(["--cases", "8", "--seed", "3", "--target", "bin", "--out", str(out)]) == 0
     document = json.loads(out.read_text(encoding="utf-8"))

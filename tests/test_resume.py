@@ -190,6 +190,7 @@ COMMAND = [
     *("--dev_out", "toy-dev-finetuning-output.txt"),
     *("--test_out", "toy-test-finetuning-output.txt"),
 ]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # with as many a resumed run is the same bit for bit
 CHECKPOINT, STATE = "finetune-long-2-0.001.pt", "finetune-long-2-0.001.state.pt"
 OUTPUTS = [COMMAND[-3], COMMAND[-1]]
 
@@ -203,7 +204,7 @@ def long_run(workplace: Path) -> Path:
 
 
 def start(folder: Path, *options: str, **how) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **ONE_THREAD}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     command = [*COMMAND, *options]
     return subprocess.Popen(
@@ -283,7 +284,8 @@ def test_a_signal_ends_a_run_with_the_command_that_resumes_it(
     assert shlex.split(command) == [*process.args, "--resume"]
     saved = load_torch_file(long_run / STATE)["place"]
     assert (saved["epoch"], saved["n_batches"]) > (0, 0)
-    assert subprocess.run(shlex.split(command), cwd=long_run, capture_output=True).returncode == 0
+    how = {"cwd": long_run, "env": {**os.environ, **ONE_THREAD}, "capture_output": True}
+    assert subprocess.run(shlex.split(command), **how).returncode == 0
     assert_same_weights(outcome(long_run)[0], uninterrupted[0])
 
 
