@@ -210,7 +210,7 @@ def train(args: argparse.Namespace) -> list[EpochReport]:
         "tokenizer_sha256": sha256_of(tokenizer.model_path),
     }
     require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
-    keeper = _keeper(args, model, recipe, device)
+    keeper = _keeper(args, model, recipe, tokenizer, device)
 
     def on_epoch(report: EpochReport, is_best: bool) -> None:
         if is_best:
@@ -305,11 +305,15 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _keeper(
-    args: argparse.Namespace, model: LlamaEmbeddingClassifier, recipe: Recipe, device: torch.device
+    args: argparse.Namespace,
+    model: LlamaEmbeddingClassifier,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    device: torch.device,
 ) -> Keeper:
     """Compared is all that decides what a training ends in; files count by their content."""
     files = {"train": args.train, "dev": args.dev, "label_names": args.label_names}
-    files |= {"model": args.pretrained_model_path, "tokenizer": _tokenizer(args).model_path}
+    files |= {"model": args.pretrained_model_path, "tokenizer": tokenizer.model_path}
     names = ("epochs", "batch_size", "lr", "seed", "hidden_dropout_prob", "max_sentence_len")
     settings = {
         **{name: getattr(args, name) for name in names},
