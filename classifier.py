@@ -156,13 +156,25 @@ class LlamaEmbeddingClassifier(_Classifier):
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         lengths = self._real_lengths(lengths)
         hidden = self.llama.hidden_states(input_ids, lengths)  # (B, T, dim)
-        if self.pooling == "position":
-            pooled = hidden[:, -1]  # (B, dim)
-        elif self.pooling == "last":
-            pooled = last_real(hidden, lengths).squeeze(1)
-        else:
-            real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (B, T)
-            pooled = hidden.masked_fill(~real[:, :, None], 0.0).sum(dim=1) / lengths[:, None]
-        scores = self.classifier_head(self.dropout(pooled))
+        scores = self.classifier_head(self.dropout(self.pool(hidden, lengths)))
         # Bfloat16 tells log-probabilities apart by 0.4 %, so at least float32 here.
         return F.log_softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
+
+    def pool(self, hidden: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """What the head reads of the states: (B, T, dim), (B,) -> (B, dim)."""
+        if self.pooling == "position":
+            return hidden[:, -1]
+        if self.pooling == "last":
+            return last_real(hidden, lengths).squeeze(1)
+        return mean_of_real(hidden, lengths)
+
+
+def are_real(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Which positions hold no padding: (B, T, dim), (B,) -> (B, T)."""
+    return torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+
+
+def mean_of_real(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The mean of each row's real positions: (B, T, dim), (B,) -> (B, dim)."""
+    real = are_real(hidden, lengths)[:, :, None]
+    return hidden.masked_fill(~real, 0.0).sum(dim=1) / lengths[:, None]

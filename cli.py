@@ -117,6 +117,11 @@ def probability_below_one(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < 1, "a number in [0, 1)")
 
 
+def share(text: str) -> float:
+    """An argparse type: a number in (0, 1]."""
+    return _number(text, float, lambda value: 0 < value <= 1, "a number in (0, 1]")
+
+
 def _number(text: str, kind: type, is_valid: Callable, wanted: str):
     try:
         value = kind(text)

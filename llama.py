@@ -371,15 +371,18 @@ def require_exactly(module: nn.Module, weights: dict[str, torch.Tensor]) -> None
         )
 
 
-def load_pretrained(checkpoint: str | os.PathLike, attention: str | None = None) -> Llama:
+def load_pretrained(
+    checkpoint: str | os.PathLike, attention: str | None = None, dropout: float | None = None
+) -> Llama:
     """Reads a checkpoint (see `checkpoint.read_checkpoint`) into a float32 model in eval mode.
 
     `attention=None` takes the mode that the checkpoint records in `model_args`, else "full", as the
-    assignment computes. Raises ValueError, naming the file, for whatever is wrong with it.
+    assignment computes; `dropout=None` the recorded probability of dropout inside the layers, else
+    0. Raises ValueError, naming the file, for whatever is wrong with it.
     """
     model_args, weights = read_checkpoint(checkpoint)
-    if attention is not None:
-        model_args = {**model_args, "attention": attention}
+    given = {"attention": attention, "dropout": dropout}
+    model_args |= {key: value for key, value in given.items() if value is not None}
     try:
         return Llama.from_weights(LlamaConfig(**model_args), weights)
     except ValueError as error:

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cli
@@ -33,33 +34,40 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ArgumentParser(
         description="Generate text, classify by prompting, or finetune a classifier with Llama 2."
     )
+    add_data_options(parser)
+    add_training_options(parser)
     add = parser.add_argument
-    add("--train", help=f"default: {DATA['train']}")
-    add("--dev", help=f"default: {DATA['dev']}")
-    add("--test", help=f"default: {DATA['test']}")
-    add("--label-names", help=f"JSON list of names; default: {DATA['label_names']}")
-    add("--pretrained-model-path", help=f".pt or llama2.c .bin; default: {MODEL}")
-    add("--max_sentence_len", type=cli.positive_int, help="tokens kept of a sentence")
     add("--seed", type=cli.seed_int, default=1337)
-    add("--epochs", type=cli.positive_int, default=5)
     add(
         "--option",
         choices=tuple(SPLITS_READ_BY),
         default="generate",
         help="prompt leaves the Llama frozen, finetune trains it",
     )
-    add("--use_gpu", action="store_true", help="CUDA, else Apple MPS")
     add("--generated_sentence_low_temp_out", default="generated-sentence-temp-0.txt")
     add("--generated_sentence_high_temp_out", default="generated-sentence-temp-1.txt")
     add("--dev_out", help="default: <dataset>-dev-prompting-output.txt or -finetuning-")
     add("--test_out", help="default: <dataset>-test-prompting-output.txt or -finetuning-")
-    add("--batch_size", type=cli.positive_int, default=8)
-    add("--hidden_dropout_prob", type=cli.probability_below_one, default=0.3)
-    add(
-        "--lr",
-        type=cli.positive_float,
-        help=f"default: {LR}, or {MINI_LR} for the bundled model standing in",
-    )
+    recipe = add_recipe_options(parser)
+    recipe("--resume", action="store_true", help="go on with an interrupted run of these options")
+    args = parser.parse_args(argv)
+    if args.resume and args.option != "finetune":
+        parser.error("--resume goes on with a training; add --option finetune")
+    fill_defaults(args)
+    print(f"args: {vars(args)}")
+    return args
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What is read: the splits, the label names, the model."""
+    add = parser.add_argument
+    add("--train", help=f"default: {DATA['train']}")
+    add("--dev", help=f"default: {DATA['dev']}")
+    add("--test", help=f"default: {DATA['test']}")
+    add("--label-names", help=f"JSON list of names; default: {DATA['label_names']}")
+    add("--pretrained-model-path", help=f".pt or llama2.c .bin; default: {MODEL}")
+    add("--tokenizer_path", help="default: the .model file beside the checkpoint, else at the root")
+    add("--max_sentence_len", type=cli.positive_int, help="tokens kept of a sentence")
     add(
         "--attention",
         choices=ATTENTION_MODES,
@@ -70,31 +78,52 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=POOLINGS,
         help="state that is read; default: position with full attention, last with causal",
     )
-    add("--tokenizer_path", help="default: the .model file beside the checkpoint, else at the root")
-    recipe = parser.add_argument_group("finetuning, beyond the assignment").add_argument
-    recipe("--warmup", type=cli.probability_below_one, default=0.0, help="share of all steps")
-    recipe("--lr_decay", action="store_true", help="after it, linearly to 0")
-    recipe("--max_grad_norm", type=cli.positive_float, help="clip gradients to this norm")
-    recipe("--bf16", action="store_true", help="train in bfloat16 (weights stay float32)")
-    recipe(
+    add("--use_gpu", action="store_true", help="CUDA, else Apple MPS")
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--epochs", type=cli.positive_int, default=5)
+    add("--batch_size", type=cli.positive_int, default=8)
+    add("--hidden_dropout_prob", type=cli.probability_below_one, default=0.3)
+    add(
+        "--lr",
+        type=cli.positive_float,
+        help=f"default: {LR}, or {MINI_LR} for the bundled model standing in",
+    )
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """How to train beyond that; returns what adds a further option to their group."""
+    add = parser.add_argument_group("finetuning, beyond the assignment").add_argument
+    add("--warmup", type=cli.probability_below_one, default=0.0, help="share of all steps")
+    add(
+        "--lr_decay",
+        nargs="?",
+        choices=("linear", "cosine"),
+        const="linear",
+        help="after it, to 0: linearly, or along half a wave",
+    )
+    add("--layer_decay", type=cli.share, default=1.0, help="learning rate of a layer / that above")
+    add("--max_grad_norm", type=cli.positive_float, help="clip gradients to this norm")
+    add("--backbone_dropout", type=cli.probability_below_one, help="inside the layers (default 0)")
+    add("--label_smoothing", type=cli.probability_below_one, default=0.0)
+    add("--r_drop", type=cli.non_negative_float, default=0.0, help="weight of R-Drop's divergence")
+    add("--patience", type=cli.positive_int, help="epochs without a better dev accuracy, then end")
+    add("--bf16", action="store_true", help="train in bfloat16 (weights stay float32)")
+    add(
         "--train_acc",
         choices=("extra", "running"),
         default="extra",
         help="from an extra pass over the train data, or from the training passes",
     )
-    recipe("--resume", action="store_true", help="go on with an interrupted run of these options")
-    recipe(
+    add(
         "--save_minutes",
         type=cli.non_negative_float,
         default=5.0,
-        help="between saves of the state that --resume reads (default 5, and after each epoch)",
+        help="between saves of the state that a run goes on from (default 5, and after each epoch)",
     )
-    args = parser.parse_args(argv)
-    if args.resume and args.option != "finetune":
-        parser.error("--resume goes on with a training; add --option finetune")
-    fill_defaults(args)
-    print(f"args: {vars(args)}")
-    return args
+    return add
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
@@ -146,10 +175,15 @@ def _say_stand_in(absent: str, bundled: str) -> None:
 
 def checkpoint_path(args: argparse.Namespace) -> str:
     """`args.filepath` if a script set it, else a name that carries option, data set, epochs, lr."""
-    train = Path(args.train).resolve()
-    dataset = train.parent.name if train.stem == "train" else train.stem.removesuffix("-train")
-    dataset = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", dataset)  # no name on Windows has these
-    return getattr(args, "filepath", None) or f"{args.option}-{dataset}-{args.epochs}-{args.lr}.pt"
+    name = f"{args.option}-{dataset_name(args.train)}-{args.epochs}-{args.lr}.pt"
+    return getattr(args, "filepath", None) or name
+
+
+def dataset_name(train: str) -> str:
+    """data/sst-train.txt or sst/train.txt -> sst"""
+    path = Path(train).resolve()
+    name = path.parent.name if path.stem == "train" else path.stem.removesuffix("-train")
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name)  # no name on Windows has these
 
 
 def output_files(args: argparse.Namespace) -> list[str]:

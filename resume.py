@@ -96,12 +96,16 @@ class Keeper:
             raise self._damaged() from error
         self.is_resumed = True
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> Place:
+    def restore(
+        self, model: nn.Module, optimizer: Optimizer, regularizer: nn.Module | None = None
+    ) -> Place:
         """Puts weights, optimizer and random numbers where they were and says where that is."""
         saved, self._saved = self._saved, {}
         if saved:
             try:
                 model.load_state_dict(saved["model"])
+                if regularizer is not None:
+                    regularizer.load_state_dict(saved["regularizer"])
                 # Copied: what is loaded is mapped from the file, which is about to be replaced.
                 optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
                 set_random_state(saved["random"])
@@ -112,19 +116,25 @@ class Keeper:
     def is_due(self) -> bool:
         return time.monotonic() - self.saved_at >= 60 * self.minutes
 
-    def save(self, place: Place, model: nn.Module, optimizer: Optimizer) -> None:
+    def save(
+        self,
+        place: Place,
+        model: nn.Module,
+        optimizer: Optimizer,
+        regularizer: nn.Module | None = None,
+    ) -> None:
         """Refuses weights that are not finite, so that the last good state stays."""
         require_not_diverged(model)
-        save_torch_file(
-            self.path,
-            {
-                "settings": self.settings,
-                "place": vars(place),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "random": random_state(),
-            },
-        )
+        state = {
+            "settings": self.settings,
+            "place": vars(place),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": random_state(),
+        }
+        if regularizer is not None:
+            state["regularizer"] = regularizer.state_dict()
+        save_torch_file(self.path, state)
         self.saved_at = time.monotonic()
 
     def _damaged(self) -> ValueError:

@@ -7,7 +7,7 @@ our optional options (`attention`, `pooling`, `tokenizer_path`, the recipe) mean
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -295,13 +295,8 @@ def _tokenizer(args: argparse.Namespace, max_len: int | None = None) -> Tokenize
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    return Recipe(
-        warmup=_option(args, "warmup", 0.0),
-        lr_decay=_option(args, "lr_decay", False),
-        max_grad_norm=_option(args, "max_grad_norm"),
-        bf16=_option(args, "bf16", False),
-        running_train_acc=_option(args, "train_acc") == "running",
-    )
+    given = {field.name: getattr(args, field.name, field.default) for field in fields(Recipe)}
+    return Recipe(**{**given, "running_train_acc": _option(args, "train_acc") == "running"})
 
 
 def _keeper(
@@ -319,6 +314,7 @@ def _keeper(
         **{name: getattr(args, name) for name in names},
         **asdict(recipe),
         "attention": model.llama.config.attention,
+        "backbone_dropout": model.llama.config.dropout,
         "pooling": model.pooling,
         "device": device.type,
         **{f"{name}_sha256": sha256_of(path) for name, path in files.items()},
@@ -335,7 +331,9 @@ def _keeper(
 
 def _load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device]:
     device = pick_device(args.use_gpu)
-    llama = load_pretrained(args.pretrained_model_path, attention=_option(args, "attention"))
+    llama = load_pretrained(
+        args.pretrained_model_path, _option(args, "attention"), _option(args, "backbone_dropout")
+    )
     tokenizer = _tokenizer(args)
     tokenizer.require_vocab_size(llama.config.vocab_size)
     print(f"load model from {args.pretrained_model_path}")

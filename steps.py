@@ -1,6 +1,7 @@
 """What every training loop here shares: the learning rate's course, precision, a clipped step."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,18 +10,31 @@ from torch.optim import Optimizer
 
 
 def learning_rate_factor(
-    step: int, progress: float, warmup_steps: int = 0, decay_from: float = 1.0
+    step: int,
+    progress: float,
+    warmup_steps: int = 0,
+    decay_from: float = 1.0,
+    cosine: bool = False,
 ) -> float:
     """What the peak learning rate is multiplied by at `step` (0, 1, ...): a trapezoid.
 
     It rises linearly over the first `warmup_steps` steps, stays at 1, and once `progress`, the
     share in [0, 1] of the training that is done, passes `decay_from` falls linearly to 0 (Hagele
-    et al. 2024, arXiv 2405.18392). `decay_from=0` is the usual warm-up and linear decay,
-    `decay_from=1` never decays.
+    et al. 2024, arXiv 2405.18392), or with `cosine` along half a wave (Loshchilov and Hutter 2017,
+    arXiv 1608.03983, equation 5). `decay_from=0` is the usual warm-up and decay, `decay_from=1`
+    never decays.
     """
     rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     fall = min(1.0, (1.0 - progress) / (1.0 - decay_from)) if decay_from < 1.0 else 1.0
-    return rise * max(0.0, fall)
+    fall = max(0.0, fall)
+    if cosine:
+        fall = (1.0 - math.cos(math.pi * fall)) / 2.0
+    return rise * fall
+
+
+def symmetric_kl(log_probs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) + KL(q || p) of two (B, C) tables of log-probabilities, the mean over rows."""
+    return ((log_probs.exp() - others.exp()) * (log_probs - others)).sum(dim=-1).mean()
 
 
 def precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:

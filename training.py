@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from interrupts import Stopped, held_back
 from labelled import NO_GOLD_LABEL
 from optimizer import AdamW
 from resume import DIVERGED, Keeper, Place, require_not_diverged
-from steps import learning_rate_factor, precision, take_step
+from steps import learning_rate_factor, precision, symmetric_kl, take_step
 from utils import save_torch_file
 
 
@@ -38,12 +39,13 @@ class Evaluation:
     predictions: list[int]
     labels: list[int]
     sentences: list[str]
+    confidences: list[float]  # the probability that each prediction was given
 
 
 @dataclass(frozen=True)
 class EpochReport:
     epoch: int
-    train_loss: float  # mean over batches of (NLL summed over the batch / batch size)
+    train_loss: float  # mean over batches of what was minimized: NLL summed / batch size, and more
     train_accuracy: float
     dev_accuracy: float
 
@@ -52,17 +54,28 @@ class EpochReport:
 class Recipe:
     """How to train beyond epochs, batch size and learning rate; the defaults are the assignment's.
 
-    `warmup` is the share of all steps over which the learning rate rises; with `lr_decay` it then
-    falls linearly to 0. `max_grad_norm` clips gradients. `bf16` computes in bfloat16, weights and
-    updates staying float32. `running_train_acc` takes the train accuracy from the training passes,
-    dropout and all, instead of from a further pass in eval mode.
+    `warmup` is the share of all steps over which the learning rate rises; with `lr_decay`, "linear"
+    or "cosine", it then falls to 0. `layer_decay` is described at `parameter_groups`.
+    `max_grad_norm` clips gradients. `bf16` computes in bfloat16, weights and updates staying
+    float32. `running_train_acc` takes the train accuracy from the training passes, dropout and all,
+    instead of from a further pass in eval mode. `patience` ends the training after that many epochs
+    in a row without a new best dev accuracy.
+
+    `label_smoothing` mixes that share of the uniform distribution into the labels (Szegedy et al.
+    2016, arXiv 1512.00567, section 7). `r_drop` is the weight alpha of R-Drop (Liang et al. 2021,
+    arXiv 2106.14448): every batch passes twice, under two dropout masks, and half of equation 4 is
+    minimized, (NLL_1 + NLL_2) / 2 + alpha / 4 (KL(p_1 || p_2) + KL(p_2 || p_1)).
     """
 
     warmup: float = 0.0
-    lr_decay: bool = False
+    lr_decay: str | None = None
     max_grad_norm: float | None = None
     bf16: bool = False
     running_train_acc: bool = False
+    layer_decay: float = 1.0
+    label_smoothing: float = 0.0
+    patience: int | None = None
+    r_drop: float = 0.0
 
 
 def log_probs_of(
@@ -88,15 +101,17 @@ def evaluate(
     from sklearn.metrics import accuracy_score, f1_score  # slow to import, and not for `generate`
 
     model.eval()
-    predictions, labels, sentences = [], [], []
+    predictions, labels, sentences, confidences = [], [], [], []
     for batch in tqdm(loader, desc=description, disable=None, leave=False):
-        predictions += log_probs_of(model, batch, device, bf16).argmax(dim=1).tolist()
+        log_probs, said = log_probs_of(model, batch, device, bf16).max(dim=1)
+        predictions += said.tolist()
+        confidences += log_probs.exp().tolist()
         labels += batch["labels"].tolist()
         sentences += batch["sents"]
     if isinstance(loader.sampler, list):  # by length, see `dataset.make_loader`
         place = sorted(range(len(labels)), key=loader.sampler.__getitem__)
-        predictions, labels, sentences = (
-            [values[i] for i in place] for values in (predictions, labels, sentences)
+        predictions, labels, sentences, confidences = (
+            [values[i] for i in place] for values in (predictions, labels, sentences, confidences)
         )
     known = [i for i, label in enumerate(labels) if label != NO_GOLD_LABEL]
     accuracy = macro_f1 = None
@@ -104,11 +119,34 @@ def evaluate(
         gold, said = [labels[i] for i in known], [predictions[i] for i in known]
         accuracy = float(accuracy_score(gold, said))
         macro_f1 = float(f1_score(gold, said, average="macro", zero_division=0.0))
-    return Evaluation(accuracy, macro_f1, predictions, labels, sentences)
+    return Evaluation(accuracy, macro_f1, predictions, labels, sentences, confidences)
+
+
+def parameter_groups(model: nn.Module, lr: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """The parameters that are trained, in groups of one learning rate.
+
+    It is `lr` for the final norm and the head, lr * layer_decay for the topmost layer, and falls by
+    that factor with each layer down to the embedding (Howard and Ruder 2018, arXiv 1801.06146,
+    section 3.2).
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if layer_decay == 1.0:
+        return [{"params": [parameter for _, parameter in trained], "lr": lr}]
+    n_layers = model.llama.config.n_layers
+    by_distance: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        layer = re.match(r"llama\.layers\.(\d+)\.", name)
+        at_bottom = name.startswith(("llama.tok_embeddings.", "llama.output."))
+        height = int(layer[1]) + 1 if layer else (0 if at_bottom else n_layers + 1)
+        by_distance.setdefault(n_layers + 1 - height, []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr * layer_decay**distance}
+        for distance, parameters in sorted(by_distance.items())
+    ]
 
 
 def train_classifier(
-    model: LlamaEmbeddingClassifier,
+    model: nn.Module,
     train_data: SentenceDataset,
     dev_data: SentenceDataset,
     *,
@@ -120,13 +158,20 @@ def train_classifier(
     on_epoch: Callable[[EpochReport, bool], None],
     recipe: Recipe = Recipe(),
     keeper: Keeper | None = None,
+    regularizer: nn.Module | None = None,
 ) -> list[EpochReport]:
     """Minimizes the NLL by AdamW over shuffled batches; the model must be on `device`.
+
+    `model` is a classifier of `classifier.py`, or a module that is called like one.
 
     The loss of a batch is its summed NLL over `batch_size`, also for the shorter last batch. After
     each epoch train and dev accuracy are measured in eval mode and `on_epoch(report, is_best)` is
     called; best is the first epoch with the highest dev accuracy. A model that masks its padding
     gets batches of similar lengths, which hold less of it.
+
+    A `regularizer` adds a term to each batch's loss: regularizer(model, log_probs, again), where
+    log_probs (B, n_labels) are the batch's, and again(module) is another pass of the batch, through
+    the model or one that is called like it. Its `state_dict` is kept with the run's.
 
     With a `keeper` the run goes on where that says, and its state is kept after every epoch, when a
     save is due, and on `Stopped`, which comes between two batches. A loss or a weight that is not
@@ -136,7 +181,7 @@ def train_classifier(
     by_length = {"similar_lengths": model.reads_lengths}
     run = _Run(
         model,
-        AdamW(model.parameters(), lr=lr),
+        AdamW(parameter_groups(model, lr, recipe.layer_decay), lr=lr),
         make_loader(train_data, batch_size, shuffle_by, **by_length),
         make_loader(train_data, batch_size, **by_length),
         make_loader(dev_data, batch_size, **by_length),
@@ -145,12 +190,13 @@ def train_classifier(
         epochs,
         recipe,
         keeper,
+        regularizer,
     )
     place = Place(order=shuffle_by.get_state())
     if keeper is not None and keeper.is_resumed:
-        place = keeper.restore(model, run.optimizer)
+        place = keeper.restore(model, run.optimizer, regularizer)
     try:
-        while place.epoch < epochs:
+        while place.epoch < epochs and not _has_stalled(place.history, recipe.patience):
             report = run.epoch(place)
             earlier = [past["dev_accuracy"] for past in place.history]
             with held_back():
@@ -164,6 +210,17 @@ def train_classifier(
         stopped.is_resumable = keeper is not None
         raise
     return [EpochReport(**report) for report in place.history]
+
+
+def _has_stalled(history: list[dict[str, Any]], patience: int | None) -> bool:
+    """Whether the last `patience` epochs brought no dev accuracy above that of the epochs before.
+
+    A run that was resumed behind its last epoch has stalled, too.
+    """
+    accuracies = [report["dev_accuracy"] for report in history]
+    if patience is None or len(accuracies) <= patience:
+        return False
+    return max(accuracies[-patience:]) <= max(accuracies[:-patience])
 
 
 @dataclass(frozen=True)
@@ -180,10 +237,11 @@ class _Run:
     epochs: int
     recipe: Recipe
     keeper: Keeper | None
+    regularizer: nn.Module | None
 
     def save(self, place: Place) -> None:
         if self.keeper is not None:
-            self.keeper.save(place, self.model, self.optimizer)
+            self.keeper.save(place, self.model, self.optimizer, self.regularizer)
 
     def epoch(self, place: Place) -> EpochReport:
         """Takes the steps of the epoch that `place` has not taken, and measures."""
@@ -213,11 +271,11 @@ class _Run:
         step = place.epoch * len(self.shuffled) + place.n_batches
         warmup_steps = round(recipe.warmup * n_steps)
         decay_from = recipe.warmup if recipe.lr_decay else 1.0
-        factor = learning_rate_factor(step, step / n_steps, warmup_steps, decay_from)
+        cosine = recipe.lr_decay == "cosine"
+        factor = learning_rate_factor(step, step / n_steps, warmup_steps, decay_from, cosine)
 
         labels = batch["labels"].to(self.device)
-        log_probs = log_probs_of(self.model, batch, self.device, recipe.bf16)
-        loss = F.nll_loss(log_probs, labels, reduction="sum") / self.batch_size
+        log_probs, loss = self._objective(batch, labels)
         value = loss.item()
         if not math.isfinite(value):
             lr = factor * self.optimizer.defaults["lr"]
@@ -231,6 +289,32 @@ class _Run:
         place.loss_sum += value
         place.n_right += (log_probs.argmax(dim=1) == labels).sum().item()
         place.n_batches += 1
+
+    def _objective(
+        self, batch: dict[str, Any], labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probabilities (B, n_labels), the loss of the batch)."""
+        recipe = self.recipe
+
+        def again(module: nn.Module) -> torch.Tensor:
+            return log_probs_of(module, batch, self.device, recipe.bf16)
+
+        def nll(log_probs: torch.Tensor) -> torch.Tensor:
+            loss = F.nll_loss(log_probs, labels, reduction="sum")
+            if recipe.label_smoothing:
+                uniform = -log_probs.mean(dim=1).sum()
+                loss = torch.lerp(loss, uniform, recipe.label_smoothing)
+            return loss / self.batch_size
+
+        log_probs = again(self.model)
+        loss = nll(log_probs)
+        if recipe.r_drop:
+            second = again(self.model)
+            divergence = symmetric_kl(log_probs, second)
+            loss = (loss + nll(second)) / 2 + recipe.r_drop / 4 * divergence
+        if self.regularizer is not None:
+            loss = loss + self.regularizer(self.model, log_probs, again)
+        return log_probs, loss
 
 
 def save_classifier(

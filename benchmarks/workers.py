@@ -5,10 +5,8 @@ So neither memory nor allocator settings are shared, and a drift of the machine'
 
 import multiprocessing
 import multiprocessing.connection
-import resource
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 PAUSE = 0.1  # s before a turn: the threads of the process before wait for work by spinning
@@ -58,15 +56,16 @@ def _work(
     import torch
 
     from benchmarks import jobs
+    from utils import forget_peak_memory, peak_memory_mb
 
     torch.set_num_threads(threads)
     job = getattr(jobs, maker)(contender, **options)
-    _forget_peak()  # building may take more than the work, such as a second copy of the weights
+    forget_peak_memory()  # building may take more, such as a second copy of the weights
     pipe.send("built")
     while True:
         what, point = pipe.recv()
         if what == "stop":
-            pipe.send(_peak_mb())
+            pipe.send(peak_memory_mb())
             return
         time.sleep(PAUSE)
         started = time.perf_counter()
@@ -75,25 +74,6 @@ def _work(
             job(point)
             n_times += 1
         pipe.send(((time.perf_counter() - started) / n_times, result))
-
-
-def _forget_peak() -> None:
-    """Linux: the most memory held is what is held now. Elsewhere the peak keeps the building's."""
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5", encoding="utf-8")
-
-
-def _peak_mb() -> float:
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage would count the parent's memory before exec
-        line = next(
-            line
-            for line in status.read_text(encoding="utf-8").splitlines()
-            if line.startswith("VmHWM")
-        )
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
 
 
 def take_turns(

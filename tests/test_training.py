@@ -192,7 +192,7 @@ def test_a_schedule_rises_over_its_share_of_the_steps_and_falls_to_zero(monkeypa
 
     monkeypatch.setattr("training.take_step", spy)
     data = random_data(n=40)  # ten steps an epoch
-    train(classifier(), data, epochs=2, recipe=Recipe(warmup=0.2, lr_decay=True))
+    train(classifier(), data, epochs=2, recipe=Recipe(warmup=0.2, lr_decay="linear"))
     rise = [0.25, 0.5, 0.75, 1.0]
     fall = [(20 - step) / 16 for step in range(4, 20)]
     assert factors == pytest.approx(rise + fall)
