@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cli
@@ -127,11 +127,21 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> Callable[..., argpars
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
-    """Gives every path that was not typed the assignment's default, or its bundled counterpart.
+    """Gives every path that was not typed the assignment's default, or its bundled counterpart."""
+    dataset = "demo" if fill_inputs(args, SPLITS_READ_BY[args.option]) else "cfimdb"
+    kind = "finetuning" if args.option == "finetune" else "prompting"
+    for split in ("dev", "test"):
+        if getattr(args, f"{split}_out") is None:
+            setattr(args, f"{split}_out", f"{dataset}-{split}-{kind}-output.txt")
+
+
+def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> bool:
+    """Fills in the model, the data and the learning rate; returns whether the demo data stand in.
 
     The bundled model stands in where --pretrained-model-path was not typed and stories42M.pt is
-    absent, the demo data where none of the data paths was typed and a file of CFIMDB that the
-    option reads is absent. A line on standard error says so. What was typed is never replaced.
+    absent, the demo data where none of the data paths was typed and a file of CFIMDB among the
+    `splits` that are read is absent. A line on standard error says so. What was typed is never
+    replaced.
     """
     model, stands_in = _choose({"model": MODEL}, {"model": MINI_MODEL}, ["model"])
     if args.pretrained_model_path is None:
@@ -140,21 +150,19 @@ def fill_defaults(args: argparse.Namespace) -> None:
             args.lr = MINI_LR if args.lr is None else args.lr
             _say_stand_in(MODEL, MINI_MODEL)
 
-    data, stands_in = _choose(DATA, DEMO_DATA, list(SPLITS_READ_BY[args.option]))
+    data, stands_in = _choose(DATA, DEMO_DATA, splits)
     if any(getattr(args, key) is not None for key in DATA):
         data, stands_in = DATA, False
     if stands_in:
         _say_stand_in("data/cfimdb-*.txt", "data/demo-*.txt")
-    dataset = "demo" if stands_in else "cfimdb"
-    kind = "finetuning" if args.option == "finetune" else "prompting"
-    outputs = {f"{split}_out": f"{dataset}-{split}-{kind}-output.txt" for split in ("dev", "test")}
-    for key, value in {**data, **outputs, "lr": LR}.items():
+    for key, value in {**data, "lr": LR}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    return stands_in
 
 
 def _choose(
-    wanted: dict[str, str], bundled: dict[str, str], needed: list[str]
+    wanted: dict[str, str], bundled: dict[str, str], needed: Sequence[str]
 ) -> tuple[dict[str, str], bool]:
     """(paths, whether they are the bundled ones): the first of wanted, then bundled, whose needed
     files are all in the current folder, or all in the project's; if there are none, wanted."""
@@ -167,7 +175,7 @@ def _choose(
 
 def _say_stand_in(absent: str, bundled: str) -> None:
     print(
-        f"run_llama.py: {absent} not found, using the bundled {bundled}; "
+        f"{Path(sys.argv[0]).name}: {absent} not found, using the bundled {bundled}; "
         "`bash setup.sh` downloads the assignment's own",
         file=sys.stderr,
     )

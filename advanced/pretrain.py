@@ -1,5 +1,9 @@
 """Language-model training of a Llama, from scratch or continued from a checkpoint.
 
+L = -1/N sum_t log p(x_t | x_<t) over the text's windows of tokens. `continue_on` is continued
+pretraining on a task's own sentences before finetuning (Gururangan et al. 2020, arXiv 2004.10964,
+section 4): labels are not read, the model keeps its shape, attention is causal.
+
     python -m advanced.pretrain --text reviews.txt.xz stories.txt.xz --out DIR --minutes 60
 
 writes DIR/model.pt, DIR/tokenizer.model, DIR/history.csv, and DIR/state.pt, from which `--resume`
@@ -9,9 +13,11 @@ learning rate follows the clock, so such a run is never repeated exactly; with `
 
 import argparse
 import hashlib
+import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import cli
@@ -28,7 +34,7 @@ from config import LlamaConfig
 from llama import Llama, load_pretrained
 from locks import sole_writer
 from tokenizer import Tokenizer, find_tokenizer_model
-from utils import atomic_write, keep_freed_memory, pick_device, seed_everything
+from utils import atomic_write, keep_freed_memory, pick_device, seed_everything, sha256_of
 
 SHAPE = {
     "dim": 192,
@@ -176,6 +182,60 @@ def make_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Llama:
     return model
 
 
+def continue_on(
+    sentences: list[str],
+    heldout: list[str],
+    checkpoint: str,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    epochs: int,
+    lr: float,
+    seed: int,
+    device: torch.device,
+    bf16: bool = False,
+) -> Path:
+    """Reads the sentences `epochs` times and returns the path of the model that has read them.
+
+    `heldout` sentences are measured alone. `folder` is the run's own: what is finished there is not
+    done again, what was interrupted goes on, and the traces of another run are a ValueError.
+    """
+    model = load_pretrained(checkpoint, attention="causal").to(device)
+    seed_everything(seed)
+    encoded = encode_documents(tokenizer, sentences)
+    n_tokens = sum(map(len, encoded))
+    seq_len = min(128, model.config.max_seq_len, n_tokens - 1)  # a few sentences are a window, too
+    n_rows = min(16, (n_tokens - 1) // seq_len)
+    settings = {"batch_tokens": n_rows * seq_len, "seq_len": seq_len, "warmup": 20}
+    settings |= {"decay_from": 0.0, "max_grad_norm": 1.0, "lr": lr, "epochs": epochs, "seed": seed}
+    settings |= {"bf16": bf16, "device": device.type, "text_sha256": _digest(encoded)}
+    settings |= {"model_sha256": sha256_of(checkpoint)}
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(
+        folder,
+        model,
+        make_optimizers(model, "adamw", lr, muon_lr=0.0, weight_decay=0.1),
+        TokenStream(encoded, seq_len, seed),
+        [HeldOut("held out", heldout, tokenizer, seq_len)],
+        settings,
+    )
+    with sole_writer(*(folder / name for name in FILES)):
+        if (folder / "state.pt").exists():
+            run.load()
+        if run.step * settings["batch_tokens"] < epochs * n_tokens:
+            run.budget["tokens"] = epochs * n_tokens
+            print(f"before: {in_words(run.measure(n_rows))}", flush=True)
+            train(run, device, eval_minutes=math.inf, save_minutes=5.0)
+    return folder / "model.pt"
+
+
+def _digest(encoded: list[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for document in encoded:
+        digest.update(document.tobytes())
+    return digest.hexdigest()
+
+
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     device = pick_device(args.use_gpu)
@@ -194,13 +254,9 @@ def _pretrain(args: argparse.Namespace, folder: Path, device: torch.device, bf16
     model = make_model(args, tokenizer).to(device)
     encoded = encode_documents(tokenizer, texts)
     n_tokens = sum(map(len, encoded))
-    digest = hashlib.sha256()
-    for document in encoded:
-        digest.update(document.tobytes())
-
     keep_freed_memory()
     settings = {key: value for key, value in vars(args).items() if key not in _NOT_COMPARED}
-    settings |= {"text_sha256": digest.hexdigest(), "bf16": bf16, "device": device.type}
+    settings |= {"text_sha256": _digest(encoded), "bf16": bf16, "device": device.type}
     run = Run(
         folder,
         model,

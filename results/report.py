@@ -1,59 +1,88 @@
 """Writes the tables of finetuning results and of speed into the READMEs, from our JSON files.
 
-    python -m results.report
+    python -m results.report [--plot]
 
-Each table stands between the two comment lines that name it.
+Each table stands between the two comment lines that name it; results/README.md, with everything
+that was measured, is written as a whole. --plot draws the figures too and needs matplotlib.
 """
 
 import json
-import statistics
 from pathlib import Path
-from typing import Any
 
 import benchmarks.report
 import cli
+from results import details, figures, studies
+from results.details import p_value
+from results.studies import Study, load, mean_std, measured, select
 from utils import atomic_write
 
 FOLDER = Path(__file__).resolve().parent
 READMES = ("README.md", "README.zh-TW.md", "data/mini/README.md")
 # Published with the assignment, for stories42M.pt in its unmasked mode, ten seeds.
 REFERENCE = (
-    "| reference, stories42M, `full` | 0.414 (0.014) | 0.418 (0.017) | 0.800 (0.115) | 10 | 2e-5 |"
+    "| reference, stories42M, published | 100 | 0.414 (0.014) | 0.418 (0.017) | 0.800 (0.115) "
+    "| | | 10 |"
+)
+# The columns of numbers: name, data set, folds, split.
+COLUMNS = (
+    ("SST dev", "sst", None, "dev"),
+    ("SST test", "sst", None, "test"),
+    ("CFIMDB dev", "cfimdb", None, "dev"),
+    ("CFIMDB 5-fold", "cfimdb", 5, "dev"),
 )
 
 
-def mean_std(values: list[float]) -> str:
-    """0.812 (0.004): mean and sample standard deviation; a single value has none."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ({statistics.stdev(values):.3f})"
+def table(found: list[Study], model: str) -> str:
+    """A row for each method of `model` on all training data; a cell is empty where not measured."""
+    found = select(found, model=model, train_share=1.0)
+    head = [f"{model}, mean (std) over seeds", "trained %", *(name for name, *_ in COLUMNS)]
+    head += ["SST test, minus plain (p)", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", REFERENCE]
+    majorities = [_majority(found, column) for column in COLUMNS]
+    lines.append(f"| majority class | 0 | {' | '.join(majorities)} | | |")
+    differences = details.compare_with_plain(select(found, dataset="sst", folds=None), "test")
+    for method in _order(found):
+        of_method = select(found, method=method)
+        columns = [_cell_values(of_method, column) for column in COLUMNS]
+        cells = [method, details.trained_percent(of_method), *map(mean_std, columns)]
+        of_plain = differences.get(method)
+        cells.append(f"{of_plain.difference:+.3f} ({p_value(of_plain.p)})" if of_plain else "")
+        lines.append(f"| {' | '.join(cells)} | {_n_seeds(columns)} |")
+    return "\n".join(lines)
 
 
-def accuracies(study: dict[str, Any], split: str) -> list[float]:
-    """Of the seeds that were run at the chosen learning rate; None counts for nothing."""
-    chosen = [run[split]["accuracy"] for run in study["runs"] if run["lr"] == study.get("lr")]
-    return [accuracy for accuracy in chosen if accuracy is not None]
+def tables(found: list[Study]) -> str:
+    """A table for each model, in the order of their names."""
+    return "\n\n".join(table(found, model) for model in sorted({s["model"] for s in found}))
 
 
-def table(folder: Path = FOLDER) -> str:
-    """A row for each NAME whose studies, sst-NAME.json and cfimdb-NAME.json, are both finished."""
-    rows = [
-        "| finetuned, mean (std) over seeds | SST dev | SST test | CFIMDB dev | seeds | lr |",
-        "|---|---|---|---|---|---|",
-        REFERENCE,
-    ]
-    for path in sorted(folder.glob("sst-*.json")):
-        name = path.stem.removeprefix("sst-")
-        partner = path.with_name(f"cfimdb-{name}.json")
-        if not partner.exists():
-            continue
-        sst, cfimdb = (json.loads(p.read_text(encoding="utf-8")) for p in (path, partner))
-        columns = [accuracies(sst, "dev"), accuracies(sst, "test"), accuracies(cfimdb, "dev")]
-        if all(columns) and len({len(values) for values in columns}) == 1:
-            cells = " | ".join(mean_std(values) for values in columns)
-            lrs = ", ".join(dict.fromkeys(f"{study['lr']:g}" for study in (sst, cfimdb)))
-            rows.append(f"| {name} | {cells} | {len(columns[0])} | {lrs} |")
-    return "\n".join(rows)
+def _order(found: list[Study]) -> list[str]:
+    """Methods by SST dev, those without it last."""
+    ordered = studies.ranked(select(found, dataset="sst", folds=None))
+    rest = studies.ranked([study for study in found if study not in ordered])
+    methods = dict.fromkeys(study["method"] for study in ordered + rest if study["runs"])
+    first = [method for method in studies.FIRST if method in methods]
+    return list(dict.fromkeys([*first, *methods]))
+
+
+def _cell_values(of_method: list[Study], column: tuple) -> list[float]:
+    _, dataset, folds, split = column
+    found = select(of_method, dataset=dataset, folds=folds)
+    return measured(found[0], split) if found else []
+
+
+def _majority(found: list[Study], column: tuple) -> str:
+    _, dataset, folds, split = column
+    share = details.majority_share(select(found, dataset=dataset, folds=folds), split)
+    return "" if share is None else f"{share:.3f}"
+
+
+def _n_seeds(columns: list[list[float]]) -> str:
+    """5, or where a column has others: 5 (CFIMDB 5-fold 2)."""
+    counts = {name: len(v) for (name, *_), v in zip(COLUMNS, columns, strict=True) if v}
+    first = next(iter(counts.values()), "")
+    others = ", ".join(f"{name} {n}" for name, n in counts.items() if n != first)
+    return f"{first} ({others})" if others else str(first)
 
 
 def speed_table(path: Path = FOLDER / "speed.json", shape: str = "stories42M") -> str:
@@ -70,20 +99,33 @@ def insert(text: str, new: str, name: str) -> str:
     return f"{before}{begin}\n{new}\n{end}{after}" if end else text
 
 
-def with_tables(text: str) -> str:
-    """A README's text with both tables as the files have them now."""
-    return insert(insert(text, table(), "results.report"), speed_table(), "speed")
+def with_tables(text: str, results: str, speed: str) -> str:
+    """A README's text with both tables as given."""
+    return insert(insert(text, results, "results.report"), speed, "speed")
 
 
 def main(argv: list[str] | None = None) -> None:
-    cli.ArgumentParser(prog="results.report", description=__doc__.split("\n")[0]).parse_args(argv)
-    print(table(), speed_table(), sep="\n\n")
+    parser = cli.ArgumentParser(prog="results.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--plot", action="store_true", help="draw results/*.png too")
+    args = parser.parse_args(argv)
+    found = load(FOLDER)
+    for line in (line for study in found for line in studies.unfinished(study)):
+        print(line)
+    if args.plot:
+        for line in figures.draw_all(found, FOLDER):
+            print(line)
+    results, speed = tables(found), speed_table()
+    print(results, speed, sep="\n\n")
     for name in READMES:
         path = FOLDER.parent / name
         if path.exists():
-            text = path.read_text(encoding="utf-8")
-            with atomic_write(path) as file:
-                file.write(with_tables(text))
+            _write(path, with_tables(path.read_text(encoding="utf-8"), results, speed))
+    _write(FOLDER / "README.md", details.page(found, FOLDER))
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from optimizer import AdamW
-from steps import learning_rate_factor, precision, take_step
+from steps import learning_rate_factor, precision, symmetric_kl, take_step
 
 CPU = torch.device("cpu")
 
@@ -18,6 +19,22 @@ def test_the_learning_rate_is_a_product_of_two_ramps(warmup, decay_from):
         fall = np.interp(progress, [decay_from, 1], [1, 0])
         ours = learning_rate_factor(step, progress, warmup, decay_from)
         assert ours == pytest.approx(rise * fall, abs=1e-12)
+
+
+@pytest.mark.parametrize("decay_from", [0.0, 0.4])
+def test_the_cosine_falls_along_half_a_wave(decay_from):
+    for progress in np.linspace(0.0, 1.2, 25):
+        share = np.clip((progress - decay_from) / (1 - decay_from), 0, 1)
+        ours = learning_rate_factor(99, progress, 10, decay_from, cosine=True)
+        assert ours == pytest.approx((1 + np.cos(np.pi * share)) / 2, abs=1e-12)
+
+
+def test_symmetric_kl_is_the_sum_of_both_divergences_averaged_over_rows():
+    p, q = (F.log_softmax(torch.randn(5, 3, dtype=torch.float64), dim=-1) for _ in range(2))
+    both = F.kl_div(q, p, log_target=True, reduction="batchmean")
+    both += F.kl_div(p, q, log_target=True, reduction="batchmean")
+    torch.testing.assert_close(symmetric_kl(p, q), both)
+    assert symmetric_kl(p, p) == 0.0
 
 
 def test_without_warmup_and_decay_the_learning_rate_is_the_peak_throughout():

@@ -13,7 +13,14 @@ from conftest import random_llama
 from dataset import Example, SentenceDataset, make_loader
 from optimizer import AdamW
 from steps import take_step
-from training import Recipe, evaluate, log_probs_of, train_classifier
+from training import (
+    Evaluation,
+    Recipe,
+    evaluate,
+    log_probs_of,
+    parameter_groups,
+    train_classifier,
+)
 
 CPU = torch.device("cpu")
 
@@ -228,3 +235,129 @@ def test_running_accuracy_is_that_of_the_training_passes():
         F.nll_loss(log_probs, batch["labels"], reduction="sum").div(4).backward()
         optimizer.step()
     assert history[0].train_accuracy == n_right / 10
+
+
+def trained_by_hand(data, objective, epochs: int = 1):
+    """The weights after AdamW steps on objective(model, log_probs, batch)."""
+    model = classifier()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(epochs):
+        for batch in make_loader(data, 4, generator, similar_lengths=True):
+            objective(model, model(batch["token_ids"], lengths=batch["lengths"]), batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def assert_same_weights(ours, theirs):
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_label_smoothing_is_the_cross_entropy_with_mixed_labels():
+    def objective(_model, log_probs, batch):
+        target = 0.8 * F.one_hot(batch["labels"], 2) + 0.2 / 2
+        return -(target * log_probs).sum() / 4
+
+    model = classifier()
+    train(model, random_data(), epochs=1, recipe=Recipe(label_smoothing=0.2))
+    assert_same_weights(model, trained_by_hand(random_data(), objective))
+
+
+def test_a_regularizer_is_added_to_the_loss_and_gets_the_batch_once_more():
+    class Doubled(torch.nn.Module):
+        def forward(self, model, log_probs, again):
+            torch.testing.assert_close(again(model), log_probs)  # no dropout here
+            return 0.3 * again(model).square().mean()
+
+    def objective(_model, log_probs, batch):
+        nll = F.nll_loss(log_probs, batch["labels"], reduction="sum") / 4
+        return nll + 0.3 * log_probs.square().mean()
+
+    model = classifier()
+    history = train(model, random_data(), epochs=1, regularizer=Doubled())
+    assert_same_weights(model, trained_by_hand(random_data(), objective))
+    plain = train(classifier(), random_data(), epochs=1)
+    assert history[0].train_loss > plain[0].train_loss  # the term counts in what is reported
+
+
+def test_r_drop_is_half_of_its_equation_over_two_dropout_masks(monkeypatch):
+    passes = []
+    rng = torch.Generator().manual_seed(3)
+
+    def noisy(model, batch, device, bf16=False):
+        log_probs = log_probs_of(model, batch, device, bf16)
+        if model.training:  # stands for dropout
+            noise = torch.randn(log_probs.shape, generator=rng)
+            log_probs = F.log_softmax(log_probs + noise, dim=-1)
+            passes.append(log_probs)
+        return log_probs
+
+    monkeypatch.setattr("training.log_probs_of", noisy)
+    history = train(classifier(), random_data(4), epochs=1, recipe=Recipe(r_drop=1.5))
+    first, second = (p.detach().double() for p in passes)
+    batch = next(
+        iter(make_loader(random_data(4), 4, torch.Generator().manual_seed(7), similar_lengths=True))
+    )
+    labels = batch["labels"]
+    nll = F.nll_loss(first, labels) + F.nll_loss(second, labels)
+    both = F.kl_div(second, first, log_target=True, reduction="batchmean")  # KL(first || second)
+    both += F.kl_div(first, second, log_target=True, reduction="batchmean")
+    assert history[0].train_loss == pytest.approx((nll / 2 + 1.5 / 4 * both).item(), rel=1e-5)
+
+
+def test_each_layer_learns_by_the_decay_slower_than_the_one_above_it():
+    model = classifier(n_layers=3)
+    model.llama.layers[0].requires_grad_(False)
+    groups = parameter_groups(model, 1.0, layer_decay=0.5)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    expected = {"classifier_head.": 1.0, "llama.norm.": 1.0, "llama.layers.2.": 0.5}
+    expected |= {"llama.layers.1.": 0.25, "llama.tok_embeddings.": 0.0625}
+    for name, parameter in model.named_parameters():
+        if name.startswith("llama.layers.0."):
+            assert id(parameter) not in rate  # frozen
+        else:
+            assert rate[id(parameter)] == next(v for k, v in expected.items() if name.startswith(k))
+
+
+def test_layer_decay_of_one_is_plain_training():
+    models = [classifier(), classifier()]
+    for model, recipe in zip(models, (Recipe(), Recipe(layer_decay=1.0)), strict=True):
+        train(model, random_data(), recipe=recipe)
+    assert_same_weights(*models)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "patience", "n_epochs"),
+    [
+        ([0.1, 0.3, 0.2, 0.3, 0.4], 2, 4),  # 0.3 again is no improvement
+        ([0.1, 0.3, 0.2, 0.4, 0.1], 2, 5),
+        ([0.5, 0.4, 0.3, 0.2, 0.1], 1, 2),
+        ([0.5, 0.4, 0.3, 0.2, 0.1], None, 5),
+    ],
+)
+def test_early_stopping_counts_epochs_without_a_new_best(
+    monkeypatch, accuracies, patience, n_epochs
+):
+    given = iter(accuracies)
+
+    def scripted(*_args, **_options):
+        return Evaluation(next(given), 0.0, [], [], [], [])
+
+    monkeypatch.setattr("training.evaluate", scripted)
+    recipe = Recipe(patience=patience, running_train_acc=True)
+    history = train(classifier(), random_data(4), epochs=5, recipe=recipe)
+    assert [report.dev_accuracy for report in history] == accuracies[:n_epochs]
+
+
+def test_confidences_are_the_probabilities_of_the_predictions_in_the_files_order():
+    data, model = random_data(9), classifier().eval()
+    result = evaluate(model, make_loader(data, 4, similar_lengths=True), CPU)
+    for example, said, confidence in zip(
+        data.examples, result.predictions, result.confidences, strict=True
+    ):
+        tokens = torch.tensor([example.tokens])
+        probs = model(tokens, lengths=torch.tensor([tokens.shape[1]])).exp()[0]
+        assert said == probs.argmax().item()
+        assert confidence == pytest.approx(probs.max().item(), rel=1e-5)

@@ -1,0 +1,91 @@
+"""What is made of finished runs' weights: WiSE-FT of each, a soup of all (see `wise_ft.py`).
+
+Both choose by dev accuracy, look at the test split after that, and leave records of their own.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from advanced import wise_ft
+from advanced.experiment import Experiment
+from advanced.record import Record
+from llama import load_pretrained
+
+Run = dict[str, Any]
+Finished = tuple[Record, list[Run]]
+
+
+def toward_pretrained(experiment: Experiment, runs: list[Run], command: str) -> Finished:
+    """For each run a further one, of the weights at the best alpha on the way to the pretrained.
+
+    Of equal alphas the one nearer to the finetuned weights counts.
+    """
+    identity = {**experiment.identity(), "method": experiment.name_with("wise_ft")}
+    record = Record(experiment.results_path("wise_ft"), identity, command)
+    done = []
+    for run in runs:
+        found = record.find("runs", run["hyperparameters"], run["seed"], run["fold"])
+        if found is None:
+            found = _interpolated(experiment, run)
+            record.content["chosen"] = run["hyperparameters"]
+            record.add("runs", found)
+        done.append(found)
+    return record, done
+
+
+def _interpolated(experiment: Experiment, run: Run) -> Run:
+    model, dev = experiment.load(run), experiment.encode(experiment.dev)
+    finetuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = experiment.options(run["hyperparameters"])
+    train, _ = experiment.splits(run["seed"], run["fold"])
+    start = load_pretrained(experiment.checkpoint(options, train), experiment.args.attention)
+    pretrained = {f"llama.{name}": tensor for name, tensor in start.state_dict().items()}
+    tried = []
+    for alpha in wise_ft.ALPHAS:
+        model.load_state_dict(wise_ft.interpolate(pretrained, finetuned, alpha))
+        tried.append({"alpha": alpha, "dev_accuracy": experiment.evaluate(model, dev).accuracy})
+    best = max(reversed(tried), key=lambda one: one["dev_accuracy"])["alpha"]
+    model.load_state_dict(wise_ft.interpolate(pretrained, finetuned, best))
+    return _measured(experiment, model, run, "wise_ft") | {"alpha": best, "alphas": tried}
+
+
+def soup(experiment: Experiment, runs: list[Run], command: str) -> Finished:
+    """One run more: the mean of the runs' weights, or of those that together raise dev accuracy."""
+    kind = experiment.args.soup
+    after = "+".join(name for name in (runs[0].get("after", ""), "soup") if name)
+    identity = {**experiment.identity(), "method": experiment.name_with(after)}
+    identity["settings"] |= {"soup": kind, "seeds": [run["seed"] for run in runs]}
+    record = Record(experiment.results_path(after), identity, command)
+    if record.content["runs"]:
+        return record, record.content["runs"]
+    states = [experiment.load(run).state_dict() for run in runs]
+    model, dev = experiment.load(runs[0]), experiment.encode(experiment.dev)
+
+    def score(state: dict[str, Any]) -> float:
+        model.load_state_dict(state)
+        return experiment.evaluate(model, dev).accuracy
+
+    chosen = list(range(len(states)))
+    if kind == "greedy":
+        state, chosen = wise_ft.greedy_soup(states, score)
+    else:
+        state = wise_ft.average(states)
+    model.load_state_dict(state)
+    made = _measured(experiment, model, runs[0], after)
+    made["ingredients"] = [runs[i]["seed"] for i in chosen]
+    record.content["chosen"] = made["hyperparameters"]
+    record.add("runs", made)
+    return record, [made]
+
+
+def _measured(experiment: Experiment, model: nn.Module, run: Run, after: str) -> Run:
+    """The record of `run` with what `model` reaches, whose weights are written."""
+    made = {**run, "after": after, "history": [], "best_epoch": None}
+    made |= {"seconds": None, "peak_memory_mb": None}
+    path = experiment.weights_path(run["hyperparameters"], run["seed"], run["fold"], after)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    experiment.save(path, model)
+    for split, rows in (("dev", experiment.dev), ("test", experiment.test)):
+        made[split] = experiment.figures(experiment.evaluate(model, experiment.encode(rows)))
+    return made

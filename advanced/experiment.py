@@ -1,0 +1,392 @@
+"""One data set, one composition of methods, one model: a training run of it, measured.
+
+The order is that in which the methods act: go on pretraining; a model with what reads its states;
+what is trained of it; penalties; the training loop; the mean of epochs; the figures.
+"""
+
+import argparse
+import copy
+import hashlib
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sklearn.model_selection import StratifiedKFold, train_test_split
+from torch import nn
+
+from advanced import adapter, lora, mixout, partial, prompting, wise_ft
+from advanced.components import COMPONENTS
+from advanced.l2sp import L2SP
+from advanced.pretrain import continue_on
+from advanced.record import figures
+from advanced.smart import Smart
+from checkpoint import load_torch_file
+from classifier import LlamaEmbeddingClassifier
+from dataset import SentenceDataset, encode_examples, make_loader
+from labelled import read_label_names, read_sentences
+from llama import load_pretrained
+from options import dataset_name
+from resume import Keeper, require_space
+from tokenizer import Tokenizer, find_tokenizer_model
+from training import EpochReport, Evaluation, Recipe, evaluate, save_classifier, train_classifier
+from utils import (
+    forget_peak_memory,
+    peak_memory_mb,
+    pick_device,
+    save_torch_file,
+    seed_everything,
+    sha256_of,
+)
+
+# What of a method's options decides its results; the others are run_llama.py's.
+OPTIONS_OF = {
+    "pretrain": ("pretrain_epochs", "pretrain_lr"),
+    "prompt": ("template",),
+    "lora": ("lora_rank", "lora_alpha", "lora_targets"),
+    "adapter": ("adapter_size",),
+    "mixout": ("mixout_p",),
+    "l2sp": ("l2sp_weight", "l2sp_head_weight"),
+    "smart": ("smart_weight", "smart_radius", "proximal_weight"),
+    "last_epochs": ("last",),
+}
+RECIPE = tuple(f.name for f in fields(Recipe) if f.name != "running_train_acc")
+SETTINGS = (
+    *("attention", "pooling", "epochs", "batch_size", "hidden_dropout_prob", "backbone_dropout"),
+    *("max_sentence_len", *RECIPE),
+)
+FILES = ("train", "dev", "test", "label_names", "pretrained_model_path", "tokenizer_path")
+Rows = list[tuple[str, int]]
+State = dict[str, torch.Tensor]
+
+
+class Together(nn.Module):
+    """The sum of several regularizers."""
+
+    def __init__(self, *terms: nn.Module):
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+
+    def forward(self, *given: Any) -> torch.Tensor:
+        return torch.stack([term(*given) for term in self.terms]).sum()
+
+
+class Experiment:
+    """What is the same for all seeds; `args` are those of advanced.run."""
+
+    def __init__(self, args: argparse.Namespace, methods: tuple[str, ...]):
+        self.args = args
+        self.methods = methods
+        self.device = pick_device(args.use_gpu)
+        if args.tokenizer_path is None:
+            args.tokenizer_path = str(find_tokenizer_model(args.pretrained_model_path))
+        self.tokenizer = Tokenizer(tokenizer_model=args.tokenizer_path)
+        self.label_names = read_label_names(args.label_names)
+        self.n_labels = len(self.label_names)
+        self.train = read_sentences(args.train, self.n_labels)
+        self.dev = read_sentences(args.dev, self.n_labels)
+        self.test = read_sentences(args.test, self.n_labels, unlabelled=True)
+        self.dataset = dataset_name(args.train)
+        path = Path(args.pretrained_model_path)
+        self.model_name = path.resolve().parent.name if path.stem == "model" else path.stem
+        self.name = args.name or "+".join(methods)
+        llama = load_pretrained(args.pretrained_model_path)
+        self.tokenizer.require_vocab_size(llama.config.vocab_size)
+        self.room = llama.config.max_seq_len
+        self.n_parameters = sum(parameter.numel() for parameter in llama.parameters())
+        if self.has("prompt", "zero_shot"):
+            self.templates = prompting.find_templates(self.dataset, self.label_names)
+
+    def _stem(self, name: str) -> str:
+        stem = f"{self.dataset}-{name}-{self.model_name}"
+        stem += f"-cv{self.args.folds}" if self.args.folds else ""
+        share = self.args.train_share
+        return stem + (f"-train{100 * share:.3g}" if share < 1.0 else "")
+
+    def results_path(self, after: str = "") -> Path:
+        """Of its own record, or of that of an average of its weights, such as "wise_ft"."""
+        return Path(self.args.results_dir) / f"{self._stem(self.name_with(after))}.json"
+
+    def name_with(self, after: str) -> str:
+        return "+".join(part for part in (self.name, after) if part not in ("", "plain")) or "plain"
+
+    def has(self, *names: str) -> bool:
+        return not set(names).isdisjoint(self.methods)
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides a result but seed, fold and the choice from the grid."""
+        args = self.args
+        own = [key for name in self.methods for key in OPTIONS_OF.get(name, ())]
+        settings = {key: getattr(args, key) for key in (*SETTINGS, *own) if key not in args.grid}
+        return {
+            "dataset": self.dataset,
+            "method": self.name,
+            "model": self.model_name,
+            "methods": list(self.methods),
+            "n_labels": self.n_labels,
+            "train_share": args.train_share,
+            "folds": args.folds,
+            "grid": {"lr": [args.lr], **args.grid},
+            "settings": {**settings, "device": self.device.type},
+            "files": {f"{key}_sha256": sha256_of(path) for key, path in self._files().items()},
+        }
+
+    def _files(self) -> dict[str, str | Path]:
+        files = {key: getattr(self.args, key) for key in FILES}
+        if self.has("prompt", "zero_shot"):
+            files["templates"] = prompting.TEMPLATES
+        return files
+
+    # ------------------------------------------------------------------ data
+
+    def splits(self, seed: int, fold: int | None) -> tuple[Rows, Rows]:
+        """(train, dev) of a run. Folds are the same for all seeds, shares are drawn for each."""
+        share, rows = self.args.train_share, self.train
+        if fold is not None:
+            rows = self.train + self.dev
+            folds = StratifiedKFold(self.args.folds, shuffle=True, random_state=0)
+            parts = list(folds.split(rows, [label for _, label in rows]))[fold]
+            train, dev = ([rows[i] for i in part] for part in parts)
+            return train, dev
+        if share < 1.0:
+            labels = [label for _, label in rows]
+            rows, _ = train_test_split(rows, train_size=share, stratify=labels, random_state=seed)
+        return rows, self.dev
+
+    def encode(self, rows: Rows) -> SentenceDataset:
+        room = {"max_tokens": self.room, "max_sentence_len": self.args.max_sentence_len}
+        if self.has("prompt"):
+            template = prompting.choose_template(self.templates, self.args.template)
+            room["max_tokens"] -= prompting.longest_label(self.tokenizer, template)
+            examples, _ = prompting.encode_prompts(rows, self.tokenizer, template, **room)
+        else:
+            examples, _ = encode_examples(rows, self.tokenizer, **room)
+        return SentenceDataset(examples, self.tokenizer.pad_id)
+
+    # ------------------------------------------------------------------ the model
+
+    def checkpoint(self, options: argparse.Namespace, train: Rows) -> str:
+        """The pretrained weights, which have read the training sentences if `pretrain` says so."""
+        args = self.args
+        if not self.has("pretrain"):
+            return args.pretrained_model_path
+        sentences = [sentence for sentence, _ in train]
+        key = [sentences, options.pretrain_epochs, options.pretrain_lr, args.pretrained_model_path]
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+        path = continue_on(
+            sentences,
+            [sentence for sentence, _ in self.dev],
+            args.pretrained_model_path,
+            self.tokenizer,
+            Path(args.runs_dir) / f"{self.dataset}-read-{self.model_name}-{digest}",
+            epochs=options.pretrain_epochs,
+            lr=options.pretrain_lr,
+            seed=0,
+            device=self.device,
+            bf16=args.bf16,
+        )
+        return str(path)
+
+    def build(self, checkpoint: str) -> nn.Module:
+        """A classifier on the pretrained weights, its head drawn anew, of the final form: with
+        adapters, but without what is merged after training."""
+        args = self.args
+        llama = load_pretrained(checkpoint, args.attention, args.backbone_dropout)
+        if self.has("prompt"):
+            template = prompting.choose_template(self.templates, args.template)
+            model = prompting.PromptClassifier(llama, self.tokenizer, template.labels)
+        else:
+            chosen = [COMPONENTS[name] for name in self.methods if name in COMPONENTS]
+            kind = chosen[0] if chosen else LlamaEmbeddingClassifier
+            model = kind(self.config(), llama)
+        if self.has("adapter"):
+            adapter.add_adapters(model, args.adapter_size)
+        return model.to(self.device)
+
+    def config(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            num_labels=self.n_labels,
+            pretrained_model_path=self.args.pretrained_model_path,
+            option="finetune",
+            hidden_dropout_prob=self.args.hidden_dropout_prob,
+            pooling=self.args.pooling,
+        )
+
+    def prepare(self, model: nn.Module, options: argparse.Namespace) -> nn.Module | None:
+        """Makes trainable what is to be trained, and returns the regularizer if there is one."""
+        if self.has("lora"):
+            lora.add_lora(model, options.lora_rank, options.lora_alpha, options.lora_targets)
+        for part in partial.PARTS:
+            if self.has(part):
+                partial.train_only(model, part)
+        if self.has("mixout"):
+            mixout.add_mixout(model, options.mixout_p)
+        terms: list[nn.Module] = []
+        if self.has("l2sp"):
+            terms.append(L2SP(model, options.l2sp_weight, options.l2sp_head_weight))
+        if self.has("smart"):
+            smart = {"weight": options.smart_weight, "radius": options.smart_radius}
+            terms.append(Smart(model, **smart, proximal_weight=options.proximal_weight))
+        return Together(*terms) if terms else None
+
+    def merged(self, model: nn.Module) -> State:
+        """The weights of the final form; the model stays as it is."""
+        if self.has("lora", "mixout"):
+            model = copy.deepcopy(model)
+            (lora if self.has("lora") else mixout).merge(model)
+        return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+    # ------------------------------------------------------------------ a run
+
+    def options(self, hyperparameters: dict[str, Any]) -> argparse.Namespace:
+        return argparse.Namespace(**{**vars(self.args), **hyperparameters})
+
+    def weights_path(
+        self, hyperparameters: dict[str, Any], seed: int, fold: int | None, after: str = ""
+    ) -> Path:
+        varied = "".join(f"-{key}-{value:g}" for key, value in hyperparameters.items())
+        folder = Path(self.args.runs_dir) / self._stem(self.name_with(after))
+        return folder / f"seed-{seed}{'' if fold is None else f'-fold-{fold}'}{varied}.pt"
+
+    def train_run(
+        self, hyperparameters: dict[str, Any], seed: int, fold: int | None = None
+    ) -> dict[str, Any]:
+        """Trains, writes the weights to `weights_path`, and returns the record without "test"."""
+        started = time.monotonic()
+        forget_peak_memory()
+        options = self.options(hyperparameters)
+        path = self.weights_path(hyperparameters, seed, fold)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path, self.n_parameters)
+        train, dev = self.splits(seed, fold)
+        checkpoint = self.checkpoint(options, train)
+        seed_everything(seed)
+        model = self.build(checkpoint)
+        regularizer = self.prepare(model, options)
+        if regularizer is not None:
+            regularizer.to(self.device)
+        n_trained, n_all = partial.count_trainable(model)
+        print(f"{path}: trains {n_trained:,} of {n_all:,} parameters", flush=True)
+        identity = {**self.identity(), "grid": None, "seed": seed, "fold": fold, **hyperparameters}
+        keeper = Keeper(path.with_suffix(".state.pt"), identity, True, self.args.save_minutes)
+        was_resumed = keeper.is_resumed
+        candidates = Candidates(path, self._n_last(options, fold))
+        history = train_classifier(
+            model,
+            self.encode(train),
+            (dev_data := self.encode(dev)),
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            lr=options.lr,
+            seed=seed,
+            device=self.device,
+            on_epoch=lambda report, best: candidates.offer(report, best, self.merged(model)),
+            recipe=recipe_of(options),
+            keeper=keeper,
+            regularizer=regularizer,
+        )
+        seed_everything(seed)
+        final = self.build(checkpoint)
+        final.load_state_dict(wise_ft.average(candidates.states()))
+        result = self.evaluate(final, dev_data)
+        self.save(path, final)
+        candidates.clear()
+        keeper.path.unlink(missing_ok=True)
+        seconds = round(time.monotonic() - started, 1)
+        return {
+            "seed": seed,
+            "fold": fold,
+            "hyperparameters": hyperparameters,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "history": [asdict(report) for report in history],
+            "best_epoch": max(history, key=lambda report: report.dev_accuracy).epoch,
+            "dev": self.figures(result),
+            "test": None,
+            "seconds": None if was_resumed else seconds,
+            "threads": torch.get_num_threads(),
+            "trainable_parameters": n_trained,
+            "parameters": n_all,
+            "peak_memory_mb": round(peak_memory_mb(), 1),
+        }
+
+    def _n_last(self, options: argparse.Namespace, fold: int | None) -> int:
+        """How many of the last epochs' weights are wanted: 0 is the best epoch's instead.
+
+        A fold is not to choose the epoch by which it is judged, so there the last one counts.
+        """
+        if self.has("last_epochs"):
+            return options.last
+        return 0 if fold is None else 1
+
+    def evaluate(self, model: nn.Module, data: SentenceDataset) -> Evaluation:
+        loader = make_loader(
+            data, self.args.batch_size, similar_lengths=getattr(model, "reads_lengths", False)
+        )
+        return evaluate(model, loader, self.device, bf16=self.args.bf16)
+
+    def figures(self, result: Evaluation) -> dict[str, Any]:
+        return figures(result.predictions, result.labels, result.confidences, self.n_labels)
+
+    def save(self, path: Path, model: nn.Module) -> None:
+        """A finetuned checkpoint of run_llama.py's kind where the model is of that kind."""
+        extra = {"label_names": self.label_names, "methods": list(self.methods)}
+        extra |= {"tokenizer_path": self.args.tokenizer_path}
+        extra |= {"tokenizer_sha256": sha256_of(self.args.tokenizer_path)}
+        if type(model) is LlamaEmbeddingClassifier and not self.has("adapter"):
+            save_classifier(path, model, self.config(), **extra)
+        else:
+            save_torch_file(path, {"model": model.state_dict(), **extra})
+
+    def load(self, run: dict[str, Any]) -> nn.Module:
+        """The model that a run ended in; ValueError where its weights are not there any more."""
+        path = self.weights_path(
+            run["hyperparameters"], run["seed"], run["fold"], run.get("after", "")
+        )
+        if not path.is_file():
+            raise ValueError(
+                f"{path}: the weights of a finished run are gone; delete the run's entry in the "
+                "results, and it will be run again"
+            )
+        model = self.build(self.args.pretrained_model_path)
+        model.load_state_dict(load_torch_file(path)["model"])
+        return model
+
+
+class Candidates:
+    """The weights a run may end in, in files beside its own: of the best epoch or the last n."""
+
+    def __init__(self, path: Path, n_last: int):
+        self.path = path
+        self.n_last = n_last
+
+    def offer(self, report: EpochReport, is_best: bool, state: State) -> None:
+        if self.n_last:
+            save_torch_file(self.path.with_suffix(f".epoch-{report.epoch}.pt"), state)
+            self.path.with_suffix(f".epoch-{report.epoch - self.n_last}.pt").unlink(missing_ok=True)
+        elif is_best:
+            save_torch_file(self.path.with_suffix(".best.pt"), state)
+        print(
+            f"epoch {report.epoch}: train loss :: {report.train_loss:.3f}, "
+            f"train acc :: {report.train_accuracy:.3f}, dev acc :: {report.dev_accuracy:.3f}",
+            flush=True,
+        )
+
+    def _files(self) -> list[Path]:
+        pattern = ".epoch-*.pt" if self.n_last else ".best.pt"
+        return sorted(self.path.parent.glob(self.path.with_suffix(pattern).name))
+
+    def states(self) -> Iterator[State]:
+        return (load_torch_file(path) for path in self._files())
+
+    def clear(self) -> None:
+        for path in self._files():
+            path.unlink()
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    given = {key: getattr(options, key) for key in RECIPE}
+    return Recipe(**given, running_train_acc=options.train_acc == "running")

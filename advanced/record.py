@@ -1,0 +1,125 @@
+"""What runs leave behind: one JSON file for each data set, method and model.
+
+Every seed and fold is an entry, written when it is finished, so that nothing is run twice. Of the
+data nothing is kept: for each sentence only whether it was classified right.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from labelled import NO_GOLD_LABEL
+from utils import atomic_write
+
+N_BINS = 10
+
+
+def figures(
+    predictions: list[int], labels: list[int], confidences: list[float], n_labels: int
+) -> dict[str, Any]:
+    """Accuracy, macro F1, confusion matrix (row: gold), calibration; None without gold labels.
+
+    The expected calibration error is sum_b n_b / N |accuracy_b - confidence_b| over ten bins of
+    equal width (Guo et al. 2017, arXiv 1706.04599, equation 3).
+    """
+    gold, said = np.array(labels), np.array(predictions)
+    if (gold == NO_GOLD_LABEL).any():
+        return {"n_sentences": len(gold), "accuracy": None, "macro_f1": None}
+    confusion = np.zeros((n_labels, n_labels), dtype=int)
+    np.add.at(confusion, (gold, said), 1)
+    hits = np.diag(confusion)
+    n_said_or_gold = confusion.sum(axis=0) + confusion.sum(axis=1)
+    occurs = n_said_or_gold > 0
+    right = gold == said
+    bins = np.minimum((np.array(confidences) * N_BINS).astype(int), N_BINS - 1)
+    reliability: dict[str, list] = {"count": [], "confidence": [], "accuracy": []}
+    ece = 0.0
+    for b in range(N_BINS):
+        here = bins == b
+        confidence = float(np.mean(np.array(confidences)[here])) if here.any() else None
+        accuracy = float(np.mean(right[here])) if here.any() else None
+        reliability["count"].append(int(here.sum()))
+        reliability["confidence"].append(confidence)
+        reliability["accuracy"].append(accuracy)
+        if here.any():
+            ece += float(here.mean()) * abs(accuracy - confidence)
+    return {
+        "n_sentences": len(gold),
+        "accuracy": float(right.mean()),
+        "macro_f1": float(np.mean(2 * hits[occurs] / n_said_or_gold[occurs])),
+        "confusion": confusion.tolist(),
+        "right": "".join("01"[int(is_right)] for is_right in right),
+        "reliability": reliability,
+        "ece": ece,
+    }
+
+
+class Record:
+    """The file at `path`: read if it is there, begun if not.
+
+    `identity` is all that decides a result but seed, fold and what `chosen` says; a file with
+    another one is a ValueError, as its runs and new ones would not compare.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], command: str):
+        self.path = path
+        identity = json.loads(json.dumps(identity))  # as it reads in the file
+        self.content = {**identity, "command": command, "search": [], "chosen": None}
+        self.content |= {"trials": [], "runs": []}
+        if not path.exists():
+            return
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = {**saved, "trials": list(saved["trials"]), "runs": list(saved["runs"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: is no record of runs; move it away") from error
+        for key, value in identity.items():
+            if saved.get(key) != value:
+                raise ValueError(
+                    f"{path}: is of runs with other {key} ({_difference(saved.get(key), value)}); "
+                    "move it away or give this one a --name"
+                )
+        self.content = {**saved, "command": command}
+
+    def find(
+        self, where: str, hyperparameters: dict[str, Any], seed: int, fold: int | None = None
+    ) -> dict[str, Any] | None:
+        """The entry among "runs" or "trials" of these hyperparameters, seed and fold."""
+        for run in self.content[where]:
+            if (run["hyperparameters"], run["seed"], run["fold"]) == (hyperparameters, seed, fold):
+                return run
+        return None
+
+    def add(self, where: str, run: dict[str, Any]) -> None:
+        self.content[where].append(run)
+        if where == "runs":
+            self.content["runs"].sort(key=lambda run: (run["seed"], run["fold"] or 0))
+        self.write()
+
+    def choose(self) -> dict[str, Any]:
+        """Of the trials the one of the highest dev accuracy, the first of equals, becomes a run."""
+        best = max(self.content["trials"], key=lambda run: run["dev"]["accuracy"])
+        self.content["search"] = [
+            {**run["hyperparameters"], "dev_accuracy": run["dev"]["accuracy"]}
+            for run in self.content["trials"]
+        ]
+        self.content["chosen"] = best["hyperparameters"]
+        self.content["trials"] = []
+        if self.find("runs", best["hyperparameters"], best["seed"], best["fold"]) is None:
+            self.content["runs"].append(best)
+        self.write()
+        return best["hyperparameters"]
+
+    def write(self) -> None:
+        with atomic_write(self.path) as file:
+            json.dump(self.content, file, indent=1)
+            file.write("\n")
+
+
+def _difference(saved: Any, value: Any) -> str:
+    if isinstance(saved, dict) and isinstance(value, dict):
+        keys = [key for key in {**saved, **value} if saved.get(key) != value.get(key)]
+        return "; ".join(f"{key}: {saved.get(key)} there, {value.get(key)} here" for key in keys)
+    return f"{saved} there, {value} here"

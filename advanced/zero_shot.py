@@ -1,0 +1,83 @@
+"""Zero-shot: template and calibration are chosen on the train split, before dev and test are read.
+
+No weight changes, and no seed has a say; see `prompting.py` for what is chosen from.
+"""
+
+import platform
+import time
+from typing import Any
+
+import torch
+
+from advanced import prompting
+from advanced.experiment import Experiment
+from llama import load_pretrained
+from training import Evaluation
+from utils import forget_peak_memory, peak_memory_mb
+
+
+class ZeroShot:
+    """The best prompt of an experiment: `run` is its record, `evaluate(rows)` predicts by it."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        self.room = {
+            "max_tokens": experiment.room,
+            "max_sentence_len": experiment.args.max_sentence_len,
+        }
+        args = experiment.args
+        checkpoint = experiment.checkpoint(args, experiment.train)
+        self.llama = load_pretrained(checkpoint, args.attention).to(experiment.device)
+
+    def _model(self, template: prompting.Template) -> prompting.PromptClassifier:
+        given = (self.llama, self.experiment.tokenizer, template.labels)
+        return prompting.PromptClassifier(*given, trainable=False).eval()
+
+    def choose(self) -> dict[str, Any]:
+        """Tries every template and scoring on the train split and returns the record of a run."""
+        started = time.monotonic()
+        forget_peak_memory()
+        experiment, tried = self.experiment, []
+        labels = torch.tensor([label for _, label in experiment.train])
+        for template in experiment.templates:
+            model = self._model(template)
+            examples = self._prompts(experiment.train, template, model)
+            scores = prompting.label_scores(model, examples)  # (N, n_labels)
+            for scoring in prompting.SCORINGS:
+                prompting.calibrate(model, scoring, template, scores)
+                right = (scores + model.bias).argmax(dim=1).cpu() == labels
+                one = {"template": template.name, "scoring": scoring, "bias": model.bias.tolist()}
+                tried.append({**one, "train_accuracy": right.float().mean().item()})
+                accuracy = tried[-1]["train_accuracy"]
+                print(f"{template.name}, {scoring}: train acc :: {accuracy:.3f}", flush=True)
+        best = max(tried, key=lambda one: one["train_accuracy"])
+        return {
+            "seed": experiment.args.seeds[0],
+            "fold": None,
+            "hyperparameters": {key: best[key] for key in ("template", "scoring")},
+            "bias": best["bias"],
+            "tried": [{k: v for k, v in one.items() if k != "bias"} for one in tried],
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "history": [],
+            "best_epoch": None,
+            "seconds": round(time.monotonic() - started, 1),
+            "threads": torch.get_num_threads(),
+            "trainable_parameters": 0,
+            "parameters": experiment.n_parameters,
+            "peak_memory_mb": round(peak_memory_mb(), 1),
+        }
+
+    def evaluate(self, run: dict[str, Any], rows: list[tuple[str, int]]) -> Evaluation:
+        """What the prompt of a run says of the rows."""
+        name = run["hyperparameters"]["template"]
+        template = prompting.choose_template(self.experiment.templates, name)
+        model = self._model(template)
+        model.bias.copy_(torch.tensor(run["bias"]))
+        examples = self._prompts(rows, template, model)
+        return self.experiment.evaluate(
+            model, prompting.SentenceDataset(examples, self.experiment.tokenizer.pad_id)
+        )
+
+    def _prompts(self, rows, template, model) -> list[prompting.Example]:
+        room = {**self.room, "max_tokens": self.room["max_tokens"] - model.longest_label}
+        return prompting.encode_prompts(rows, self.experiment.tokenizer, template, **room)[0]

@@ -1,0 +1,223 @@
+"""The figures of finetuning, from the studies in results/ alone.
+
+Each function takes the studies of one model and returns a matplotlib Figure, or None where what it
+shows was not measured. Bars are one sample standard deviation over seeds.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from results import curves, studies, style
+from results.studies import Study, by_seed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Published with the assignment for stories42M.pt, finetuned, mean of ten seeds.
+PUBLISHED = {("sst", "dev"): 0.414, ("sst", "test"): 0.418, ("cfimdb", "dev"): 0.800}
+LABELS = {"sst": ("awful", "bad", "average", "good", "excellent"), "cfimdb": ("bad", "good")}
+
+
+def accuracy(found: list[Study]) -> "Figure | None":
+    """A dot with a bar for each method, plain and its like above, then the best on dev first."""
+    shown = style.splits(found)
+    if not shown:
+        return None
+    n_rows = max(len(one.members) for one in shown)
+    figure, axes = style.panels(len(shown), 3.4, 1.2 + 0.24 * n_rows)
+    for panel, one in zip(axes, shown, strict=True):
+        others = [s for s in one.members if s["method"] not in studies.FIRST]
+        order = [*[s for s in one.members if s not in others], *others]
+        for place, study in enumerate(order):
+            _dot(panel, study["method"], one.values(study), place)
+        names = [study["method"] for study in order]
+        panel.set_yticks(range(len(order)), names, fontsize=9)
+        panel.set_ylim(n_rows - 0.5, -0.5)
+        _mark_references(panel, one, names)
+        panel.set_title(one.title, fontsize=10)
+        panel.grid(axis="x", alpha=0.3)
+    style.legend(figure, axes)
+    return figure
+
+
+def _dot(panel: "Axes", method: str, values: list[float], place: int) -> None:
+    look = style.method_style(method)
+    std = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    panel.errorbar(
+        np.mean(values), place, xerr=std, color=look["color"], marker=look["marker"],
+        markersize=5, capsize=2,
+    )  # fmt: skip
+
+
+def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
+    """Lines at plain and at the published, on an axis as wide as the finetuned methods need.
+
+    What lies outside is written: zero-shot in its row, the published below the axis.
+    """
+    means = {study["method"]: np.mean(one.values(study)) for study in one.members}
+    wide = [study for study in one.members if study["method"] != "zero_shot"] or one.members
+    tuned = [value for study in wide for value in one.values(study)]
+    pad = 0.08 * max(max(tuned) - min(tuned), 0.01)
+    low, high = min(tuned) - pad, max(tuned) + pad
+    panel.set_xlim(low, high)
+    panel.set_xlabel("accuracy", fontsize=9)
+    if "plain" in means:
+        panel.axvline(means["plain"], color="#000000", linewidth=0.8, zorder=0, label="plain")
+    zero_shot = means.get("zero_shot", low)
+    if not low <= zero_shot <= high:
+        words = f"\u2190 {zero_shot:.3f}" if zero_shot < low else f"{zero_shot:.3f} \u2192"
+        x, align = (0.02, "left") if zero_shot < low else (0.98, "right")
+        panel.text(
+            x, names.index("zero_shot"), words, transform=panel.get_yaxis_transform(),
+            ha=align, va="center", fontsize=8, color="#555555",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+    kind = (one.members[0]["dataset"], one.split)
+    published = None if one.members[0]["folds"] else PUBLISHED.get(kind)
+    if published is not None and low <= published <= high:
+        panel.axvline(published, color="#777777", linestyle="--", label="published, stories42M")
+    elif published is not None:
+        panel.set_xlabel(f"accuracy (published {published:.3f}, off the axis)", fontsize=9)
+
+
+def confusion(found: list[Study]) -> "Figure | None":
+    """plain and the best method on dev: shares of each gold class, counts summed over seeds."""
+    pairs = []
+    for one in style.last_splits(found):
+        compared = style.leading(one)[:2]
+        pairs += [(one, study) for study in compared if len(compared) == 2]
+    if not pairs:
+        return None
+    figure, axes = style.panels(len(pairs), 4.2, 3.9, n_rows=len(pairs) // 2)
+    for panel, (one, study) in zip(axes, pairs, strict=True):
+        runs = [run for runs in by_seed(study).values() for run in runs]
+        counts = np.sum([run[one.split]["confusion"] for run in runs], axis=0)
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), share in np.ndenumerate(shares):
+            panel.text(
+                column, row, f"{share:.0%}\n{counts[row, column]}", ha="center", va="center",
+                fontsize=8, color="white" if share > 0.5 else "black",
+            )  # fmt: skip
+        names = LABELS.get(study["dataset"], ())
+        names = names if len(names) == len(counts) else range(len(counts))
+        panel.set_xticks(range(len(counts)), names, fontsize=8)
+        panel.set_yticks(range(len(counts)), names, fontsize=8)
+        panel.set_xlabel("predicted", fontsize=9)
+        panel.set_ylabel("gold", fontsize=9)
+        panel.set_title(f"{one.title}, {study['method']}", fontsize=10)
+    return figure
+
+
+def parameters(found: list[Study]) -> "Figure | None":
+    """Accuracy against the number of trained parameters; those that train all share gray dots."""
+    shown = [
+        style.Shown([s for s in one.members if _n_trained(s) > 0], one.split)
+        for one in style.last_splits(found)
+    ]
+    shown = [one for one in shown if len({_n_trained(study) for study in one.members}) > 1]
+    if not shown:
+        return None
+    figure, axes = style.panels(len(shown), 4.8, 4.2)
+    for panel, one in zip(axes, shown, strict=True):
+        for study in one.members:
+            values = one.values(study)
+            look, label = style.method_style(study["method"]), study["method"]
+            if _trains_all(study) and study["method"] != "plain":
+                look, label = {"color": "#aaaaaa", "marker": "o"}, "others that train all weights"
+            std = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            panel.errorbar(
+                _n_trained(study), np.mean(values), yerr=std, color=look["color"], capsize=2,
+                marker=look["marker"], linestyle="none", label=label,
+                zorder=3 if study["method"] == "plain" else 2,
+            )  # fmt: skip
+        panel.set_xscale("log")
+        panel.set_xlabel("trained parameters (log scale)")
+        panel.set_ylabel("accuracy")
+        panel.set_title(one.title, fontsize=10)
+        panel.grid(alpha=0.3)
+    style.legend(figure, axes)
+    return figure
+
+
+def _n_trained(study: Study) -> int:
+    return study["runs"][0]["trainable_parameters"]
+
+
+def _trains_all(study: Study) -> bool:
+    return _n_trained(study) >= 0.95 * study["runs"][0]["parameters"]
+
+
+class Drawing(NamedTuple):
+    draw: "Callable[[list[Study]], Figure | None]"
+    caption: str
+    needs: str
+
+
+FIGURES = {
+    "accuracy": Drawing(
+        accuracy,
+        "Accuracy of each method, mean and standard deviation over seeds.",
+        "a finished run",
+    ),
+    "confusion": Drawing(
+        confusion,
+        "Confusion of the baseline and of the best method on dev: share of each gold class, and "
+        "sentences summed over seeds.",
+        "plain and another method",
+    ),
+    "training": Drawing(
+        curves.training,
+        "Dev accuracy after each epoch, mean and standard deviation over seeds.",
+        "plain or another finetuning with a history",
+    ),
+    "parameters": Drawing(
+        parameters,
+        "Accuracy against the number of parameters that a method trains.",
+        "two methods that train different numbers of parameters",
+    ),
+    "train_size": Drawing(
+        curves.train_size,
+        "Accuracy against the share of the training data.",
+        "a method with two train_share",
+    ),
+    "wise_ft": Drawing(
+        curves.wise_ft,
+        "Dev accuracy along the line from the pretrained weights to the finetuned ones (WiSE-FT).",
+        "a run with alphas",
+    ),
+    "reliability": Drawing(
+        curves.reliability,
+        "Accuracy against confidence: marker sizes are shares of sentences, numbers the expected "
+        "calibration error.",
+        "plain or another finetuning",
+    ),
+}
+
+
+def captions(found: list[Study]) -> dict[str, str]:
+    """The file name of each figure of each model, and the sentence under it."""
+    models = sorted({study["model"] for study in found})
+    return {
+        f"{name}-{model}.png": drawing.caption
+        for model in models
+        for name, drawing in FIGURES.items()
+    }
+
+
+def draw_all(found: list[Study], folder: Path) -> Iterator[str]:
+    """Writes every figure that has data into `folder` and yields a line for each."""
+    for model in sorted({study["model"] for study in found}):
+        finished = [study for study in studies.select(found, model=model) if by_seed(study)]
+        for name, drawing in FIGURES.items():
+            path = folder / f"{name}-{model}.png"
+            figure = drawing.draw(finished)
+            if figure is None:
+                yield f"{path.name}: skipped, needs {drawing.needs}"
+            else:
+                style.save(figure, path)
+                yield f"wrote {path}"
