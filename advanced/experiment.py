@@ -5,9 +5,9 @@ what is trained of it; penalties; the training loop; the mean of epochs; the fig
 """
 
 import argparse
-import copy
 import hashlib
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -19,12 +19,9 @@ import torch
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import nn
 
-from advanced import adapter, lora, mixout, partial, prompting, wise_ft
-from advanced.components import COMPONENTS
-from advanced.l2sp import L2SP
+from advanced import assembly, partial, prompting, wise_ft
 from advanced.pretrain import continue_on
 from advanced.record import figures
-from advanced.smart import Smart
 from checkpoint import load_torch_file
 from classifier import LlamaEmbeddingClassifier
 from dataset import SentenceDataset, encode_examples, make_loader
@@ -61,18 +58,6 @@ SETTINGS = (
 )
 FILES = ("train", "dev", "test", "label_names", "pretrained_model_path", "tokenizer_path")
 Rows = list[tuple[str, int]]
-State = dict[str, torch.Tensor]
-
-
-class Together(nn.Module):
-    """The sum of several regularizers."""
-
-    def __init__(self, *terms: nn.Module):
-        super().__init__()
-        self.terms = nn.ModuleList(terms)
-
-    def forward(self, *given: Any) -> torch.Tensor:
-        return torch.stack([term(*given) for term in self.terms]).sum()
 
 
 class Experiment:
@@ -160,11 +145,17 @@ class Experiment:
     def encode(self, rows: Rows) -> SentenceDataset:
         room = {"max_tokens": self.room, "max_sentence_len": self.args.max_sentence_len}
         if self.has("prompt"):
-            template = prompting.choose_template(self.templates, self.args.template)
+            template = self._template()
             room["max_tokens"] -= prompting.longest_label(self.tokenizer, template)
-            examples, _ = prompting.encode_prompts(rows, self.tokenizer, template, **room)
+            examples, n_cut = prompting.encode_prompts(rows, self.tokenizer, template, **room)
         else:
-            examples, _ = encode_examples(rows, self.tokenizer, **room)
+            examples, n_cut = encode_examples(rows, self.tokenizer, **room)
+        if n_cut:
+            print(
+                f"warning: {n_cut} of {len(rows)} sentences do not fit the model's {self.room} "
+                "positions and lose their end",
+                file=sys.stderr,
+            )
         return SentenceDataset(examples, self.tokenizer.pad_id)
 
     # ------------------------------------------------------------------ the model
@@ -175,7 +166,8 @@ class Experiment:
         if not self.has("pretrain"):
             return args.pretrained_model_path
         sentences = [sentence for sentence, _ in train]
-        key = [sentences, options.pretrain_epochs, options.pretrain_lr, args.pretrained_model_path]
+        key = [sentences, options.pretrain_epochs, options.pretrain_lr, args.bf16]
+        key.append(sha256_of(args.pretrained_model_path))
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
         path = continue_on(
             sentences,
@@ -192,19 +184,12 @@ class Experiment:
         return str(path)
 
     def build(self, checkpoint: str) -> nn.Module:
-        """A classifier on the pretrained weights, its head drawn anew, of the final form: with
-        adapters, but without what is merged after training."""
-        args = self.args
-        llama = load_pretrained(checkpoint, args.attention, args.backbone_dropout)
-        if self.has("prompt"):
-            template = prompting.choose_template(self.templates, args.template)
-            model = prompting.PromptClassifier(llama, self.tokenizer, template.labels)
-        else:
-            chosen = [COMPONENTS[name] for name in self.methods if name in COMPONENTS]
-            kind = chosen[0] if chosen else LlamaEmbeddingClassifier
-            model = kind(self.config(), llama)
-        if self.has("adapter"):
-            adapter.add_adapters(model, args.adapter_size)
+        """A classifier of the final form on the pretrained weights, its head drawn anew."""
+        llama = load_pretrained(checkpoint, self.args.attention, self.args.backbone_dropout)
+        labels = self._template().labels if self.has("prompt") else None
+        model = assembly.build(
+            self.methods, llama, self.config(), self.tokenizer, labels, self.args.adapter_size
+        )
         return model.to(self.device)
 
     def config(self) -> SimpleNamespace:
@@ -216,29 +201,8 @@ class Experiment:
             pooling=self.args.pooling,
         )
 
-    def prepare(self, model: nn.Module, options: argparse.Namespace) -> nn.Module | None:
-        """Makes trainable what is to be trained, and returns the regularizer if there is one."""
-        if self.has("lora"):
-            lora.add_lora(model, options.lora_rank, options.lora_alpha, options.lora_targets)
-        for part in partial.PARTS:
-            if self.has(part):
-                partial.train_only(model, part)
-        if self.has("mixout"):
-            mixout.add_mixout(model, options.mixout_p)
-        terms: list[nn.Module] = []
-        if self.has("l2sp"):
-            terms.append(L2SP(model, options.l2sp_weight, options.l2sp_head_weight))
-        if self.has("smart"):
-            smart = {"weight": options.smart_weight, "radius": options.smart_radius}
-            terms.append(Smart(model, **smart, proximal_weight=options.proximal_weight))
-        return Together(*terms) if terms else None
-
-    def merged(self, model: nn.Module) -> State:
-        """The weights of the final form; the model stays as it is."""
-        if self.has("lora", "mixout"):
-            model = copy.deepcopy(model)
-            (lora if self.has("lora") else mixout).merge(model)
-        return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    def _template(self) -> prompting.Template:
+        return prompting.choose_template(self.templates, self.args.template)
 
     # ------------------------------------------------------------------ a run
 
@@ -266,7 +230,7 @@ class Experiment:
         checkpoint = self.checkpoint(options, train)
         seed_everything(seed)
         model = self.build(checkpoint)
-        regularizer = self.prepare(model, options)
+        regularizer = assembly.prepare(self.methods, model, options)
         if regularizer is not None:
             regularizer.to(self.device)
         n_trained, n_all = partial.count_trainable(model)
@@ -284,7 +248,9 @@ class Experiment:
             lr=options.lr,
             seed=seed,
             device=self.device,
-            on_epoch=lambda report, best: candidates.offer(report, best, self.merged(model)),
+            on_epoch=lambda report, best: candidates.offer(
+                report, best, assembly.merged(self.methods, model)
+            ),
             recipe=recipe_of(options),
             keeper=keeper,
             regularizer=regularizer,
@@ -363,7 +329,7 @@ class Candidates:
         self.path = path
         self.n_last = n_last
 
-    def offer(self, report: EpochReport, is_best: bool, state: State) -> None:
+    def offer(self, report: EpochReport, is_best: bool, state: assembly.State) -> None:
         if self.n_last:
             save_torch_file(self.path.with_suffix(f".epoch-{report.epoch}.pt"), state)
             self.path.with_suffix(f".epoch-{report.epoch - self.n_last}.pt").unlink(missing_ok=True)
@@ -379,7 +345,7 @@ class Candidates:
         pattern = ".epoch-*.pt" if self.n_last else ".best.pt"
         return sorted(self.path.parent.glob(self.path.with_suffix(pattern).name))
 
-    def states(self) -> Iterator[State]:
+    def states(self) -> Iterator[assembly.State]:
         return (load_torch_file(path) for path in self._files())
 
     def clear(self) -> None:

@@ -10,9 +10,9 @@ when all training is done.
 
 import argparse
 import itertools
-import math
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -166,10 +166,9 @@ def show(record: Record) -> None:
         values = [run[split]["accuracy"] for run in runs if run[split] is not None]
         values = [value for value in values if value is not None]
         if values:
-            mean = sum(values) / len(values)
-            spread = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+            spread = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
             of = f"{len(values)} run{'s' if len(values) > 1 else ''}"
-            print(f"{split} acc :: {mean:.3f} ({math.sqrt(spread):.3f}), {of}")
+            print(f"{split} acc :: {statistics.mean(values):.3f}{spread}, {of}")
     print(f"wrote {record.path}")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import cli
+from advanced import assembly
 from advanced import experiment as experiments
 from advanced import run as composer
 from advanced.methods import METHODS
@@ -234,7 +235,7 @@ def test_regularizers_together_are_their_sum():
         def forward(self, model, log_probs, again):
             return torch.tensor(self.value)
 
-    both = experiments.Together(Term(1.5), Term(2.0))
+    both = assembly.Together(Term(1.5), Term(2.0))
     assert both(None, None, None) == 3.5
 
 

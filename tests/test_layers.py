@@ -21,7 +21,13 @@ LAYERS = [
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # advanced/ stands on the model and what is above it; corpus.py and language_model.py are shared.
 UNDER_METHODS = {module for module in LEVEL if LEVEL[module] <= LEVEL["dataset"]}
-COMPOSERS = {"run", "experiment", "averages", "zero_shot"}  # these import their neighbors
+COMPOSERS = {
+    "run",
+    "experiment",
+    "assembly",
+    "averages",
+    "zero_shot",
+}  # these import their neighbors
 METHODS = sorted({path.stem for path in ROOT.glob("advanced/*.py")} - COMPOSERS)
 PROJECT = [
     path
