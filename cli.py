@@ -40,7 +40,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except interrupts.Stopped as stopped:
-        go_on = f"; to go on: {resume_command()}" if stopped.is_resumable else ""
+        go_on = f"; to go on: {resume_command(stopped.option)}" if stopped.is_resumable else ""
         _exit_with_line(f"{stopped}{go_on}", stopped.exit_code)
     except KeyboardInterrupt:  # raised by other means than a signal
         _exit_with_line("interrupted", 130)
@@ -51,10 +51,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _exit_with_line(f"error: {error}", 2, error)
 
 
-def resume_command() -> str:
-    """The command that this process was started by, with --resume."""
+def resume_command(option: str | None = "--resume") -> str:
+    """The command that this process was started by, with the option that goes on, if it needs one."""
     command = sys.orig_argv
-    return shlex.join(command if "--resume" in command else [*command, "--resume"])
+    return shlex.join(command if option is None or option in command else [*command, option])
 
 
 def _exit_with_line(message: str, code: int, cause: Exception | None = None) -> NoReturn:

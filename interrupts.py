@@ -11,12 +11,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came. `is_resumable` says that the run was saved and `--resume` goes on."""
+    """SIGINT or SIGTERM came. `is_resumable` says that the run was saved and goes on by `option`, or
+    where that is None by the same command."""
 
     def __init__(self, signum: int = signal.SIGINT):
         super().__init__(signum)
         self.signum = signum
         self.is_resumable = False
+        self.option: str | None = "--resume"
 
     @property
     def exit_code(self) -> int:

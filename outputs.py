@@ -95,7 +95,7 @@ def output_problems(contents: Mapping[str, bytes], references: References) -> It
 def _require_predictions(name: str, content: bytes, references: References) -> None:
     data, split, option, _ = name.split("-")
     own, mapping = f"data/{data}-{split}.txt", f"data/{data}-label-mapping.json"
-    remedy = f"run the advanced method on {own} again"
+    remedy = f"write it again: python -m advanced.run --{split} {own} --{split}_out {name}"
     if option in _OPTIONS:
         remedy = f"write it again: run_llama.py --option {_OPTIONS[option]} --{split} {own}"
     try:

@@ -42,13 +42,23 @@ def require_same_settings(path: Path, saved: Any, settings: dict[str, Any]) -> N
     """A ValueError that names all in which the run at `path` is not the one with `settings`."""
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: is no state of a run; delete it")
-    differing = [
-        f"{key}: {saved.get(key)} there, {value} here"
-        for key, value in settings.items()
-        if saved.get(key) != value
-    ]
+    differing = differences(saved, settings)
     if differing:
-        raise ValueError(f"{path}: is of another run ({'; '.join(differing)})")
+        raise ValueError(
+            f"{path}: is of another run ({differing}); take that run's options, or delete the file"
+        )
+
+
+def differences(saved: dict[str, Any], settings: dict[str, Any]) -> str:
+    """"lr: 0.1 there, 0.2 here; ..." for what differs, settings within settings by their own key."""
+    parts = []
+    for key, value in settings.items():
+        there = saved.get(key)
+        if isinstance(there, dict) and isinstance(value, dict):
+            parts.append(differences(there, {**dict.fromkeys(there), **value}))
+        elif there != value:
+            parts.append(f"{key}: {there} there, {value} here")
+    return "; ".join(part for part in parts if part)
 
 
 DIVERGED = "lower --lr or set --max_grad_norm (what was saved before is kept)"

@@ -64,7 +64,8 @@ class Recipe:
     `label_smoothing` mixes that share of the uniform distribution into the labels (Szegedy et al.
     2016, arXiv 1512.00567, section 7). `r_drop` is the weight alpha of R-Drop (Liang et al. 2021,
     arXiv 2106.14448): every batch passes twice, under two dropout masks, and half of equation 4 is
-    minimized, (NLL_1 + NLL_2) / 2 + alpha / 4 (KL(p_1 || p_2) + KL(p_2 || p_1)).
+    minimized, (NLL_1 + NLL_2) / 2 + alpha / 4 (KL(p_1 || p_2) + KL(p_2 || p_1)). (The alpha of its
+    authors' code weighs the divergence twice as much.)
     """
 
     warmup: float = 0.0
@@ -310,7 +311,7 @@ class _Run:
         loss = nll(log_probs)
         if recipe.r_drop:
             second = again(self.model)
-            divergence = symmetric_kl(log_probs, second)
+            divergence = symmetric_kl(log_probs, second) * len(labels) / self.batch_size
             loss = (loss + nll(second)) / 2 + recipe.r_drop / 4 * divergence
         if self.regularizer is not None:
             loss = loss + self.regularizer(self.model, log_probs, again)

@@ -1,13 +1,14 @@
 """Seeds, the device, memory, and files: written whole or not at all, told apart by content."""
 
+import contextlib
 import ctypes
+import gc
 import hashlib
 import os
 import random
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,7 +73,7 @@ def allow_tf32() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Opens a temporary neighbor of `path` and renames it to `path` when the block ends well.
 
@@ -155,9 +156,11 @@ def keep_freed_memory() -> None:
 
 def forget_peak_memory() -> None:
     """Linux: the most memory held is what is held now. Elsewhere the peak keeps the building's."""
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5", encoding="utf-8")
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what is free and kept would count as held
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory_mb() -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from advanced import adapter, lora, mixout, partial
+from advanced.candidates import State
 from advanced.components import COMPONENTS
 from advanced.l2sp import L2SP
 from advanced.prompting import PromptClassifier
@@ -16,8 +17,6 @@ from advanced.smart import Smart
 from classifier import LlamaEmbeddingClassifier
 from llama import Llama
 from tokenizer import Tokenizer
-
-State = dict[str, torch.Tensor]
 
 
 def build(

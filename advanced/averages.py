@@ -21,7 +21,7 @@ def toward_pretrained(experiment: Experiment, runs: list[Run], command: str) -> 
 
     Of equal alphas the one nearer to the finetuned weights counts.
     """
-    identity = {**experiment.identity(), "method": experiment.name_with("wise_ft")}
+    identity = _identity(experiment, "wise_ft")
     record = Record(experiment.results_path("wise_ft"), identity, command)
     done = []
     for run in runs:
@@ -39,7 +39,8 @@ def _interpolated(experiment: Experiment, run: Run) -> Run:
     finetuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options = experiment.options(run["hyperparameters"])
     train, _ = experiment.splits(run["seed"], run["fold"])
-    start = load_pretrained(experiment.checkpoint(options, train), experiment.args.attention)
+    checkpoint, _ = experiment.checkpoint(options, train)
+    start = load_pretrained(checkpoint, options.attention)
     pretrained = {f"llama.{name}": tensor for name, tensor in start.state_dict().items()}
     tried = []
     for alpha in wise_ft.ALPHAS:
@@ -54,11 +55,13 @@ def soup(experiment: Experiment, runs: list[Run], command: str) -> Finished:
     """One run more: the mean of the runs' weights, or of those that together raise dev accuracy."""
     kind = experiment.args.soup
     after = "+".join(name for name in (runs[0].get("after", ""), "soup") if name)
-    identity = {**experiment.identity(), "method": experiment.name_with(after)}
-    identity["settings"] |= {"soup": kind, "seeds": [run["seed"] for run in runs]}
+    identity = _identity(experiment, after)
+    identity["settings"]["soup"] = kind
     record = Record(experiment.results_path(after), identity, command)
-    if record.content["runs"]:
+    seeds = [run["seed"] for run in runs]
+    if [made["seeds"] for made in record.content["runs"]] == [seeds]:
         return record, record.content["runs"]
+    record.content["runs"] = []  # a soup of other seeds makes room for this one
     states = [experiment.load(run).state_dict() for run in runs]
     model, dev = experiment.load(runs[0]), experiment.encode(experiment.dev)
 
@@ -73,10 +76,16 @@ def soup(experiment: Experiment, runs: list[Run], command: str) -> Finished:
         state = wise_ft.average(states)
     model.load_state_dict(state)
     made = _measured(experiment, model, runs[0], after)
-    made["ingredients"] = [runs[i]["seed"] for i in chosen]
+    made |= {"seeds": seeds, "ingredients": [runs[i]["seed"] for i in chosen]}
     record.content["chosen"] = made["hyperparameters"]
     record.add("runs", made)
     return record, [made]
+
+
+def _identity(experiment: Experiment, after: str) -> dict[str, Any]:
+    identity = {**experiment.identity(), "method": experiment.name_with(after)}
+    identity["methods"] = [*identity["methods"], *after.split("+")]
+    return identity
 
 
 def _measured(experiment: Experiment, model: nn.Module, run: Run, after: str) -> Run:
@@ -85,7 +94,8 @@ def _measured(experiment: Experiment, model: nn.Module, run: Run, after: str) ->
     made |= {"seconds": None, "peak_memory_mb": None}
     path = experiment.weights_path(run["hyperparameters"], run["seed"], run["fold"], after)
     path.parent.mkdir(parents=True, exist_ok=True)
-    experiment.save(path, model)
+    options = experiment.options(run["hyperparameters"])
+    made["weights_sha256"] = experiment.save(path, model, options)
     for split, rows in (("dev", experiment.dev), ("test", experiment.test)):
         made[split] = experiment.figures(experiment.evaluate(model, experiment.encode(rows)))
     return made

@@ -9,7 +9,7 @@ import hashlib
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import nn
 
 from advanced import assembly, partial, prompting, wise_ft
+from advanced.candidates import Candidates
 from advanced.pretrain import continue_on
 from advanced.record import figures
 from checkpoint import load_torch_file
@@ -27,8 +28,9 @@ from classifier import LlamaEmbeddingClassifier
 from dataset import SentenceDataset, encode_examples, make_loader
 from labelled import read_label_names, read_sentences
 from llama import load_pretrained
+from locks import sole_writer
 from options import dataset_name
-from resume import Keeper, require_space
+from resume import Keeper, require_space, state_path
 from tokenizer import Tokenizer, find_tokenizer_model
 from training import EpochReport, Evaluation, Recipe, evaluate, save_classifier, train_classifier
 from utils import (
@@ -44,6 +46,7 @@ from utils import (
 OPTIONS_OF = {
     "pretrain": ("pretrain_epochs", "pretrain_lr"),
     "prompt": ("template",),
+    "zero_shot": ("template",),
     "lora": ("lora_rank", "lora_alpha", "lora_targets"),
     "adapter": ("adapter_size",),
     "mixout": ("mixout_p",),
@@ -85,6 +88,7 @@ class Experiment:
         self.n_parameters = sum(parameter.numel() for parameter in llama.parameters())
         if self.has("prompt", "zero_shot"):
             self.templates = prompting.find_templates(self.dataset, self.label_names)
+            self._template()  # or a line now that it does not exist
 
     def _stem(self, name: str) -> str:
         stem = f"{self.dataset}-{name}-{self.model_name}"
@@ -142,6 +146,24 @@ class Experiment:
             rows, _ = train_test_split(rows, train_size=share, stratify=labels, random_state=seed)
         return rows, self.dev
 
+    def require_enough(self) -> None:
+        """ValueError where a label has too few sentences for the folds or the share."""
+        args = self.args
+        if args.folds:
+            fewest = min(Counter(label for _, label in self.train + self.dev).values())
+            if fewest < args.folds:
+                raise ValueError(
+                    f"--folds {args.folds}: a label has {fewest} sentences only; take fewer folds"
+                )
+        elif args.train_share < 1.0:
+            counts = Counter(label for _, label in self.train)
+            n_kept = int(args.train_share * len(self.train))
+            if min(counts.values()) < 2 or n_kept < len(counts):
+                raise ValueError(
+                    f"--train_share {args.train_share:g} of {len(self.train)} sentences leaves a "
+                    "label none; take more"
+                )
+
     def encode(self, rows: Rows) -> SentenceDataset:
         room = {"max_tokens": self.room, "max_sentence_len": self.args.max_sentence_len}
         if self.has("prompt"):
@@ -160,16 +182,21 @@ class Experiment:
 
     # ------------------------------------------------------------------ the model
 
-    def checkpoint(self, options: argparse.Namespace, train: Rows) -> str:
-        """The pretrained weights, which have read the training sentences if `pretrain` says so."""
+    def checkpoint(self, options: argparse.Namespace, train: Rows) -> tuple[str, float]:
+        """The pretrained weights, which have read the training sentences if `pretrain` says so, and
+        the seconds that took.
+
+        What is measured meanwhile is the bits per byte of dev, of which folds train on a part.
+        """
         args = self.args
         if not self.has("pretrain"):
-            return args.pretrained_model_path
+            return args.pretrained_model_path, 0.0
         sentences = [sentence for sentence, _ in train]
         key = [sentences, options.pretrain_epochs, options.pretrain_lr, args.bf16]
-        key.append(sha256_of(args.pretrained_model_path))
+        key += [sha256_of(args.pretrained_model_path), sha256_of(args.tokenizer_path)]
+        key += [self.device.type]
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-        path = continue_on(
+        path, seconds = continue_on(
             sentences,
             [sentence for sentence, _ in self.dev],
             args.pretrained_model_path,
@@ -181,25 +208,40 @@ class Experiment:
             device=self.device,
             bf16=args.bf16,
         )
-        return str(path)
+        return str(path), round(seconds, 1)
 
-    def build(self, checkpoint: str) -> nn.Module:
+    def build(self, checkpoint: str, options: argparse.Namespace) -> nn.Module:
         """A classifier of the final form on the pretrained weights, its head drawn anew."""
-        llama = load_pretrained(checkpoint, self.args.attention, self.args.backbone_dropout)
+        llama = load_pretrained(checkpoint, options.attention, options.backbone_dropout)
         labels = self._template().labels if self.has("prompt") else None
         model = assembly.build(
-            self.methods, llama, self.config(), self.tokenizer, labels, self.args.adapter_size
+            self.methods,
+            llama,
+            self.config(options),
+            self.tokenizer,
+            labels,
+            options.adapter_size,
         )
         return model.to(self.device)
 
-    def config(self) -> SimpleNamespace:
+    def config(self, options: argparse.Namespace) -> SimpleNamespace:
         return SimpleNamespace(
             num_labels=self.n_labels,
-            pretrained_model_path=self.args.pretrained_model_path,
+            pretrained_model_path=options.pretrained_model_path,
             option="finetune",
-            hidden_dropout_prob=self.args.hidden_dropout_prob,
-            pooling=self.args.pooling,
+            hidden_dropout_prob=options.hidden_dropout_prob,
+            pooling=options.pooling,
         )
+
+    def require_buildable(self, hyperparameters: dict[str, Any]) -> None:
+        """A ValueError now where the model could not be made, not after hours of other work."""
+        options = self.options(hyperparameters)
+        model = self.build(options.pretrained_model_path, options)
+        assembly.prepare(self.methods, model, options)
+
+    def wanted_templates(self) -> list[prompting.Template]:
+        """All of the data set, or the one that was named."""
+        return self.templates if self.args.template is None else [self._template()]
 
     def _template(self) -> prompting.Template:
         return prompting.choose_template(self.templates, self.args.template)
@@ -212,72 +254,103 @@ class Experiment:
     def weights_path(
         self, hyperparameters: dict[str, Any], seed: int, fold: int | None, after: str = ""
     ) -> Path:
-        varied = "".join(f"-{key}-{value:g}" for key, value in hyperparameters.items())
+        varied = "".join(f"-{key}-{value}" for key, value in hyperparameters.items())
         folder = Path(self.args.runs_dir) / self._stem(self.name_with(after))
         return folder / f"seed-{seed}{'' if fold is None else f'-fold-{fold}'}{varied}.pt"
 
     def train_run(
         self, hyperparameters: dict[str, Any], seed: int, fold: int | None = None
     ) -> dict[str, Any]:
-        """Trains, writes the weights to `weights_path`, and returns the record without "test"."""
-        started = time.monotonic()
-        forget_peak_memory()
-        options = self.options(hyperparameters)
+        """Trains, writes the weights, and returns the record with None for "test".
+
+        Its state stays until `forget`, so that a run is not lost before its record is written.
+        """
         path = self.weights_path(hyperparameters, seed, fold)
         path.parent.mkdir(parents=True, exist_ok=True)
+        with sole_writer(path):
+            return self._train_run(path, hyperparameters, seed, fold)
+
+    def _train_run(
+        self, path: Path, hyperparameters: dict[str, Any], seed: int, fold: int | None
+    ) -> dict[str, Any]:
+        options = self.options(hyperparameters)
         require_space(path, self.n_parameters)
         train, dev = self.splits(seed, fold)
-        checkpoint = self.checkpoint(options, train)
+        checkpoint, pretrain_seconds = self.checkpoint(options, train)
+        started = time.monotonic()
+        forget_peak_memory()
         seed_everything(seed)
-        model = self.build(checkpoint)
+        model = self.build(checkpoint, options)
         regularizer = assembly.prepare(self.methods, model, options)
         if regularizer is not None:
             regularizer.to(self.device)
         n_trained, n_all = partial.count_trainable(model)
         print(f"{path}: trains {n_trained:,} of {n_all:,} parameters", flush=True)
         identity = {**self.identity(), "grid": None, "seed": seed, "fold": fold, **hyperparameters}
-        keeper = Keeper(path.with_suffix(".state.pt"), identity, True, self.args.save_minutes)
-        was_resumed = keeper.is_resumed
-        candidates = Candidates(path, self._n_last(options, fold))
+        keeper = Keeper(state_path(path), identity, True, self.args.save_minutes)
+        is_resumed = keeper.is_resumed
+        candidates = self._candidates(path, options, fold)
+        if not is_resumed:
+            candidates.clear()
+        dev_data = self.encode(dev)
+
+        def on_epoch(report: EpochReport, is_best: bool) -> None:
+            candidates.offer(report.epoch, is_best, lambda: assembly.merged(self.methods, model))
+            print(
+                f"epoch {report.epoch}: train loss :: {report.train_loss:.3f}, "
+                f"train acc :: {report.train_accuracy:.3f}, dev acc :: {report.dev_accuracy:.3f}",
+                flush=True,
+            )
+
         history = train_classifier(
             model,
             self.encode(train),
-            (dev_data := self.encode(dev)),
+            dev_data,
             epochs=options.epochs,
             batch_size=options.batch_size,
             lr=options.lr,
             seed=seed,
             device=self.device,
-            on_epoch=lambda report, best: candidates.offer(
-                report, best, assembly.merged(self.methods, model)
-            ),
+            on_epoch=on_epoch,
             recipe=recipe_of(options),
             keeper=keeper,
             regularizer=regularizer,
         )
-        seed_everything(seed)
-        final = self.build(checkpoint)
-        final.load_state_dict(wise_ft.average(candidates.states()))
+        final = self.build(checkpoint, options)
+        final.load_state_dict(wise_ft.average(candidates.states(len(history))))
         result = self.evaluate(final, dev_data)
-        self.save(path, final)
-        candidates.clear()
-        keeper.path.unlink(missing_ok=True)
-        seconds = round(time.monotonic() - started, 1)
+        best = max(history, key=lambda report: report.dev_accuracy).epoch
         return {
             "seed": seed,
             "fold": fold,
             "hyperparameters": hyperparameters,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "history": [asdict(report) for report in history],
-            "best_epoch": max(history, key=lambda report: report.dev_accuracy).epoch,
+            "best_epoch": None if candidates.n_last else best,
             "dev": self.figures(result),
             "test": None,
-            "seconds": None if was_resumed else seconds,
+            "weights_sha256": self.save(path, final, options),
+            "seconds": None if is_resumed else round(time.monotonic() - started, 1),
+            "pretrain_seconds": pretrain_seconds,
             "threads": torch.get_num_threads(),
             "trainable_parameters": n_trained,
             "parameters": n_all,
-            "peak_memory_mb": round(peak_memory_mb(), 1),
+            "peak_memory_mb": None if is_resumed else self._peak_memory_mb(),
         }
+
+    def forget(self, run: dict[str, Any]) -> None:
+        """Deletes what a run needed in order to go on; its record has been written."""
+        path = self.weights_path(run["hyperparameters"], run["seed"], run["fold"])
+        state_path(path).unlink(missing_ok=True)  # first: without it the rest is worth nothing
+        self._candidates(path, self.options(run["hyperparameters"]), run["fold"]).clear()
+
+    def _candidates(self, path: Path, options: argparse.Namespace, fold: int | None) -> Candidates:
+        return Candidates(path, self._n_last(options, fold))
+
+    def _peak_memory_mb(self) -> float:
+        if self.device.type == "cuda":
+            return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
+        return round(peak_memory_mb(), 1)
 
     def _n_last(self, options: argparse.Namespace, fold: int | None) -> int:
         """How many of the last epochs' weights are wanted: 0 is the best epoch's instead.
@@ -297,60 +370,32 @@ class Experiment:
     def figures(self, result: Evaluation) -> dict[str, Any]:
         return figures(result.predictions, result.labels, result.confidences, self.n_labels)
 
-    def save(self, path: Path, model: nn.Module) -> None:
-        """A finetuned checkpoint of run_llama.py's kind where the model is of that kind."""
+    def save(self, path: Path, model: nn.Module, options: argparse.Namespace) -> str:
+        """A finetuned checkpoint of run_llama.py's kind where the model is of that kind; returns
+        its sha256."""
         extra = {"label_names": self.label_names, "methods": list(self.methods)}
         extra |= {"tokenizer_path": self.args.tokenizer_path}
         extra |= {"tokenizer_sha256": sha256_of(self.args.tokenizer_path)}
         if type(model) is LlamaEmbeddingClassifier and not self.has("adapter"):
-            save_classifier(path, model, self.config(), **extra)
+            save_classifier(path, model, self.config(options), **extra)
         else:
             save_torch_file(path, {"model": model.state_dict(), **extra})
+        return sha256_of(path)
 
     def load(self, run: dict[str, Any]) -> nn.Module:
         """The model that a run ended in; ValueError where its weights are not there any more."""
-        path = self.weights_path(
-            run["hyperparameters"], run["seed"], run["fold"], run.get("after", "")
-        )
-        if not path.is_file():
+        hyperparameters = run["hyperparameters"]
+        path = self.weights_path(hyperparameters, run["seed"], run["fold"], run.get("after", ""))
+        if not path.is_file() or sha256_of(path) != run["weights_sha256"]:
+            state = "are of another run" if path.is_file() else "are gone"
             raise ValueError(
-                f"{path}: the weights of a finished run are gone; delete the run's entry in the "
-                "results, and it will be run again"
+                f"{path}: the weights of a finished run {state}; delete the run's entry in "
+                "the results, and it will be run again"
             )
-        model = self.build(self.args.pretrained_model_path)
+        options = self.options(hyperparameters)
+        model = self.build(options.pretrained_model_path, options)
         model.load_state_dict(load_torch_file(path)["model"])
         return model
-
-
-class Candidates:
-    """The weights a run may end in, in files beside its own: of the best epoch or the last n."""
-
-    def __init__(self, path: Path, n_last: int):
-        self.path = path
-        self.n_last = n_last
-
-    def offer(self, report: EpochReport, is_best: bool, state: assembly.State) -> None:
-        if self.n_last:
-            save_torch_file(self.path.with_suffix(f".epoch-{report.epoch}.pt"), state)
-            self.path.with_suffix(f".epoch-{report.epoch - self.n_last}.pt").unlink(missing_ok=True)
-        elif is_best:
-            save_torch_file(self.path.with_suffix(".best.pt"), state)
-        print(
-            f"epoch {report.epoch}: train loss :: {report.train_loss:.3f}, "
-            f"train acc :: {report.train_accuracy:.3f}, dev acc :: {report.dev_accuracy:.3f}",
-            flush=True,
-        )
-
-    def _files(self) -> list[Path]:
-        pattern = ".epoch-*.pt" if self.n_last else ".best.pt"
-        return sorted(self.path.parent.glob(self.path.with_suffix(pattern).name))
-
-    def states(self) -> Iterator[assembly.State]:
-        return (load_torch_file(path) for path in self._files())
-
-    def clear(self) -> None:
-        for path in self._files():
-            path.unlink()
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:

@@ -47,6 +47,11 @@ def compose(names: Sequence[str]) -> tuple[str, ...]:
         )
     if {"prompt", "head"} <= set(chosen):
         raise ValueError("prompt and head do not combine: a prompt has no head to train")
+    if {"prompt", "smart"} <= set(chosen):
+        raise ValueError(
+            "prompt and smart do not combine: a label of several tokens takes passes of several "
+            "lengths, and smart perturbs one"
+        )
     if {"adapter", "wise_ft"} <= set(chosen):
         raise ValueError(
             "adapter and wise_ft do not combine: adapters have no pretrained counterpart"

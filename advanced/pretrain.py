@@ -29,7 +29,14 @@ from advanced.corpus import (
     train_tokenizer,
     without_overlap,
 )
-from advanced.language_model import HeldOut, Run, in_words, make_optimizers, train
+from advanced.language_model import (
+    HeldOut,
+    Run,
+    in_words,
+    make_optimizers,
+    save_model,
+    train,
+)
 from config import LlamaConfig
 from llama import Llama, load_pretrained
 from locks import sole_writer
@@ -194,8 +201,8 @@ def continue_on(
     seed: int,
     device: torch.device,
     bf16: bool = False,
-) -> Path:
-    """Reads the sentences `epochs` times and returns the path of the model that has read them.
+) -> tuple[Path, float]:
+    """Reads the sentences `epochs` times: (path of the model that has read them, seconds).
 
     `heldout` sentences are measured alone. `folder` is the run's own: what is finished there is not
     done again, what was interrupted goes on, and the traces of another run are a ValueError.
@@ -226,7 +233,9 @@ def continue_on(
             run.budget["tokens"] = epochs * n_tokens
             print(f"before: {in_words(run.measure(n_rows))}", flush=True)
             train(run, device, eval_minutes=math.inf, save_minutes=5.0)
-    return folder / "model.pt"
+        else:  # the last save may have been cut off between the state and the model
+            save_model(folder / "model.pt", run.model, half=False)
+    return folder / "model.pt", run.seconds
 
 
 def _digest(encoded: list[np.ndarray]) -> str:

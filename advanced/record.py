@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from labelled import NO_GOLD_LABEL
+from resume import differences
 from utils import atomic_write
 
 N_BINS = 10
@@ -72,15 +73,14 @@ class Record:
             return
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            saved = {**saved, "trials": list(saved["trials"]), "runs": list(saved["runs"])}
-        except (ValueError, KeyError, TypeError) as error:
+            _require_entries(saved)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: is no record of runs; move it away") from error
-        for key, value in identity.items():
-            if saved.get(key) != value:
-                raise ValueError(
-                    f"{path}: is of runs with other {key} ({_difference(saved.get(key), value)}); "
-                    "move it away or give this one a --name"
-                )
+        differing = differences(saved, identity)
+        if differing:
+            raise ValueError(
+                f"{path}: is of other runs ({differing}); move it away or give these a --name"
+            )
         self.content = {**saved, "command": command}
 
     def find(
@@ -98,18 +98,20 @@ class Record:
             self.content["runs"].sort(key=lambda run: (run["seed"], run["fold"] or 0))
         self.write()
 
-    def choose(self) -> dict[str, Any]:
-        """Of the trials the one of the highest dev accuracy, the first of equals, becomes a run."""
-        best = max(self.content["trials"], key=lambda run: run["dev"]["accuracy"])
+    def choose(self, seed: int) -> dict[str, Any]:
+        """Of the seed's trials the one of the highest dev accuracy, the first of equals, becomes
+        its run. Of one that diverged the accuracy is None."""
+        trials = [run for run in self.content["trials"] if run["seed"] == seed]
+        ended = [run for run in trials if run["dev"]["accuracy"] is not None]
+        if not ended:
+            raise ValueError(f"{self.path}: every trial of the grid diverged; try lower rates")
+        best = max(ended, key=lambda run: run["dev"]["accuracy"])
         self.content["search"] = [
-            {**run["hyperparameters"], "dev_accuracy": run["dev"]["accuracy"]}
-            for run in self.content["trials"]
+            {**run["hyperparameters"], "dev_accuracy": run["dev"]["accuracy"]} for run in trials
         ]
         self.content["chosen"] = best["hyperparameters"]
         self.content["trials"] = []
-        if self.find("runs", best["hyperparameters"], best["seed"], best["fold"]) is None:
-            self.content["runs"].append(best)
-        self.write()
+        self.add("runs", best)
         return best["hyperparameters"]
 
     def write(self) -> None:
@@ -118,8 +120,9 @@ class Record:
             file.write("\n")
 
 
-def _difference(saved: Any, value: Any) -> str:
-    if isinstance(saved, dict) and isinstance(value, dict):
-        keys = [key for key in {**saved, **value} if saved.get(key) != value.get(key)]
-        return "; ".join(f"{key}: {saved.get(key)} there, {value.get(key)} here" for key in keys)
-    return f"{saved} there, {value} here"
+def _require_entries(saved: Any) -> None:
+    """KeyError, TypeError or ValueError where a file has not the form of a record."""
+    if not isinstance(saved["chosen"], (dict, type(None))):
+        raise ValueError("chosen")
+    for run in [*saved["trials"], *saved["runs"]]:
+        _ = run["seed"], run["fold"], run["hyperparameters"], run["dev"]["accuracy"]

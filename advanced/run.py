@@ -21,10 +21,11 @@ from typing import Any
 import cli
 import run_llama
 from advanced.averages import soup, toward_pretrained
-from advanced.experiment import Experiment, Rows
+from advanced.experiment import OPTIONS_OF, SETTINGS, Experiment, Rows
 from advanced.methods import METHODS, compose
 from advanced.record import Record
 from advanced.zero_shot import ZeroShot
+from interrupts import Stopped, held_back
 from locks import sole_writer
 from options import (
     add_data_options,
@@ -33,6 +34,7 @@ from options import (
     fill_inputs,
     require_folder,
 )
+from resume import DIVERGED
 from training import Evaluation
 from utils import allow_tf32, keep_freed_memory
 
@@ -47,7 +49,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="see --list; given again, the methods combine (default: plain)")  # fmt: skip
     add("--name", help="in the results, in place of the method's, such as r_drop")
     add("--seeds", type=_seeds, default=[1, 2, 3, 4, 5], help="default 1,2,3,4,5")
-    add("--grid", nargs="+", type=_grid, default=[], metavar="OPTION=A,B",
+    add("--grid", nargs="+", action="extend", default=[], metavar="OPTION=A,B",
         help="values to choose from by the dev accuracy of the first seed")  # fmt: skip
     add("--folds", type=_folds, help="cross-validate over train and dev together")
     add("--train_share", type=cli.share, default=1.0, help="of each label's sentences")
@@ -61,17 +63,53 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     _add_method_options(parser)
     parser.set_defaults(attention="causal", pooling="mean", batch_size=32, train_acc="running")
     args = parser.parse_args(argv)
-    args.grid = dict(args.grid)
-    for key, values in args.grid.items():
-        default = getattr(args, key, None)
-        if key != "lr" and (isinstance(default, bool) or not isinstance(default, int | float)):
-            parser.error(f"--grid {key}: is no option that takes a number")
-        args.grid[key] = [int(v) if isinstance(default, int) else v for v in values]
+    args.grid = _grid(parser, args)
     if args.name is not None and not re.fullmatch(r"[a-z0-9_+]{1,40}", args.name):
         parser.error(f"--name {args.name!r}: write it in letters a-z, digits, _ and +")
-    if args.folds and args.train_share < 1.0:
-        parser.error("--folds and --train_share exclude each other")
+    if args.folds:
+        _require_no_choice_by_a_fold(parser, args)
+    for split in ("dev", "test"):
+        path, ending = getattr(args, f"{split}_out"), f"{split}-advanced-output.txt"
+        if path is not None and not path.endswith(ending):
+            parser.error(f"--{split}_out {path}: must end in {ending}, as <dataset>-{ending}")
     return args
+
+
+def _require_no_choice_by_a_fold(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """A fold judges what was trained without it, so it may not have a say in the training."""
+    if args.train_share < 1.0:
+        parser.error("--folds and --train_share exclude each other")
+    if args.grid:
+        parser.error("--folds takes no --grid: choose on the dev split first, then name the value")
+    if args.patience:
+        parser.error("--folds takes no --patience: a fold may not end its own training")
+    if args.dev_out or args.test_out:
+        parser.error("--folds writes no outputs: its models have read most of dev")
+    chosen = [name for name in args.method or () if name in ("wise_ft", "soup", "zero_shot")]
+    if chosen:
+        parser.error(f"--folds and {chosen[0]}: that chooses, or is not trained; leave out --folds")
+
+
+def _grid(parser: cli.ArgumentParser, args: argparse.Namespace) -> dict[str, list[Any]]:
+    """--grid lr=1e-4,3e-4 as {"lr": [1e-4, 3e-4]}, each value checked as that of its option."""
+    methods = args.method or ["plain"]
+    known = {"lr", *SETTINGS, *(key for name in methods for key in OPTIONS_OF.get(name, ()))}
+    numbers = {action.dest: action.type for action in parser._actions if action.type and
+               action.nargs is None and action.dest in known}  # fmt: skip
+    grid: dict[str, list[Any]] = {}
+    for word in args.grid:
+        key, _, values = word.partition("=")
+        if key not in numbers:
+            parser.error(f"--grid {word}: choose from {', '.join(sorted(numbers))}")
+        if key in grid:
+            parser.error(f"--grid names {key} twice; give all its values at once, as {key}=A,B")
+        try:
+            grid[key] = [numbers[key](value) for value in values.split(",")]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--grid {key}: {error}")
+        if len(set(grid[key])) < len(grid[key]):
+            parser.error(f"--grid {word}: has a value twice")
+    return grid
 
 
 def _add_method_options(parser: argparse.ArgumentParser) -> None:
@@ -107,36 +145,53 @@ def _folds(text: str) -> int:
     return folds
 
 
-def _grid(text: str) -> tuple[str, list[float]]:
-    key, _, values = text.partition("=")
-    try:
-        return key, [float(value) for value in values.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like lr=1e-4,3e-4") from None
-
-
 def run_all(experiment: Experiment, record: Record) -> list[dict[str, Any]]:
     """Runs what the record lacks; returns the wanted runs. The test split comes last."""
     args = experiment.args
     folds = range(args.folds) if args.folds else (None,)
     grid = {"lr": [args.lr], **args.grid}
     combinations = [dict(zip(grid, one, strict=True)) for one in itertools.product(*grid.values())]
+    for one in combinations:
+        experiment.require_buildable(one)
+    first = args.seeds[0]
+    if record.content["chosen"] is None and len(combinations) == 1:
+        record.content["chosen"] = combinations[0]
     if record.content["chosen"] is None:
-        if len(combinations) > 1 and args.folds:
-            raise ValueError("--grid and --folds: choose on the dev split first, then name --lr")
         for one in combinations:
-            if record.find("trials", one, args.seeds[0], folds[0]) is None:
-                record.add("trials", experiment.train_run(one, args.seeds[0], folds[0]))
-        record.choose()
+            if record.find("trials", one, first) is None:
+                _add(experiment, record, "trials", _tried(experiment, one, first))
+        chosen = record.choose(first)
+        for one in combinations:
+            if one != chosen:
+                experiment.weights_path(one, first, None).unlink(missing_ok=True)
     chosen = record.content["chosen"]
     wanted = [(seed, fold) for seed in args.seeds for fold in folds]
     for seed, fold in wanted:
         if record.find("runs", chosen, seed, fold) is None:
-            record.add("runs", experiment.train_run(chosen, seed, fold))
+            _add(experiment, record, "runs", experiment.train_run(chosen, seed, fold))
     runs = [record.find("runs", chosen, seed, fold) for seed, fold in wanted]
     if not args.folds:
         _test(experiment, record, runs)
     return runs
+
+
+def _tried(experiment: Experiment, hyperparameters: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A trial of the search; what diverges has no accuracy and is not chosen."""
+    try:
+        return experiment.train_run(hyperparameters, seed)
+    except ValueError as error:
+        if DIVERGED not in str(error):
+            raise
+        print(f"{hyperparameters}: {error}", flush=True)
+        run = {"seed": seed, "fold": None, "hyperparameters": hyperparameters}
+        return {**run, "dev": {"accuracy": None}}
+
+
+def _add(experiment: Experiment, record: Record, where: str, run: dict[str, Any]) -> None:
+    """Its record first, then what it needed to go on: a stop in between costs nothing."""
+    with held_back():
+        record.add(where, run)
+        experiment.forget(run)
 
 
 def zero_shot(experiment: Experiment, record: Record) -> ZeroShot:
@@ -159,9 +214,8 @@ def _test(experiment: Experiment, record: Record, runs: list[dict[str, Any]]) ->
         record.write()
 
 
-def show(record: Record) -> None:
-    """A line for each split: mean, standard deviation, and the seeds behind them."""
-    runs = record.content["runs"]
+def show(record: Record, runs: list[dict[str, Any]]) -> None:
+    """A line for each split: mean and standard deviation over the runs."""
     for split in ("dev", "test"):
         values = [run[split]["accuracy"] for run in runs if run[split] is not None]
         values = [value for value in values if value is not None]
@@ -182,6 +236,7 @@ def _write_outputs(experiment: Experiment, predict: Callable[[Rows], Evaluation]
         outfile = getattr(experiment.args, f"{split}_out")
         if outfile:
             result = predict(rows)
+            print(f"{outfile}: predictions of the run with the best dev accuracy")
             run_llama.write_predictions_to_file(
                 split, outfile, result.accuracy, result.predictions, result.sentences
             )
@@ -194,38 +249,56 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: {what}")
         return
     methods = compose(args.method or ["plain"])
+    if "zero_shot" in methods and (args.grid or args.train_share < 1.0):
+        raise ValueError("zero_shot trains nothing; leave out --grid and --train_share")
     fill_inputs(args, ("train", "dev", "test"))
     outputs = [path for path in (args.dev_out, args.test_out) if path]
     for path in outputs:
         require_folder(path)
-    trained = tuple(name for name in methods if name not in ("wise_ft", "soup")) or ("plain",)
-    if args.folds and {"wise_ft", "soup"} & set(methods):
-        raise ValueError("wise_ft and soup choose by dev accuracy; leave out --folds")
+    require_other_files(args, outputs)
     keep_freed_memory()
     allow_tf32()
-    Path(args.results_dir).mkdir(parents=True, exist_ok=True)
+    trained = tuple(name for name in methods if name not in ("wise_ft", "soup")) or ("plain",)
     experiment = Experiment(args, trained)
-    with sole_writer(experiment.results_path(), *outputs):
-        record = Record(experiment.results_path(), experiment.identity(), command())
-        if "zero_shot" in methods:
-            prompt = zero_shot(experiment, record)
-            show(record)
-            chosen = record.content["runs"][0]
-            _write_outputs(experiment, lambda rows: prompt.evaluate(chosen, rows))
-            return
-        runs = run_all(experiment, record)
-        show(record)
-        if "wise_ft" in methods:
-            record, runs = toward_pretrained(experiment, runs, command())
-            show(record)
-        if "soup" in methods:
-            record, runs = soup(experiment, runs, command())
-            show(record)
-        best = max(runs, key=lambda run: run["dev"]["accuracy"])
-        _write_outputs(
-            experiment,
-            lambda rows: experiment.evaluate(experiment.load(best), experiment.encode(rows)),
-        )
+    experiment.require_enough()
+    Path(args.results_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        with sole_writer(experiment.results_path(), *outputs):
+            _run(experiment, methods)
+    except Stopped as stopped:
+        stopped.is_resumable, stopped.option = True, None
+        raise
+
+
+def require_other_files(args: argparse.Namespace, outputs: list[str]) -> None:
+    """ValueError where an output would replace an input."""
+    inputs = {Path(getattr(args, key)).resolve() for key in ("train", "dev", "test", "label_names")}
+    for path in outputs:
+        if Path(path).resolve() in inputs:
+            raise ValueError(f"{path}: is an input, and would be replaced; name another output")
+
+
+def _run(experiment: Experiment, methods: tuple[str, ...]) -> None:
+    record = Record(experiment.results_path(), experiment.identity(), command())
+    if "zero_shot" in methods:
+        prompt = zero_shot(experiment, record)
+        chosen = record.content["runs"][0]
+        show(record, [chosen])
+        _write_outputs(experiment, lambda rows: prompt.evaluate(chosen, rows))
+        return
+    runs = run_all(experiment, record)
+    show(record, runs)
+    if "wise_ft" in methods:
+        record, runs = toward_pretrained(experiment, runs, command())
+        show(record, runs)
+    if "soup" in methods:
+        record, runs = soup(experiment, runs, command())
+        show(record, runs)
+    best = max(runs, key=lambda run: run["dev"]["accuracy"])
+    _write_outputs(
+        experiment,
+        lambda rows: experiment.evaluate(experiment.load(best), experiment.encode(rows)),
+    )
 
 
 if __name__ == "__main__":

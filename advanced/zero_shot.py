@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from advanced import prompting
-from advanced.experiment import Experiment
+from advanced.experiment import Experiment, Rows
+from dataset import Example, SentenceDataset
 from llama import load_pretrained
 from training import Evaluation
 from utils import forget_peak_memory, peak_memory_mb
@@ -26,7 +27,7 @@ class ZeroShot:
             "max_sentence_len": experiment.args.max_sentence_len,
         }
         args = experiment.args
-        checkpoint = experiment.checkpoint(args, experiment.train)
+        checkpoint, _ = experiment.checkpoint(args, experiment.train)
         self.llama = load_pretrained(checkpoint, args.attention).to(experiment.device)
 
     def _model(self, template: prompting.Template) -> prompting.PromptClassifier:
@@ -39,7 +40,7 @@ class ZeroShot:
         forget_peak_memory()
         experiment, tried = self.experiment, []
         labels = torch.tensor([label for _, label in experiment.train])
-        for template in experiment.templates:
+        for template in experiment.wanted_templates():
             model = self._model(template)
             examples = self._prompts(experiment.train, template, model)
             scores = prompting.label_scores(model, examples)  # (N, n_labels)
@@ -67,17 +68,18 @@ class ZeroShot:
             "peak_memory_mb": round(peak_memory_mb(), 1),
         }
 
-    def evaluate(self, run: dict[str, Any], rows: list[tuple[str, int]]) -> Evaluation:
+    def evaluate(self, run: dict[str, Any], rows: Rows) -> Evaluation:
         """What the prompt of a run says of the rows."""
         name = run["hyperparameters"]["template"]
         template = prompting.choose_template(self.experiment.templates, name)
         model = self._model(template)
         model.bias.copy_(torch.tensor(run["bias"]))
         examples = self._prompts(rows, template, model)
-        return self.experiment.evaluate(
-            model, prompting.SentenceDataset(examples, self.experiment.tokenizer.pad_id)
-        )
+        data = SentenceDataset(examples, self.experiment.tokenizer.pad_id)
+        return self.experiment.evaluate(model, data)
 
-    def _prompts(self, rows, template, model) -> list[prompting.Example]:
+    def _prompts(
+        self, rows: Rows, template: prompting.Template, model: prompting.PromptClassifier
+    ) -> list[Example]:
         room = {**self.room, "max_tokens": self.room["max_tokens"] - model.longest_label}
         return prompting.encode_prompts(rows, self.experiment.tokenizer, template, **room)[0]

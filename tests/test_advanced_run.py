@@ -1,6 +1,10 @@
 """The composer: every method from command line to record, what is skipped, resumed and refused."""
 
 import json
+import pkgutil
+import re
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +12,12 @@ import pytest
 import torch
 
 import cli
-from advanced import assembly
+from advanced import assembly, candidates
 from advanced import experiment as experiments
 from advanced import run as composer
 from advanced.methods import METHODS
 from interrupts import Stopped
-from training import load_classifier
+from training import Evaluation, load_classifier
 
 TRAINED = [name for name in METHODS if name not in ("zero_shot", "prompt")]
 DATA = [
@@ -24,7 +28,16 @@ DATA = [
 
 @pytest.fixture
 def advanced(workplace: Path, capsys) -> Callable[..., tuple[int, str, str]]:
-    """advanced("--method", ...) runs the composer on the workplace's files: code, out, err."""
+    """advanced("--method", ...) runs the composer on the workplace's files: code, out, err.
+
+    Its train, dev and test are of 8, 6 and 4 different sentences.
+    """
+    lines = {"dev": ["a film", "her heart", "the story"], "test": ["this movie", "warm"]}
+    for split, beginnings in lines.items():
+        rows = [
+            f"{label} ||| {b} {w}" for b in beginnings for label, w in enumerate(("bad", "good"))
+        ]
+        (workplace / f"toy-{split}.txt").write_text("\n".join(rows), encoding="utf-8")
 
     def call(*options: str) -> tuple[int, str, str]:
         argv = [*DATA, "--epochs", "2", "--lr", "1e-2", "--batch_size", "4", *options]
@@ -36,13 +49,14 @@ def advanced(workplace: Path, capsys) -> Callable[..., tuple[int, str, str]]:
     return call
 
 
-def record(method: str, suffix: str = "") -> dict:
-    (path,) = Path("results").glob(f"toy-{method}-*{suffix}.json")
+def record(method: str, suffix: str = "", folder: str = "results") -> dict:
+    (path,) = Path(folder).glob(f"toy-{method}-*{suffix}.json" if method else "*.json")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def weights(folder: Path = Path("runs")) -> dict[str, dict[str, torch.Tensor]]:
     paths = sorted(folder.glob("toy-*/seed-*.pt"))
+    paths = [path for path in paths if not re.search(r"\.(state|best|epoch-\d+)\.pt$", path.name)]
     return {str(path): torch.load(path, weights_only=True)["model"] for path in paths}
 
 
@@ -55,7 +69,7 @@ def test_every_method_trains_leaves_its_record_and_weights_that_reproduce_it(adv
     n_runs = 1 if method == "soup" else 2
     assert len(content["runs"]) == n_runs
     for run in content["runs"]:
-        assert run["dev"]["n_sentences"] == run["test"]["n_sentences"] == 8
+        assert (run["dev"]["n_sentences"], run["test"]["n_sentences"]) == (6, 4)
         assert run["trainable_parameters"] <= run["parameters"]
         assert len(run["history"]) == (0 if method in ("wise_ft", "soup") else 2)
     code, again, _ = advanced(
@@ -63,8 +77,8 @@ def test_every_method_trains_leaves_its_record_and_weights_that_reproduce_it(adv
     )
     assert code == 0 and "parameters" not in again  # everything is there already
     best = max(run["dev"]["accuracy"] for run in content["runs"])
-    assert f"dev acc :: {best:.3f}\n" in again  # of the weights, read anew
-    assert len(Path("toy-dev-advanced-output.txt").read_text(encoding="utf-8").splitlines()) == 8
+    assert f"accuracy\ndev acc :: {best:.3f}\n" in again  # of the weights, read anew
+    assert len(Path("toy-dev-advanced-output.txt").read_text(encoding="utf-8").splitlines()) == 6
     left = [path.name for path in Path("runs").glob(f"toy-{method}-*/*")]
     assert not [name for name in left if name.endswith((".state.pt", ".best.pt", ".epoch-1.pt"))]
 
@@ -89,31 +103,83 @@ def test_methods_compose_under_one_name(advanced):
     assert set(soup["ingredients"]) <= {3, 4}
 
 
-@pytest.mark.parametrize(
-    "options", [["--method", "plain"], ["--method", "mixout", "--method", "smart"], ["--r_drop=1"]]
-)
-def test_an_interrupted_run_goes_on_to_the_same_weights(advanced, monkeypatch, options):
-    options = [*options, "--proximal_weight", "1", "--seeds", "3", "--epochs", "3"]
-    folders = ["--runs_dir", "whole", "--results_dir", "whole-results"]
-    assert advanced(*options, *folders)[0] == 0
-    evaluate, calls = experiments.train_classifier.__globals__["evaluate"], []
+STATEFUL = ("--method=mixout", "--method=smart", "--proximal_weight=1")
+STOPS = [  # options, and the call during which a signal comes
+    *((STATEFUL, "training.take_step", n) for n in (1, 3)),
+    (("--r_drop=1",), "training.take_step", 4),
+    (STATEFUL, "training.evaluate", 2),
+    *((("--method=lora",), f"advanced.{name}", 1) for name in ("wise_ft.average", "run._test")),
+    *((("--method=lora",), f"advanced.{name}", 1) for name in (
+        "experiment.Experiment.save", "record.Record.add", "experiment.Experiment.forget"
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "target", "n_th"), STOPS)
+def test_a_run_stopped_anywhere_goes_on_to_the_same_weights_and_record(
+    advanced, monkeypatch, options, target, n_th
+):
+    options = [*options, "--seeds=3", "--epochs=3", "--lora_rank=2"]
+    assert advanced(*options, "--runs_dir=whole", "--results_dir=whole-results")[0] == 0
+    whole, calls = pkgutil.resolve_name(target), []
 
     def stopping(*given, **named):
         calls.append(1)
-        if len(calls) == 2:
-            raise Stopped(15)
-        return evaluate(*given, **named)
+        if len(calls) == n_th:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.evaluate", stopping)
-        code, _, _ = advanced(*options)
-    assert code == 143 and not list(Path("results").glob("toy*.json"))
-    assert list(Path("runs").glob("*/*.state.pt"))
+        patch.setattr(target, stopping)
+        code, _, err = advanced(*options)
+    assert code == 143 and "to go on: " in err and "--resume" not in err
     assert advanced(*options)[0] == 0
     ours, theirs = weights(), weights(Path("whole"))
     assert len(ours) == len(theirs) == 1
-    for (_, a), (_, b) in zip(ours.items(), theirs.items(), strict=True):
+    for a, b in zip(ours.values(), theirs.values(), strict=True):
         assert all(torch.equal(a[name], b[name]) for name in b)
+    timing = {"seconds", "peak_memory_mb", "weights_sha256"}
+    (run,), (expected,) = (
+        [
+            {key: value for key, value in run.items() if key not in timing}
+            for run in json.loads(next(Path(folder).glob("*.json")).read_text(encoding="utf-8"))[
+                "runs"
+            ]
+        ]
+        for folder in ("results", "whole-results")
+    )
+    assert run == expected
+    assert not list(Path("runs").glob("*/*.state.pt"))
+
+
+@pytest.mark.parametrize("target", ["advanced.pretrain.train", "advanced.averages._measured"])
+def test_a_stop_before_or_after_the_training_costs_what_was_not_finished(
+    advanced, monkeypatch, target
+):
+    options = ["--method=pretrain", "--method=wise_ft", "--method=soup", "--seeds=3,4"]
+    options += ["--pretrain_epochs=1"]
+
+    def stop(*given, **named):
+        raise Stopped(2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, stop)
+        code, _, err = advanced(*options)
+    assert code == 130 and "to go on: " in err
+    code, _, err = advanced(*options)
+    assert code == 0, err
+    assert len(record("pretrain+wise_ft")["runs"]) == 2
+
+
+def test_a_model_that_was_not_written_after_its_state_is_written_by_the_next_command(advanced):
+    options = ["--method=pretrain", "--seeds=3", "--pretrain_epochs=1", "--epochs=1"]
+    assert advanced(*options)[0] == 0
+    (path,) = Path("runs").glob("toy-read-*/model.pt")
+    whole = torch.load(path, weights_only=True)["model"]
+    path.unlink()
+    assert advanced(*options[:1], "--seeds=4", *options[2:])[0] == 0
+    again = torch.load(path, weights_only=True)["model"]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_the_grid_is_tried_by_the_first_seed_and_the_test_split_is_looked_at_last(
@@ -141,14 +207,44 @@ def test_the_grid_is_tried_by_the_first_seed_and_the_test_split_is_looked_at_las
     assert [run["test"] for run in content["runs"]] == [None] * 3
 
 
-def test_a_grid_of_another_option_reaches_the_method_as_its_kind(advanced, monkeypatch):
-    ranks = []
-    monkeypatch.setattr(
-        "advanced.lora.add_lora", lambda model, rank, alpha, targets: ranks.append(rank)
+GRIDS = {
+    "plain": [
+        *("lr=1e-2,2e-2", "batch_size=2,4", "hidden_dropout_prob=0.0,0.9"),
+        *("backbone_dropout=0.0,0.5", "warmup=0.0,0.9", "layer_decay=0.1,1.0", "r_drop=0,5"),
+        *("max_grad_norm=0.01,9", "label_smoothing=0,0.5"),
+    ],
+    "lora": ["lora_rank=1,2", "lora_alpha=1,20"],
+    "adapter": ["adapter_size=2,4"],
+    "mixout": ["mixout_p=0,0.9"],
+    "l2sp": ["l2sp_weight=0,9", "l2sp_head_weight=0,9"],
+    "smart": ["smart_weight=0,90", "smart_radius=0.1,5", "proximal_weight=0,90"],
+    "pretrain": ["pretrain_epochs=1,2", "pretrain_lr=1e-4,1e-2"],
+    "last_epochs": ["last=1,2", "epochs=1,2"],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "grid"), [(method, grid) for method, grids in GRIDS.items() for grid in grids]
+)
+def test_each_option_of_a_grid_reaches_the_training(advanced, monkeypatch, method, grid):
+    monkeypatch.setattr(composer.Path, "unlink", lambda *given, **named: None)  # keep both
+    code, _, err = advanced("--method", method, "--grid", grid, "--seeds", "3")
+    assert code == 0, err
+    first, second = (
+        torch.cat([tensor.flatten() for tensor in state.values()]) for state in weights().values()
     )
-    monkeypatch.setattr("advanced.lora.merge", lambda model: None)
-    assert advanced("--method", "lora", "--grid", "lora_rank=1,2", "--seeds", "3")[0] == 0
-    assert ranks == [1, 2] and all(isinstance(rank, int) for rank in ranks)
+    assert first.shape != second.shape or not torch.equal(first, second)
+    key, _, values = grid.partition("=")
+    tried = [trial[key] for trial in record(method)["search"]]
+    assert tried == [float(value) for value in values.split(",")]
+
+
+def test_a_trial_that_diverges_is_not_chosen_and_ends_nothing(advanced):
+    code, out, err = advanced("--grid", "lr=1e-2,1e9", "--seeds", "3", "--epochs", "3")
+    assert code == 0, err
+    content = record("plain")
+    assert content["chosen"] == {"lr": 1e-2}
+    assert content["search"][1]["dev_accuracy"] is None and "lower --lr" in out
 
 
 def test_folds_hold_out_every_sentence_once_whatever_the_seed(advanced, monkeypatch):
@@ -175,7 +271,8 @@ def test_folds_hold_out_every_sentence_once_whatever_the_seed(advanced, monkeypa
     for run in content["runs"]:
         assert run["test"] is None
         assert run["dev"]["accuracy"] == run["history"][-1]["dev_accuracy"]
-        assert sum(map(sum, run["dev"]["confusion"])) == 4
+    n_held = [sum(map(sum, run["dev"]["confusion"])) for run in content["runs"][:4]]
+    assert sum(n_held) == 8 + 6 and max(n_held) - min(n_held) <= 1
 
 
 def test_a_share_keeps_as_much_of_each_label_and_is_drawn_by_the_seed(advanced, monkeypatch):
@@ -197,6 +294,7 @@ def test_a_share_keeps_as_much_of_each_label_and_is_drawn_by_the_seed(advanced, 
 
 
 def test_zero_shot_chooses_template_and_scoring_on_train_and_trains_nothing(advanced):
+    shutil.copyfile("toy-train.txt", "toy-dev.txt")
     code, out, err = advanced("--method", "zero_shot", "--dev_out", "toy-dev-advanced-output.txt")
     assert code == 0, err
     (run,) = record("zero_shot")["runs"]
@@ -204,7 +302,7 @@ def test_zero_shot_chooses_template_and_scoring_on_train_and_trains_nothing(adva
     chosen = next(one for one in run["tried"] if one["train_accuracy"] == best)
     assert {key: chosen[key] for key in ("template", "scoring")} == run["hyperparameters"]
     assert run["trainable_parameters"] == 0 and run["history"] == []
-    # The toy's dev is its train: the accuracy that chose is that of the whole way once more.
+    # Here dev is train: the accuracy that chose is that of the whole way once more.
     assert run["dev"]["accuracy"] == pytest.approx(best)
     assert f"dev acc :: {best:.3f}\n" in out
     code, again, _ = advanced("--method", "zero_shot")
@@ -253,13 +351,27 @@ def test_the_list_explains_each_method_in_a_line(advanced):
         (["--method", "nonsense"], "invalid choice"),
         (["--seeds", "1,1"], "twice"),
         (["--seeds", "one"], "not an integer"),
-        (["--grid", "lr=fast"], "is not like lr=1e-4,3e-4"),
-        (["--grid", "attention=1"], "takes a number"),
-        (["--grid", "nonsense=1"], "takes a number"),
+        (["--grid", "lr=fast"], "'fast' is not a number above 0"),
+        (["--grid", "lr=1e-3,-1"], "'-1' is not a number above 0"),
+        (["--grid", "epochs=1.5"], "'1.5' is not an integer"),
+        (["--grid", "epochs=inf"], "'inf' is not an integer"),
+        (["--grid", "lr=1,1"], "a value twice"),
+        (["--grid", "lr=1", "--grid", "lr=2"], "twice"),
+        (["--grid", "attention=1"], "choose from"),
+        (["--grid", "lora_rank=1,2"], "choose from"),
+        (["--grid", "nonsense=1"], "choose from"),
         (["--folds", "1"], "nothing to train on"),
         (["--folds", "2", "--method", "wise_ft"], "leave out --folds"),
         (["--folds", "2", "--train_share", "0.5"], "exclude each other"),
-        (["--folds", "2", "--grid", "lr=1,2"], "then name --lr"),
+        (["--folds", "2", "--grid", "lr=1,2"], "then name the value"),
+        (["--folds", "2", "--patience", "1"], "no --patience"),
+        (["--folds", "2", "--dev_out", "toy-dev-advanced-output.txt"], "writes no outputs"),
+        (["--folds", "50"], "a label has 7 sentences only"),
+        (["--train_share", "0.01"], "take more"),
+        (["--method", "zero_shot", "--grid", "lr=1,2"], "trains nothing"),
+        (["--method", "zero_shot", "--folds", "2"], "not trained"),
+        (["--method", "prompt", "--template", "nonsense"], "no template is called"),
+        (["--dev_out", "toy-dev.txt"], "must end in dev-advanced-output.txt"),
         (["--name", "A name"], "letters a-z"),
         (["--dev_out", "absent/toy-dev-advanced-output.txt"], "folder does not exist"),
         (["--method", "lora", "--lora_rank", "999"], "rank"),
@@ -269,6 +381,81 @@ def test_the_list_explains_each_method_in_a_line(advanced):
 def test_bad_input_is_one_line_and_exit_code_2(advanced, options, said):
     code, _, err = advanced("--seeds", "3", *options)
     assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_an_output_does_not_replace_an_input(advanced):
+    shutil.copyfile("toy-dev.txt", "toy-dev-advanced-output.txt")
+    same = ["--dev", "toy-dev-advanced-output.txt", "--dev_out", "toy-dev-advanced-output.txt"]
+    code, _, err = advanced("--seeds", "3", *same)
+    assert code == 2 and "is an input" in err
+
+
+def test_weights_of_another_run_are_not_taken_for_a_records_own(advanced):
+    assert advanced("--seeds", "3", "--epochs", "1")[0] == 0
+    other = ["--results_dir", "elsewhere", "--hidden_dropout_prob", "0.8"]
+    assert advanced("--seeds", "3", "--epochs", "1", *other)[0] == 0
+    code, _, err = advanced("--seeds", "3", "--epochs", "1", "--method", "wise_ft")
+    assert code == 2 and "are of another run" in err
+
+
+def test_what_an_abandoned_run_left_is_not_averaged(advanced):
+    options = ["--method=last_epochs", "--last=2", "--seeds=3"]
+    assert advanced(*options)[0] == 0
+    ((path, clean),) = weights().items()
+    left = Path(path).with_suffix(".epoch-7.pt")
+    torch.save({name: tensor + 1 for name, tensor in clean.items()}, left)
+    next(Path("results").glob("*.json")).unlink()
+    assert advanced(*options)[0] == 0
+    again = weights()[path]
+    assert all(torch.equal(clean[name], again[name]) for name in clean) and not left.exists()
+
+
+def test_the_mean_of_the_last_epochs_is_that_of_their_weights(advanced, monkeypatch):
+    states = []
+    offer = candidates.Candidates.offer
+
+    def spy(self, epoch, is_best, state):
+        states.append({name: tensor.clone() for name, tensor in state().items()})
+        offer(self, epoch, is_best, state)
+
+    monkeypatch.setattr(candidates.Candidates, "offer", spy)
+    assert advanced("--method=last_epochs", "--last=2", "--epochs=3", "--seeds=3")[0] == 0
+    ((_, mean),) = weights().items()
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, (states[1][name] + states[2][name]) / 2)
+
+
+def test_the_best_epoch_is_what_is_kept(advanced, monkeypatch):
+    given = iter([0.2, 0.8, 0.5, 0.8])
+    monkeypatch.setattr(
+        "training.evaluate",
+        lambda *a, **k: Evaluation(next(given), 0.0, [0] * 6, [0, 1] * 3, [""] * 6, [0.5] * 6),
+    )
+    states = []
+    offer = candidates.Candidates.offer
+
+    def spy(self, epoch, is_best, state):
+        states.append({name: tensor.clone() for name, tensor in state().items()})
+        offer(self, epoch, is_best, state)
+
+    monkeypatch.setattr(candidates.Candidates, "offer", spy)
+    assert advanced("--epochs=4", "--seeds=3")[0] == 0
+    ((_, kept),) = weights().items()
+    assert all(torch.equal(kept[name], states[1][name]) for name in kept)
+    assert record("plain")["runs"][0]["best_epoch"] == 1
+
+
+def test_a_soup_of_other_seeds_replaces_the_earlier(advanced):
+    options = ["--method=soup", "--soup=uniform", "--epochs=1"]
+    assert advanced(*options, "--seeds=3")[0] == 0
+    code, _, err = advanced(*options, "--seeds=3,4")
+    assert code == 0, err
+    (run,) = record("soup")["runs"]
+    assert run["seeds"] == run["ingredients"] == [3, 4]
+    both = [state for path, state in weights().items() if "/toy-soup-" not in path]
+    (mean,) = (state for path, state in weights().items() if "/toy-soup-" in path)
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, (both[0][name] + both[1][name]) / 2)
 
 
 def test_other_settings_under_the_same_name_are_refused(advanced):

@@ -22,6 +22,7 @@ REFUSED = {
     *(frozenset(("plain", name)) for name in METHODS if name != "plain"),
     *(frozenset(("zero_shot", name)) for name in METHODS if name not in ("zero_shot", "pretrain")),
     frozenset(("prompt", "head")),
+    frozenset(("prompt", "smart")),
     frozenset(("adapter", "wise_ft")),
 }
 

@@ -103,7 +103,10 @@ def test_the_remedy_names_option_and_split_of_the_file(data):
         corpus, split, option, _ = name.split("-")
         assert line.startswith(f"{name}:1: 'x' stands where data/{corpus}-{split}.txt has ")
         if option == "advanced":
-            assert line.endswith(f"; run the advanced method on data/{corpus}-{split}.txt again")
+            assert line.endswith(
+                f"; write it again: python -m advanced.run --{split} data/{corpus}-{split}.txt "
+                f"--{split}_out {name}"
+            )
         else:
             options = f"--option {option[:-3]} --{split} ".replace("finetun ", "finetune ")
             assert f"run_llama.py {options}" in line

@@ -43,7 +43,7 @@ def test_what_has_no_gold_labels_has_no_figures():
     assert ours == {"n_sentences": 2, "accuracy": None, "macro_f1": None}
 
 
-def entry(seed: int, lr: float = 0.1, accuracy: float = 0.5) -> dict:
+def entry(seed: int, lr: float = 0.1, accuracy: float | None = 0.5) -> dict:
     hyperparameters = {"lr": lr}
     dev = {"accuracy": accuracy}
     return {"seed": seed, "fold": None, "hyperparameters": hyperparameters, "dev": dev}
@@ -63,10 +63,19 @@ def test_the_best_trial_becomes_the_first_run_and_the_first_of_equals_wins(tmp_p
     record = Record(tmp_path / "toy.json", IDENTITY, "command")
     for lr, accuracy in ((0.1, 0.4), (0.2, 0.6), (0.3, 0.6)):
         record.add("trials", entry(1, lr, accuracy))
-    assert record.choose() == {"lr": 0.2}
+    record.add("trials", {**entry(7, 0.4, 0.9)})  # of another seed, from an earlier command
+    record.add("trials", entry(1, 0.5, None))  # diverged
+    assert record.choose(1) == {"lr": 0.2}
     content = json.loads(record.path.read_text(encoding="utf-8"))
     assert content["runs"] == [entry(1, 0.2, 0.6)] and content["trials"] == []
-    assert [trial["dev_accuracy"] for trial in content["search"]] == [0.4, 0.6, 0.6]
+    assert [trial["dev_accuracy"] for trial in content["search"]] == [0.4, 0.6, 0.6, None]
+
+
+def test_where_every_trial_diverged_there_is_nothing_to_choose(tmp_path):
+    record = Record(tmp_path / "toy.json", IDENTITY, "command")
+    record.add("trials", entry(1, 0.1, None))
+    with pytest.raises(ValueError, match="every trial of the grid diverged"):
+        record.choose(1)
 
 
 def test_a_record_of_other_settings_is_refused_with_what_differs(tmp_path):
@@ -77,7 +86,18 @@ def test_a_record_of_other_settings_is_refused_with_what_differs(tmp_path):
         Record(path, other, "second")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"runs": 1}', '{"dataset": "toy"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{", '{"runs": 1}', '{"dataset": "toy"}', "[" * 100_000),
+        *('{"runs": [], "trials": []}', '{"chosen": 1, "runs": [], "trials": []}'),
+        *(
+            f'{{"chosen": null, "trials": [], "runs": [{run}]}}'
+            for run in ("1", "{}", '{"seed": 1}')
+        ),
+    ],
+    ids=range(11),
+)
 def test_a_file_that_is_no_record_is_a_line(tmp_path, content):
     path = tmp_path / "toy.json"
     path.write_text(content, encoding="utf-8")

@@ -150,7 +150,7 @@ def test_a_new_run_does_not_replace_the_state_of_an_interrupted_one(tmp_path):
 def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
     path = tmp_path / "run.state.pt"
     keep_a_run(path)
-    with pytest.raises(ValueError, match=r"another run \(lr: 0\.001 there, 0\.1 here\)$"):
+    with pytest.raises(ValueError, match=r"another run \(lr: 0\.001 there, 0\.1 here\); "):
         Keeper(path, {**SETTINGS, "lr": 0.1}, resume=True)
     with pytest.raises(ValueError, match=r"lr: None there, 0\.001 here; seed: None there, 7 here"):
         require_same_settings(path, {}, SETTINGS)
