@@ -7,8 +7,9 @@ point, SP), and v those of the new head. It is a term of the loss, a `regularize
 `training.train_classifier`; model and loop stay as they are.
 
 What differs here, and why: the paper trains by SGD with momentum, here AdamW divides the gradient
-of the whole loss, this term's included, by its root mean square. A weight that the data hardly move
-is thereby held less firmly than alpha says. `AdamW`'s own weight decay, 0 in this project's
+of the whole loss, this term's included, by its root mean square. A weight with large gradients is
+thereby pulled back more slowly than alpha says, one with small gradients faster (Loshchilov and
+Hutter 2019, arXiv 1711.05101, say so of L2). `AdamW`'s own weight decay, 0 in this project's
 finetuning, pulls to zero, not to w0; use one of the two.
 
 The 3.2 million numbers of the bundled model cost 6 ms a step on one thread of a CPU.

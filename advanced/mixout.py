@@ -5,13 +5,12 @@ each matrix W of the layers is seen as
 
     W' = (m * W_pre + (1 - m) * W - p * W_pre) / (1 - p),    m ~ Bernoulli(p),
 
-so E[W'] = W, and where W is still W_pre so is W'. In eval mode W is seen. This amounts to a penalty
-that pulls W to W_pre, the harder the nearer p is to 1.
+so E[W'] = W, and where W is still W_pre so is W'. In eval mode W is seen. For a strongly convex
+loss it adds at least a multiple of p / (1 - p) ||W - W_pre||^2 (their section 3).
 
 What differs here, and why:
-- One m for each number of a matrix, whose draws are independent, as their theory has them. Their
-  figure 1, and the code that circulates, draw one for each input neuron and so swap whole columns;
-  that code also leaves 1 / (1 - p) out of the gradient.
+- One m for each number of a matrix, drawn independently. Their figure 1 and their code draw one for
+  each input neuron and so swap whole columns; the code also leaves 1 / (1 - p) out of the gradient.
 - One m a pass for the whole batch: it is the matrix that is mixed, not what a sentence makes of it.
 - The matrices inside the layers alone. The head is new, it has no pretrained value to go to. The
   embedding, which is also the output, is looked up and not multiplied; the norms are few numbers.

@@ -9,7 +9,7 @@ none.
 `option="pretrain"` makes of a fresh classifier.
 
 LoRA and bottleneck adapters train weights of their own instead; He et al. 2022, arXiv 2110.04366,
-put all of these into one table.
+put those two into one framework.
 """
 
 from torch import nn

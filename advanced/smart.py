@@ -8,12 +8,12 @@ is added to the loss; l is the symmetrized KL divergence, x the sentence's word 
 sought as in algorithm 1. A hook perturbs the embeddings, so model and loop stay as they are.
 
 What differs here, and why:
-- Units. The paper's radius, noise and step (1e-5, 1e-5, 1e-3) suit BERT's embeddings. Here the
+- Units. The paper's radius, noise and step (1e-5, 1e-5, 1e-3) are absolute. Here the
   radius is a fraction of the RMS of the pretrained embedding, noise and step are in radii; their
-  ratios, 1 and 100, are the paper's: what has 1 % of the largest gradient reaches the ball's edge.
+  ratios, 1 and 100, are the paper's: what has 1 % of the largest gradient moves by a radius.
   With the bundled model, finetuned a while on SST, a radius of 0.1 gives the first term a value of
   0.09 beside a loss of 1.3 (noise as large gives 0.0001), and 0.02 gives 0.004. The paper's radius,
-  about 0.0002 of the RMS, would leave less than 1e-6. In bfloat16 0.1 gives 0.09, too.
+  0.0001 of that embedding's RMS, would leave less than 1e-6. In bfloat16 0.1 gives 0.09, too.
 - Dropout. All passes of the two terms are in eval mode. With masks, l would measure these: a head's
   dropout of 0.3 alone makes it 0.3 there. So the training pass cannot serve as f(x).
 - The momentum stays 0.99; the paper raises it to 0.999 after a tenth of the training.

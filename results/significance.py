@@ -2,7 +2,8 @@
 
 - paired bootstrap: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 16; for
   pairs of systems Koehn 2004, Statistical significance tests for machine translation evaluation.
-- McNemar 1947, Note on the sampling error of the difference between correlated proportions.
+- McNemar 1947, Note on the sampling error of the difference between correlated proportions or
+  percentages; here its exact binomial form.
 - Holm 1979, A simple sequentially rejective multiple test procedure.
 
 What differs from Koehn: seeds are resampled too, since a method is its training and not one
@@ -38,7 +39,8 @@ def paired_bootstrap(
     S, which makes the variance between few seeds unbiased (Rao and Wu 1988). One seed tells
     nothing of that variance, so there the interval is of the sentences alone. Resampling both
     factors counts the noise of single answers more than once (Owen 2007, The pigeonhole
-    bootstrap): p errs on the careful side. Other shapes or values are a ValueError.
+    bootstrap), so p is careful where sentences vary more than seeds; where few seeds vary much
+    it is too small. Other shapes or values are a ValueError.
     """
     a, b = _checked(a, "a", n_dimensions=2), _checked(b, "b", n_dimensions=2)
     n_sentences = a.shape[1]
