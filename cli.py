@@ -52,7 +52,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def resume_command(option: str | None = "--resume") -> str:
-    """The command that this process was started by, with the option that goes on, if it needs one."""
+    """The command that this process was started by, with the option that goes on, if need be."""
     command = sys.orig_argv
     return shlex.join(command if option is None or option in command else [*command, option])
 

@@ -11,8 +11,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came. `is_resumable` says that the run was saved and goes on by `option`, or
-    where that is None by the same command."""
+    """SIGINT or SIGTERM came. `is_resumable` says that the run was saved and goes on by `option`,
+    or where that is None by the same command."""
 
     def __init__(self, signum: int = signal.SIGINT):
         super().__init__(signum)

@@ -13,8 +13,8 @@ What differs from the paper, and why:
 
 - B starts as zeros, as there. The paper draws A from a Gaussian of a width it does not name; here
   it is what the paper's code does, uniform in +-1/sqrt(in) (Kaiming's with a = sqrt 5).
-- Its code can drop parts of the adapter's input in training. A parametrization sees the weight and not
-  the input, so there is no such dropout here; the head's and the Llama's own are untouched.
+- Its code can drop parts of the adapter's input in training. A parametrization sees the weight and
+  not the input, so there is no such dropout here; the head's and the Llama's own are untouched.
 - Its code multiplies A, then B, beside W; here each pass forms W', which is one more product of
   rank * in * out per matrix and not per token, keeps W' for the backward pass, and has for a moment
   a gradient as large as W. What is saved is the optimizer's state and all other gradients.

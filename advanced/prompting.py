@@ -3,15 +3,17 @@
 A template makes of a sentence the beginning of a text ("... It was") and of each label strings that
 may follow, its verbalizers; in natural language inference more depends on these than on what the
 template means (Webson and Pavlick 2022, arXiv 2109.01247). The score of a label is the log of
-sum_v p(v | prompt) over its strings v, p by the chain rule over tokens. It holds the model's liking for some strings whatever the sentence,
-so a `bias` is added before scores are normalized: minus the log of a label's mean probability
+sum_v p(v | prompt) over its strings v, p by the chain rule over tokens. It holds the model's liking
+for some strings whatever the sentence, so a `bias` is added before scores are normalized: minus the
+log of a label's mean probability
 
 - "contextual": given "N/A", "" and "[MASK]" for a sentence (Zhao et al. 2021, arXiv 2102.09690:
   W = diag(p_cf)^-1, b = 0; here in log space, and normalized without a second softmax);
-- "pmi": given the template without a sentence (Holtzman et al. 2021, arXiv 2104.08315:
-  domain conditional PMI, here of the sum over a label's strings);
+- "pmi": given the template without a sentence (Holtzman et al. 2021, arXiv 2104.08315: domain
+  conditional PMI, here of the sum over a label's strings);
 - "batch": given sentences, their labels unseen (Zhou et al. 2024, arXiv 2309.17249); here the train
-  split's, so that no prediction depends on other test sentences. It pulls predictions toward balanced labels.
+  split's, so that no prediction depends on other test sentences. It draws predictions toward
+  balanced labels.
 
 Prompt-based finetuning (Gao et al. 2021, LM-BFF, arXiv 2012.15723, eq. 1) trains the Llama on these
 same log-probabilities, with no new head; there the label fills a mask anywhere in the text, here it

@@ -109,8 +109,8 @@ def test_a_state_is_kept_when_it_is_due_and_keeping_it_changes_nothing(tmp_path)
     places = []
 
     class Watched(Keeper):
-        def save(self, place, model, optimizer):
-            super().save(place, model, optimizer)
+        def save(self, place, *others):
+            super().save(place, *others)
             places.append((place.epoch, place.n_batches))
 
     for minutes, expected in ((60, [(1, 0), (2, 0)]), (0, None)):
