@@ -50,7 +50,7 @@ def require_same_settings(path: Path, saved: Any, settings: dict[str, Any]) -> N
 
 
 def differences(saved: dict[str, Any], settings: dict[str, Any]) -> str:
-    """What differs, as "lr: 0.1 there, 0.2 here; ..."; settings within settings by their own key."""
+    """What differs, as "lr: 0.1 there, 0.2 here; ...", settings within settings by their key."""
     parts = []
     for key, value in settings.items():
         there = saved.get(key)

@@ -9,27 +9,24 @@ import hashlib
 import platform
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import nn
 
 from advanced import assembly, partial, prompting, wise_ft
 from advanced.candidates import Candidates
 from advanced.pretrain import continue_on
 from advanced.record import figures
+from advanced.task import Rows, Task
 from checkpoint import load_torch_file
 from classifier import LlamaEmbeddingClassifier
 from dataset import SentenceDataset, encode_examples, make_loader
-from labelled import read_label_names, read_sentences
 from llama import load_pretrained
 from locks import sole_writer
-from options import dataset_name
 from resume import Keeper, require_space, state_path
 from tokenizer import Tokenizer, find_tokenizer_model
 from training import EpochReport, Evaluation, Recipe, evaluate, save_classifier, train_classifier
@@ -60,25 +57,18 @@ SETTINGS = (
     *("max_sentence_len", *RECIPE),
 )
 FILES = ("train", "dev", "test", "label_names", "pretrained_model_path", "tokenizer_path")
-Rows = list[tuple[str, int]]
 
 
-class Experiment:
+class Experiment(Task):
     """What is the same for all seeds; `args` are those of advanced.run."""
 
     def __init__(self, args: argparse.Namespace, methods: tuple[str, ...]):
-        self.args = args
+        super().__init__(args)
         self.methods = methods
         self.device = pick_device(args.use_gpu)
         if args.tokenizer_path is None:
             args.tokenizer_path = str(find_tokenizer_model(args.pretrained_model_path))
         self.tokenizer = Tokenizer(tokenizer_model=args.tokenizer_path)
-        self.label_names = read_label_names(args.label_names)
-        self.n_labels = len(self.label_names)
-        self.train = read_sentences(args.train, self.n_labels)
-        self.dev = read_sentences(args.dev, self.n_labels)
-        self.test = read_sentences(args.test, self.n_labels, unlabelled=True)
-        self.dataset = dataset_name(args.train)
         path = Path(args.pretrained_model_path)
         self.model_name = path.resolve().parent.name if path.stem == "model" else path.stem
         self.name = args.name or "+".join(methods)
@@ -131,38 +121,6 @@ class Experiment:
         return files
 
     # ------------------------------------------------------------------ data
-
-    def splits(self, seed: int, fold: int | None) -> tuple[Rows, Rows]:
-        """(train, dev) of a run. Folds are the same for all seeds, shares are drawn for each."""
-        share, rows = self.args.train_share, self.train
-        if fold is not None:
-            rows = self.train + self.dev
-            folds = StratifiedKFold(self.args.folds, shuffle=True, random_state=0)
-            parts = list(folds.split(rows, [label for _, label in rows]))[fold]
-            train, dev = ([rows[i] for i in part] for part in parts)
-            return train, dev
-        if share < 1.0:
-            labels = [label for _, label in rows]
-            rows, _ = train_test_split(rows, train_size=share, stratify=labels, random_state=seed)
-        return rows, self.dev
-
-    def require_enough(self) -> None:
-        """ValueError where a label has too few sentences for the folds or the share."""
-        args = self.args
-        if args.folds:
-            fewest = min(Counter(label for _, label in self.train + self.dev).values())
-            if fewest < args.folds:
-                raise ValueError(
-                    f"--folds {args.folds}: a label has {fewest} sentences only; take fewer folds"
-                )
-        elif args.train_share < 1.0:
-            counts = Counter(label for _, label in self.train)
-            n_kept = int(args.train_share * len(self.train))
-            if min(counts.values()) < 2 or n_kept < len(counts):
-                raise ValueError(
-                    f"--train_share {args.train_share:g} of {len(self.train)} sentences leaves a "
-                    "label none; take more"
-                )
 
     def encode(self, rows: Rows) -> SentenceDataset:
         room = {"max_tokens": self.room, "max_sentence_len": self.args.max_sentence_len}

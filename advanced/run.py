@@ -21,9 +21,10 @@ from typing import Any
 import cli
 import run_llama
 from advanced.averages import soup, toward_pretrained
-from advanced.experiment import OPTIONS_OF, SETTINGS, Experiment, Rows
+from advanced.experiment import OPTIONS_OF, SETTINGS, Experiment
 from advanced.methods import METHODS, compose
 from advanced.record import Record
+from advanced.task import Rows
 from advanced.zero_shot import ZeroShot
 from interrupts import Stopped, held_back
 from locks import sole_writer

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from advanced import prompting
-from advanced.experiment import Experiment, Rows
+from advanced.experiment import Experiment
+from advanced.task import Rows
 from dataset import Example, SentenceDataset
 from llama import load_pretrained
 from training import Evaluation

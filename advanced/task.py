@@ -1,0 +1,56 @@
+"""The data of an experiment: its files, and which of them a seed or a fold trains on."""
+
+import argparse
+from collections import Counter
+
+from sklearn.model_selection import StratifiedKFold, train_test_split
+
+from labelled import read_label_names, read_sentences
+from options import dataset_name
+
+Rows = list[tuple[str, int]]  # sentence, label
+
+
+class Task:
+    """The three splits that `args` names, read and checked."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.dataset = dataset_name(args.train)
+        self.label_names = read_label_names(args.label_names)
+        self.n_labels = len(self.label_names)
+        self.train: Rows = read_sentences(args.train, self.n_labels)
+        self.dev: Rows = read_sentences(args.dev, self.n_labels)
+        self.test: Rows = read_sentences(args.test, self.n_labels, unlabelled=True)
+
+    def splits(self, seed: int, fold: int | None) -> tuple[Rows, Rows]:
+        """(train, dev) of a run. Folds are the same for all seeds, shares are drawn for each."""
+        share, rows = self.args.train_share, self.train
+        if fold is not None:
+            rows = self.train + self.dev
+            folds = StratifiedKFold(self.args.folds, shuffle=True, random_state=0)
+            parts = list(folds.split(rows, [label for _, label in rows]))[fold]
+            train, dev = ([rows[i] for i in part] for part in parts)
+            return train, dev
+        if share < 1.0:
+            labels = [label for _, label in rows]
+            rows, _ = train_test_split(rows, train_size=share, stratify=labels, random_state=seed)
+        return rows, self.dev
+
+    def require_enough(self) -> None:
+        """ValueError where a label has too few sentences for the folds or the share."""
+        args = self.args
+        if args.folds:
+            fewest = min(Counter(label for _, label in self.train + self.dev).values())
+            if fewest < args.folds:
+                raise ValueError(
+                    f"--folds {args.folds}: a label has {fewest} sentences only; take fewer folds"
+                )
+        elif args.train_share < 1.0:
+            counts = Counter(label for _, label in self.train)
+            n_kept = int(args.train_share * len(self.train))
+            if min(counts.values()) < 2 or n_kept < len(counts):
+                raise ValueError(
+                    f"--train_share {args.train_share:g} of {len(self.train)} sentences leaves a "
+                    "label none; take more"
+                )
