@@ -90,7 +90,8 @@ def _identity(experiment: Experiment, after: str) -> dict[str, Any]:
 
 def _measured(experiment: Experiment, model: nn.Module, run: Run, after: str) -> Run:
     """The record of `run` with what `model` reaches, whose weights are written."""
-    made = {**run, "after": after, "history": [], "best_epoch": None}
+    made = {key: value for key, value in run.items() if key not in ("alpha", "alphas")}
+    made |= {"after": after, "history": [], "best_epoch": None}
     made |= {"seconds": None, "peak_memory_mb": None}
     path = experiment.weights_path(run["hyperparameters"], run["seed"], run["fold"], after)
     path.parent.mkdir(parents=True, exist_ok=True)

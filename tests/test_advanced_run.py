@@ -100,6 +100,7 @@ def test_methods_compose_under_one_name(advanced):
         *("pretrain+lora", "pretrain+lora+wise_ft", "pretrain+lora+wise_ft+soup")
     }
     (soup,) = record("pretrain+lora+wise_ft+soup")["runs"]
+    assert "alphas" not in soup  # which were those of one ingredient
     assert set(soup["ingredients"]) <= {3, 4}
 
 
