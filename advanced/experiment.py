@@ -236,7 +236,7 @@ class Experiment(Task):
         train, dev = self.splits(seed, fold)
         checkpoint, pretrain_seconds = self.checkpoint(options, train)
         started = time.monotonic()
-        forget_peak_memory()
+        self._forget_peak_memory()
         seed_everything(seed)
         model = self.build(checkpoint, options)
         regularizer = assembly.prepare(self.methods, model, options)
@@ -304,6 +304,11 @@ class Experiment(Task):
 
     def _candidates(self, path: Path, options: argparse.Namespace, fold: int | None) -> Candidates:
         return Candidates(path, self._n_last(options, fold))
+
+    def _forget_peak_memory(self) -> None:
+        forget_peak_memory()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def _peak_memory_mb(self) -> float:
         if self.device.type == "cuda":
