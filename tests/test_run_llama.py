@@ -223,7 +223,7 @@ def test_finetune_evaluates_the_best_epoch_not_the_last(run, monkeypatch):
         accuracy = {"eval train": 0.5, "eval dev": [0.9, 0.1][len(checkpoints)]}[description]
         if description == "eval dev":
             checkpoints.append(model.classifier_head.bias.detach().clone())
-        return result.__class__(accuracy, 0.5, [], [], [])
+        return result.__class__(accuracy, 0.5, [], [], [], [])
 
     monkeypatch.setattr("training.evaluate", scripted)
     run("finetune", "--epochs", "2", "--lr", "1e-2")
