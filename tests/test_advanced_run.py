@@ -411,7 +411,9 @@ def test_what_an_abandoned_run_left_is_not_averaged(advanced):
     assert all(torch.equal(clean[name], again[name]) for name in clean) and not left.exists()
 
 
-def test_the_mean_of_the_last_epochs_is_that_of_their_weights(advanced, monkeypatch):
+@pytest.fixture
+def offered(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """The weights after each epoch that is trained from now on."""
     states = []
     offer = candidates.Candidates.offer
 
@@ -420,29 +422,25 @@ def test_the_mean_of_the_last_epochs_is_that_of_their_weights(advanced, monkeypa
         offer(self, epoch, is_best, state)
 
     monkeypatch.setattr(candidates.Candidates, "offer", spy)
+    return states
+
+
+def test_the_mean_of_the_last_epochs_is_that_of_their_weights(advanced, offered):
     assert advanced("--method=last_epochs", "--last=2", "--epochs=3", "--seeds=3")[0] == 0
     ((_, mean),) = weights().items()
     for name, tensor in mean.items():
-        torch.testing.assert_close(tensor, (states[1][name] + states[2][name]) / 2)
+        torch.testing.assert_close(tensor, (offered[1][name] + offered[2][name]) / 2)
 
 
-def test_the_best_epoch_is_what_is_kept(advanced, monkeypatch):
+def test_the_best_epoch_is_what_is_kept(advanced, offered, monkeypatch):
     given = iter([0.2, 0.8, 0.5, 0.8])
     monkeypatch.setattr(
         "training.evaluate",
         lambda *a, **k: Evaluation(next(given), 0.0, [0] * 6, [0, 1] * 3, [""] * 6, [0.5] * 6),
     )
-    states = []
-    offer = candidates.Candidates.offer
-
-    def spy(self, epoch, is_best, state):
-        states.append({name: tensor.clone() for name, tensor in state().items()})
-        offer(self, epoch, is_best, state)
-
-    monkeypatch.setattr(candidates.Candidates, "offer", spy)
     assert advanced("--epochs=4", "--seeds=3")[0] == 0
     ((_, kept),) = weights().items()
-    assert all(torch.equal(kept[name], states[1][name]) for name in kept)
+    assert all(torch.equal(kept[name], offered[1][name]) for name in kept)
     assert record("plain")["runs"][0]["best_epoch"] == 1
 
 
