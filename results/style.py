@@ -120,7 +120,7 @@ def panels(
     return figure, list(axes.flat)
 
 
-def legend(figure: "Figure", axes: list["Axes"], n_columns: int = 5) -> None:
+def legend(figure: "Figure", axes: list["Axes"]) -> None:
     """One legend under all panels, each label once."""
     handles: dict[str, Any] = {}
     for panel in axes:
@@ -129,7 +129,7 @@ def legend(figure: "Figure", axes: list["Axes"], n_columns: int = 5) -> None:
     if handles:
         figure.legend(
             list(handles.values()), list(handles), loc="outside lower center", frameon=False,
-            ncols=min(n_columns, len(handles)), fontsize=9,
+            ncols=min(3 * len(axes), len(handles)), fontsize=9,
         )  # fmt: skip
 
 
