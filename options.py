@@ -217,8 +217,11 @@ def require_folder(outfile: str) -> None:
 
 
 def require_output_names(args: argparse.Namespace, kind: str) -> None:
+    """ValueError for an output that is not named for its split, or cannot be; None is no output."""
     for split in ("dev", "test"):
         name, ending = getattr(args, f"{split}_out"), f"{split}-{kind}-output.txt"
+        if name is None:
+            continue
         if not name.endswith(ending):
             raise ValueError(f"--{split}_out {name}: must end in {ending}, as <dataset>-{ending}")
         require_folder(name)

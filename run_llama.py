@@ -202,7 +202,7 @@ def train(args: argparse.Namespace) -> list[EpochReport]:
     model = LlamaEmbeddingClassifier(config, llama).to(device)
     _announce(args, llama, device, model.pooling)
     room = llama.config.max_seq_len
-    recipe = _recipe(args)
+    recipe = recipe_of(args)
     provenance = {
         "args": {key: value for key, value in vars(args).items() if key != "resume"},
         "label_names": label_names,
@@ -216,11 +216,7 @@ def train(args: argparse.Namespace) -> list[EpochReport]:
         if is_best:
             save_classifier(filepath, model, config, **provenance)
             print(f"save the model to {filepath}")
-        print(
-            f"epoch {report.epoch}: train loss :: {report.train_loss:.3f}, "
-            f"train acc :: {report.train_accuracy:.3f}, dev acc :: {report.dev_accuracy:.3f}",
-            flush=True,
-        )
+        print(report.in_words(), flush=True)
 
     return train_classifier(
         model,
@@ -294,7 +290,7 @@ def _tokenizer(args: argparse.Namespace, max_len: int | None = None) -> Tokenize
     return Tokenizer(max_len=max_len, tokenizer_model=path)
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def recipe_of(args: argparse.Namespace) -> Recipe:
     given = {field.name: getattr(args, field.name, field.default) for field in fields(Recipe)}
     return Recipe(**{**given, "running_train_acc": _option(args, "train_acc") == "running"})
 

@@ -49,6 +49,12 @@ class EpochReport:
     train_accuracy: float
     dev_accuracy: float
 
+    def in_words(self) -> str:
+        return (
+            f"epoch {self.epoch}: train loss :: {self.train_loss:.3f}, "
+            f"train acc :: {self.train_accuracy:.3f}, dev acc :: {self.dev_accuracy:.3f}"
+        )
+
 
 @dataclass(frozen=True)
 class Recipe:

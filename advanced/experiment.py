@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from dataclasses import asdict, fields
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import run_llama
 from advanced import assembly, partial, prompting, wise_ft
 from advanced.candidates import Candidates
 from advanced.pretrain import continue_on
@@ -111,21 +113,25 @@ class Experiment(Task):
             "folds": args.folds,
             "grid": {"lr": [args.lr], **args.grid},
             "settings": {**settings, "device": self.device.type},
-            "files": {f"{key}_sha256": sha256_of(path) for key, path in self._files().items()},
+            "files": self.files,
         }
 
-    def _files(self) -> dict[str, str | Path]:
-        files = {key: getattr(self.args, key) for key in FILES}
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """What was read, by its sha256."""
+        paths = {key: getattr(self.args, key) for key in FILES}
         if self.has("prompt", "zero_shot"):
-            files["templates"] = prompting.TEMPLATES
-        return files
+            paths["templates"] = prompting.TEMPLATES
+        return {f"{key}_sha256": sha256_of(path) for key, path in paths.items()}
 
     # ------------------------------------------------------------------ data
 
-    def encode(self, rows: Rows) -> SentenceDataset:
+    def encode(self, rows: Rows, template: prompting.Template | None = None) -> SentenceDataset:
+        """The rows as they are, or as prompts: by the given template, or `prompt`'s own."""
         room = {"max_tokens": self.room, "max_sentence_len": self.args.max_sentence_len}
-        if self.has("prompt"):
+        if template is None and self.has("prompt"):
             template = self._template()
+        if template is not None:
             room["max_tokens"] -= prompting.longest_label(self.tokenizer, template)
             examples, n_cut = prompting.encode_prompts(rows, self.tokenizer, template, **room)
         else:
@@ -151,7 +157,7 @@ class Experiment(Task):
             return args.pretrained_model_path, 0.0
         sentences = [sentence for sentence, _ in train]
         key = [sentences, options.pretrain_epochs, options.pretrain_lr, args.bf16]
-        key += [sha256_of(args.pretrained_model_path), sha256_of(args.tokenizer_path)]
+        key += [self.files["pretrained_model_path_sha256"], self.files["tokenizer_path_sha256"]]
         key += [self.device.type]
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
         path, seconds = continue_on(
@@ -254,11 +260,7 @@ class Experiment(Task):
 
         def on_epoch(report: EpochReport, is_best: bool) -> None:
             candidates.offer(report.epoch, is_best, lambda: assembly.merged(self.methods, model))
-            print(
-                f"epoch {report.epoch}: train loss :: {report.train_loss:.3f}, "
-                f"train acc :: {report.train_accuracy:.3f}, dev acc :: {report.dev_accuracy:.3f}",
-                flush=True,
-            )
+            print(report.in_words(), flush=True)
 
         history = train_classifier(
             model,
@@ -270,7 +272,7 @@ class Experiment(Task):
             seed=seed,
             device=self.device,
             on_epoch=on_epoch,
-            recipe=recipe_of(options),
+            recipe=run_llama.recipe_of(options),
             keeper=keeper,
             regularizer=regularizer,
         )
@@ -325,9 +327,7 @@ class Experiment(Task):
         return 0 if fold is None else 1
 
     def evaluate(self, model: nn.Module, data: SentenceDataset) -> Evaluation:
-        loader = make_loader(
-            data, self.args.batch_size, similar_lengths=getattr(model, "reads_lengths", False)
-        )
+        loader = make_loader(data, self.args.batch_size, similar_lengths=model.reads_lengths)
         return evaluate(model, loader, self.device, bf16=self.args.bf16)
 
     def figures(self, result: Evaluation) -> dict[str, Any]:
@@ -338,7 +338,7 @@ class Experiment(Task):
         its sha256."""
         extra = {"label_names": self.label_names, "methods": list(self.methods)}
         extra |= {"tokenizer_path": self.args.tokenizer_path}
-        extra |= {"tokenizer_sha256": sha256_of(self.args.tokenizer_path)}
+        extra |= {"tokenizer_sha256": self.files["tokenizer_path_sha256"]}
         if type(model) is LlamaEmbeddingClassifier and not self.has("adapter"):
             save_classifier(path, model, self.config(options), **extra)
         else:
@@ -359,8 +359,3 @@ class Experiment(Task):
         model = self.build(options.pretrained_model_path, options)
         model.load_state_dict(load_torch_file(path)["model"])
         return model
-
-
-def recipe_of(options: argparse.Namespace) -> Recipe:
-    given = {key: getattr(options, key) for key in RECIPE}
-    return Recipe(**given, running_train_acc=options.train_acc == "running")

@@ -33,7 +33,7 @@ from options import (
     add_recipe_options,
     add_training_options,
     fill_inputs,
-    require_folder,
+    require_output_names,
 )
 from resume import DIVERGED
 from training import Evaluation
@@ -69,10 +69,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--name {args.name!r}: write it in letters a-z, digits, _ and +")
     if args.folds:
         _require_no_choice_by_a_fold(parser, args)
-    for split in ("dev", "test"):
-        path, ending = getattr(args, f"{split}_out"), f"{split}-advanced-output.txt"
-        if path is not None and not path.endswith(ending):
-            parser.error(f"--{split}_out {path}: must end in {ending}, as <dataset>-{ending}")
     return args
 
 
@@ -253,9 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     if "zero_shot" in methods and (args.grid or args.train_share < 1.0):
         raise ValueError("zero_shot trains nothing; leave out --grid and --train_share")
     fill_inputs(args, ("train", "dev", "test"))
-    outputs = [path for path in (args.dev_out, args.test_out) if path]
-    for path in outputs:
-        require_folder(path)
+    require_output_names(args, "advanced")
+    outputs = [path for path in (args.dev_out, args.test_out) if path is not None]
     require_other_files(args, outputs)
     keep_freed_memory()
     allow_tf32()

@@ -12,7 +12,6 @@ import torch
 from advanced import prompting
 from advanced.experiment import Experiment
 from advanced.task import Rows
-from dataset import Example, SentenceDataset
 from llama import load_pretrained
 from training import Evaluation
 from utils import forget_peak_memory, peak_memory_mb
@@ -23,10 +22,6 @@ class ZeroShot:
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
-        self.room = {
-            "max_tokens": experiment.room,
-            "max_sentence_len": experiment.args.max_sentence_len,
-        }
         args = experiment.args
         checkpoint, _ = experiment.checkpoint(args, experiment.train)
         self.llama = load_pretrained(checkpoint, args.attention).to(experiment.device)
@@ -43,8 +38,8 @@ class ZeroShot:
         labels = torch.tensor([label for _, label in experiment.train])
         for template in experiment.wanted_templates():
             model = self._model(template)
-            examples = self._prompts(experiment.train, template, model)
-            scores = prompting.label_scores(model, examples)  # (N, n_labels)
+            prompts = experiment.encode(experiment.train, template)
+            scores = prompting.label_scores(model, prompts.examples)  # (N, n_labels)
             for scoring in prompting.SCORINGS:
                 prompting.calibrate(model, scoring, template, scores)
                 right = (scores + model.bias).argmax(dim=1).cpu() == labels
@@ -75,12 +70,4 @@ class ZeroShot:
         template = prompting.choose_template(self.experiment.templates, name)
         model = self._model(template)
         model.bias.copy_(torch.tensor(run["bias"]))
-        examples = self._prompts(rows, template, model)
-        data = SentenceDataset(examples, self.experiment.tokenizer.pad_id)
-        return self.experiment.evaluate(model, data)
-
-    def _prompts(
-        self, rows: Rows, template: prompting.Template, model: prompting.PromptClassifier
-    ) -> list[Example]:
-        room = {**self.room, "max_tokens": self.room["max_tokens"] - model.longest_label}
-        return prompting.encode_prompts(rows, self.experiment.tokenizer, template, **room)[0]
+        return self.experiment.evaluate(model, self.experiment.encode(rows, template))

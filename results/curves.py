@@ -72,10 +72,7 @@ def _bands(
             )
         if whole_steps:
             panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_xlabel(x_label)
-        panel.set_ylabel(y_label)
-        panel.set_title(one.title, fontsize=10)
-        panel.grid(alpha=0.3)
+        style.label(panel, one.title, x_label, y_label)
     style.legend(figure, axes)
     return figure
 
@@ -95,7 +92,7 @@ def train_size(found: list[Study]) -> "Figure | None":
     for panel, (one, lines) in zip(axes, drawn, strict=True):
         for method, members in lines.items():
             columns = [one.values(study) for study in members]
-            stds = [np.std(column, ddof=1) if len(column) > 1 else 0.0 for column in columns]
+            stds = [style.sample_std(column) for column in columns]
             panel.errorbar(
                 [100 * study["train_share"] for study in members],
                 [np.mean(column) for column in columns], yerr=stds, capsize=2, label=method,
@@ -105,10 +102,7 @@ def train_size(found: list[Study]) -> "Figure | None":
         panel.set_xscale("log")
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.set_xticks([], minor=True)
-        panel.set_xlabel("share of the training data (%, log scale)")
-        panel.set_ylabel("accuracy")
-        panel.set_title(one.title, fontsize=10)
-        panel.grid(alpha=0.3)
+        style.label(panel, one.title, "share of the training data (%, log scale)", "accuracy")
     style.legend(figure, axes)
     return figure
 

@@ -114,10 +114,10 @@ def _accuracy_table(members: list[Study]) -> str:
     for s in splits:
         head += [names[s], f"{names[s]} macro F1", f"{names[s]} ECE"]
     head += [f"{names[s]}, minus plain" for s in splits] + ["seeds"]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    lines = [line(head), "|---" * len(head) + "|"]
     majority = [majority_share(members, s) for s in splits]
     cells = [cell for share in majority for cell in (_number(share), "", "")]
-    lines.append(_line(["majority class", *cells, *("" for _ in splits), ""]))
+    lines.append(line(["majority class", *cells, *("" for _ in splits), ""]))
     differences = {s: compare_with_plain(members, s) for s in splits}
     for study in members:
         cells = [
@@ -126,14 +126,14 @@ def _accuracy_table(members: list[Study]) -> str:
             for key in ("accuracy", "macro_f1", "ece")
         ]
         cells += [_difference(differences[s].get(study["method"])) for s in splits]
-        lines.append(_line([study["method"], *cells, str(len(by_seed(study)))]))
+        lines.append(line([study["method"], *cells, str(len(by_seed(study)))]))
     return "\n".join(lines)
 
 
 def _cost_table(members: list[Study]) -> str:
     head = ["method", "trained parameters", "trained %", "chosen", "search trials"]
     head += ["seconds a run", "peak memory (MB)"]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    lines = [line(head), "|---" * len(head) + "|"]
     for study in members:
         runs = [run for runs in by_seed(study).values() for run in runs]
         chosen = ", ".join(
@@ -144,11 +144,11 @@ def _cost_table(members: list[Study]) -> str:
         cells += [chosen, str(len(study["search"] or []))]
         seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
         cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
-        lines.append(_line([*cells, f"{max(memory):.0f}" if memory else ""]))
+        lines.append(line([*cells, f"{max(memory):.0f}" if memory else ""]))
     return "\n".join(lines)
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

@@ -46,7 +46,7 @@ def accuracy(found: list[Study]) -> "Figure | None":
 
 def _dot(panel: "Axes", method: str, values: list[float], place: int) -> None:
     look = style.method_style(method)
-    std = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    std = style.sample_std(values)
     panel.errorbar(
         np.mean(values), place, xerr=std, color=look["color"], marker=look["marker"],
         markersize=5, capsize=2,
@@ -129,17 +129,14 @@ def parameters(found: list[Study]) -> "Figure | None":
             look, label = style.method_style(study["method"]), study["method"]
             if _trains_all(study) and study["method"] != "plain":
                 look, label = {"color": "#aaaaaa", "marker": "o"}, "others that train all weights"
-            std = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            std = style.sample_std(values)
             panel.errorbar(
                 _n_trained(study), np.mean(values), yerr=std, color=look["color"], capsize=2,
                 marker=look["marker"], linestyle="none", label=label,
                 zorder=3 if study["method"] == "plain" else 2,
             )  # fmt: skip
         panel.set_xscale("log")
-        panel.set_xlabel("trained parameters (log scale)")
-        panel.set_ylabel("accuracy")
-        panel.set_title(one.title, fontsize=10)
-        panel.grid(alpha=0.3)
+        style.label(panel, one.title, "trained parameters (log scale)", "accuracy")
     style.legend(figure, axes)
     return figure
 

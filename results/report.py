@@ -37,7 +37,7 @@ def table(found: list[Study], model: str) -> str:
     found = select(found, model=model, train_share=1.0)
     head = [f"{model}, mean (std) over seeds", "trained %", *(name for name, *_ in COLUMNS)]
     head += ["SST test, minus plain (p)", "seeds"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", REFERENCE]
+    lines = [details.line(head), "|---" * len(head) + "|", REFERENCE]
     majorities = [_majority(found, column) for column in COLUMNS]
     lines.append(f"| majority class | 0 | {' | '.join(majorities)} | | |")
     differences = details.compare_with_plain(select(found, dataset="sst", folds=None), "test")
@@ -47,7 +47,7 @@ def table(found: list[Study], model: str) -> str:
         cells = [method, details.trained_percent(of_method), *map(mean_std, columns)]
         of_plain = differences.get(method)
         cells.append(f"{of_plain.difference:+.3f} ({p_value(of_plain.p)})" if of_plain else "")
-        lines.append(f"| {' | '.join(cells)} | {_n_seeds(columns)} |")
+        lines.append(details.line([*cells, _n_seeds(columns)]))
     return "\n".join(lines)
 
 

@@ -120,6 +120,18 @@ def panels(
     return figure, list(axes.flat)
 
 
+def sample_std(values: list[float]) -> float:
+    """Of a single value 0."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def label(panel: "Axes", title: str, x_label: str, y_label: str) -> None:
+    panel.set_xlabel(x_label)
+    panel.set_ylabel(y_label)
+    panel.set_title(title, fontsize=10)
+    panel.grid(alpha=0.3)
+
+
 def legend(figure: "Figure", axes: list["Axes"]) -> None:
     """One legend under all panels, each label once."""
     handles: dict[str, Any] = {}

@@ -91,6 +91,24 @@ def random_llama(seed: int = 0, scale: float = 5.0, **config) -> Llama:
     return model.eval()
 
 
+# Three rows of 9, 4 and 1 real tokens, and what a classifier says of them.
+TOKENS = torch.randint(3, 320, (3, 9), generator=torch.Generator().manual_seed(2))
+LENGTHS = torch.tensor([9, 4, 1])
+
+
+def log_probs(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(TOKENS, lengths=LENGTHS)
+
+
+def randomize(model: torch.nn.Module, is_chosen: Callable[[str], bool], scale: float) -> None:
+    """Parameters as training may leave them: of those with such names no number is zero."""
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_chosen(name):
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=rng))
+
+
 def save_llama(model: Llama, path: Path, **model_args) -> Path:
     """Writes {"model", "model_args"} as the assignment's checkpoints have it."""
     config = {key: value for key, value in model.config.to_dict().items() if key != "attention"}

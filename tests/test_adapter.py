@@ -8,25 +8,13 @@ import torch
 from torch import nn
 
 from advanced.adapter import Adapter, add_adapters, remove_adapters
-from classifier import LlamaEmbeddingClassifier
-from conftest import random_llama
+from conftest import TOKENS, log_probs, random_llama, randomize
 from test_training import classifier, random_data, train
 
-TOKENS = torch.randint(3, 320, (3, 9), generator=torch.Generator().manual_seed(2))
-LENGTHS = torch.tensor([9, 4, 1])
 
-
-def log_probs(model: LlamaEmbeddingClassifier) -> torch.Tensor:
-    return model.eval()(TOKENS, lengths=LENGTHS)
-
-
-def randomize(model: nn.Module) -> None:
+def randomized(model: nn.Module) -> None:
     """Adapters as training may leave them: no weight and no bias is zero."""
-    rng = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".adapter." in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
+    randomize(model, lambda name: ".adapter." in name, 0.3)
 
 
 def is_norm(name: str) -> bool:
@@ -59,7 +47,7 @@ def test_fresh_adapters_change_nothing():
     before = log_probs(model)
     add_adapters(model, 4)
     assert torch.equal(log_probs(model), before)
-    randomize(model)
+    randomized(model)
     assert not torch.allclose(log_probs(model), before, atol=1e-3)
 
 
@@ -69,7 +57,7 @@ def test_each_sub_layer_adds_its_adapter_before_the_residual_sum():
     layer = model.llama.layers[1]
     plain = copy.deepcopy(layer)
     add_adapters(model, 4)
-    randomize(model)
+    randomized(model)
     h = x.double().numpy()
     for sub_layer, own, norm in (
         (layer.attention, plain.attention, plain.attention_norm),
@@ -86,7 +74,7 @@ def test_each_sub_layer_adds_its_adapter_before_the_residual_sum():
 def test_trained_are_adapters_norms_and_head_in_closed_form(size):
     model, dim, n_layers = classifier(), 32, 2
     add_adapters(model, size)
-    randomize(model)
+    randomized(model)
     log_probs(model)[:, 0].sum().backward()
     with_grad = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -117,7 +105,7 @@ def test_training_moves_adapters_and_norms_and_no_bit_of_the_rest():
 def test_a_deep_copy_says_the_same_by_adapters_of_its_own():
     model = classifier()
     add_adapters(model, 4)
-    randomize(model)
+    randomized(model)
     before, twin = log_probs(model), copy.deepcopy(model)
     assert torch.equal(log_probs(twin), before)
     with torch.no_grad():
@@ -137,7 +125,7 @@ def test_removal_leaves_the_plain_model_with_its_names_and_trained_norms():
     names, before = list(model.state_dict()), log_probs(model)
     add_adapters(model, 4)
     assert len(model.state_dict()) == len(names) + 4 * 4
-    randomize(model)
+    randomized(model)
     remove_adapters(model)
     assert list(model.state_dict()) == names
     assert torch.equal(log_probs(model), before)
@@ -155,7 +143,7 @@ def test_removal_leaves_the_plain_model_with_its_names_and_trained_norms():
 def test_saved_adapters_load_into_a_model_that_has_them():
     model, other = classifier(), classifier()
     add_adapters(model, 4)
-    randomize(model)
+    randomized(model)
     add_adapters(other, 4)
     other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(log_probs(other), log_probs(model))
@@ -165,7 +153,7 @@ def test_cached_generation_is_the_one_that_reads_all_again():
     model = nn.Module()
     model.llama = random_llama(attention="causal")
     add_adapters(model, 4)
-    randomize(model)
+    randomized(model)
     ids = TOKENS[:1, :4]
     cached = model.llama.generate(ids, 6, temperature=0.0)
     for _ in range(6):

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 import oracle
 from advanced.components import COMPONENTS, AttentionPooling, LastMean, LayerMix
 from classifier import LlamaEmbeddingClassifier
-from conftest import random_llama
+from conftest import LENGTHS, TOKENS, random_llama
 from test_training import random_data, train
 
-TOKENS = torch.randint(3, 320, (3, 9), generator=torch.Generator().manual_seed(2))
-LENGTHS = torch.tensor([9, 4, 1])
 NAMES = sorted(COMPONENTS)
 OWN = {"attention_pool": ["query"], "last_mean": [], "layer_mix": ["layer_scores", "gamma"]}
 

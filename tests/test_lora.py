@@ -9,26 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from advanced.lora import add_lora, merge
-from classifier import LlamaEmbeddingClassifier
-from conftest import random_llama
+from conftest import TOKENS, log_probs, random_llama, randomize
 from test_training import classifier, random_data, train
 
-TOKENS = torch.randint(3, 320, (3, 9), generator=torch.Generator().manual_seed(2))
-LENGTHS = torch.tensor([9, 4, 1])
 ALL = ("compute_query", "compute_key", "compute_value", "compute_output", "w1", "w2", "w3")
 
 
-def log_probs(model: LlamaEmbeddingClassifier) -> torch.Tensor:
-    return model.eval()(TOKENS, lengths=LENGTHS)
-
-
-def randomize(model: nn.Module) -> None:
+def randomized(model: nn.Module) -> None:
     """Updates as training may leave them: neither factor is zero."""
-    rng = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith((".A", ".B")):
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
+    randomize(model, lambda name: name.endswith((".A", ".B")), 0.1)
 
 
 def states(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -50,7 +39,7 @@ def test_merged_weights_are_the_sum_of_equation_3_and_leave_the_outputs(targets)
     model, rank, alpha = classifier(), 3, 12.0
     plain = states(model)
     add_lora(model, rank, alpha, targets)
-    randomize(model)
+    randomized(model)
     factors, unmerged = states(model), log_probs(model)
     merge(model)
     torch.testing.assert_close(log_probs(model), unmerged, rtol=0.0, atol=1e-5)
@@ -77,7 +66,7 @@ def test_merging_leaves_the_names_and_the_gradients_of_a_plain_model():
     names = list(model.state_dict())
     add_lora(model, 2, 4.0, ALL)
     assert list(model.state_dict()) != names
-    randomize(model)
+    randomized(model)
     merge(model)
     assert list(model.state_dict()) == names
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -151,7 +140,7 @@ def test_training_moves_the_factors_and_no_bit_of_the_base():
 def test_a_deep_copy_is_merged_without_its_original():
     model = classifier()
     add_lora(model, 2, 8.0)
-    randomize(model)
+    randomized(model)
     before, twin = log_probs(model), copy.deepcopy(model)
     merge(twin)
     assert torch.equal(log_probs(model), before)
@@ -163,7 +152,7 @@ def test_a_deep_copy_is_merged_without_its_original():
 def test_updates_can_be_merged_and_added_again():
     model = classifier()
     add_lora(model, 2, 8.0)
-    randomize(model)
+    randomized(model)
     merge(model)
     before = log_probs(model)
     add_lora(model, 3, 4.0, ["w3", "compute_query"])
@@ -197,7 +186,7 @@ def test_a_language_model_generates_alike_before_and_after_merging():
     model = nn.Module()
     model.llama = random_llama(attention="causal")
     add_lora(model, 4, 8.0, ALL)
-    randomize(model)
+    randomized(model)
     unmerged = model.llama.generate(TOKENS[:, :4], 6, temperature=0.0)  # with the cache
     merge(model)
     assert torch.equal(model.llama.generate(TOKENS[:, :4], 6, temperature=0.0), unmerged)

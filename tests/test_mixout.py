@@ -9,13 +9,10 @@ from torch.nn.utils import parametrize
 
 from advanced.mixout import Mixout, add_mixout, merge
 from classifier import LlamaEmbeddingClassifier
-from conftest import random_llama
+from conftest import LENGTHS, TOKENS, random_llama
 from dataset import Example, SentenceDataset
 from linear import Linear
 from training import train_classifier
-
-TOKENS = torch.randint(3, 320, (3, 9), generator=torch.Generator().manual_seed(2))
-LENGTHS = torch.tensor([9, 4, 1])
 
 
 def classifier(scale: float = 1.0) -> LlamaEmbeddingClassifier:
