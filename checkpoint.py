@@ -38,7 +38,7 @@ _CMU_NAMES = {
 }
 # Tables that some releases store beside the weights; they follow from the config.
 _DERIVED = re.compile(r"freqs_cos|freqs_sin|rope\.freqs|layers\.\d+\.attention\.mask")
-_BIN_HEADER = struct.Struct("<7i")
+BIN_HEADER = struct.Struct("<7i")
 _VERSIONED_BIN_MAGIC = 0x616B3432  # "ak42": llama2.c's later exports
 _LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before torch 1.6's zip files
 _TEXT_BEGINNINGS = (b"<", b"{", b"version https://git-lfs")
@@ -163,9 +163,13 @@ def _require_kinds(path: str | os.PathLike, content: dict) -> None:
         is_dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
         if not is_dense or tensor.is_complex() or tensor.is_quantized:
             raise ValueError(f"{path}: {_cut(name)} is no dense tensor of real numbers")
-    labels = content.get("label_names", [])
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{path}: label_names is not a list of strings")
+    for key in ("label_names", "methods"):
+        names = content.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path}: {key} is not a list of strings")
+    for key in ("tokenizer_path", "tokenizer_sha256"):
+        if not isinstance(content.get(key, ""), str):
+            raise ValueError(f"{path}: {key} is not a string")
 
 
 def _require_backed(path: str | os.PathLike, content: dict) -> None:
@@ -244,18 +248,18 @@ def _read_bin(path: Path, head: bytes) -> tuple[dict[str, Any], dict[str, torch.
     """A llama2.c `.bin`; its ValueErrors leave the file's name to the caller."""
     size = path.stat().st_size
     no_checkpoint = "is neither a torch file nor a llama2.c .bin"
-    if size < _BIN_HEADER.size:
+    if size < BIN_HEADER.size:
         raise ValueError(f"{no_checkpoint}: it has {size} bytes")
-    header = _BIN_HEADER.unpack_from(head)
+    header = BIN_HEADER.unpack_from(head)
     if header[0] == _VERSIONED_BIN_MAGIC:
         raise ValueError("is a versioned llama2.c export; only the fp32 .bin is read")
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = header
     if min(*header[:5], abs(vocab_size), max_seq_len) < 1 or dim % n_heads or n_heads % n_kv_heads:
         raise ValueError(f"{no_checkpoint}: its first seven numbers {header} describe no model")
 
-    before, per_layer, after = _bin_layout(*header)
+    before, per_layer, after = bin_layout(*header)
     n_numbers = _count(before) + n_layers * _count(per_layer) + _count(after)
-    expected = _BIN_HEADER.size + 4 * n_numbers
+    expected = BIN_HEADER.size + 4 * n_numbers
     if size != expected:  # known before anything is allocated
         raise ValueError(
             f"{no_checkpoint} whole: its header {header} wants {expected:,} bytes, it has {size:,}"
@@ -264,7 +268,7 @@ def _read_bin(path: Path, head: bytes) -> tuple[dict[str, Any], dict[str, torch.
         (f"layers.{i}.{name}.weight", shape) for name, shape in per_layer for i in range(n_layers)
     ]
     layout = [*before, *layers, *after]
-    data = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=_BIN_HEADER.size))
+    data = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=BIN_HEADER.size))
     parts = torch.split(data, [math.prod(shape) for _, shape in layout])
     weights = {
         name: part.view(shape)
@@ -287,7 +291,7 @@ def _count(shapes: Shapes) -> int:
     return sum(math.prod(shape) for _, shape in shapes)
 
 
-def _bin_layout(
+def bin_layout(
     dim: int,
     hidden_dim: int,
     n_layers: int,

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import interrupts
 
@@ -49,6 +49,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _exit_with_line(f"error: {where}{error.strerror or error}", 2, error)
     except ValueError as error:
         _exit_with_line(f"error: {error}", 2, error)
+
+
+def standard_input() -> BinaryIO:
+    """Its bytes; a ValueError where the process was started without one."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; give it a file or a pipe")
+    return sys.stdin.buffer
 
 
 def resume_command(option: str | None = "--resume") -> str:

@@ -80,14 +80,17 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def decode(content: bytes, path: str | os.PathLike) -> str:
-    """The text without byte order mark, lines ending in "\\n"; ValueError at a byte not UTF-8."""
+def decode(content: bytes, path: str | os.PathLike, first: int = 1) -> str:
+    """The text without byte order mark, lines ending in "\\n"; ValueError at a byte not UTF-8.
+
+    `first` is the number of the content's first line in its file.
+    """
     content = content.removeprefix(codecs.BOM_UTF8)
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
+        number = content.count(b"\n", 0, error.start) + first
         raise ValueError(
             f"{path}:{number}: byte 0x{content[error.start]:02x} is not UTF-8; convert the file"
         ) from error

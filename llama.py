@@ -4,8 +4,11 @@ Shapes: B batch, T sequence, S keys in reach (T plus whatever a cache holds), H 
 K key/value heads, D head size (dim = H * D), F feed-forward hidden size, V vocabulary.
 """
 
+import copy
 import math
 import os
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from checkpoint import listed, read_checkpoint, require_finite
 from config import LlamaConfig
 from linear import Linear
 from rope import apply_rotary_emb
+from sampling import pick_next
 
 
 class RMSNorm(nn.Module):
@@ -64,6 +68,13 @@ class KVCache:
         self.keys[layer_id, :, self.length : end] = key
         self.values[layer_id, :, self.length : end] = value
         return self.keys[layer_id, :, :end], self.values[layer_id, :, :end]
+
+    def repeated(self, n: int) -> "KVCache":
+        """A cache that holds every row n times, side by side: (layer, B n, position, K, D)."""
+        cache = copy.copy(self)
+        cache.keys = self.keys.repeat_interleave(n, dim=1)
+        cache.values = self.values.repeat_interleave(n, dim=1)
+        return cache
 
 
 class Attention(nn.Module):
@@ -294,14 +305,17 @@ class Llama(LlamaPreTrainedModel):
         return self.norm(h)
 
     def generate(
-        self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ) -> torch.Tensor:
         """Appends `max_new_tokens` to every row of idx (B, T) and returns (B, T + max_new_tokens).
 
-        Temperature 0 takes the likeliest token, any other samples softmax(logits / temperature)
-        from PyTorch's global generator. The model reads the last `max_seq_len` tokens. With causal
-        attention it keeps a `KVCache`, until the window is full and begins to slide: then, as in
-        full mode always, every step reads the whole window again. Call `eval()` first.
+        Temperature 0 takes the likeliest token, any other samples by `sampling.pick_next` from
+        PyTorch's global generator. Call `eval()` first.
         """
         if not temperature >= 0.0:
             raise ValueError(f"temperature={temperature} is negative")
@@ -309,19 +323,41 @@ class Llama(LlamaPreTrainedModel):
             raise ValueError(f"max_new_tokens={max_new_tokens} is negative")
         if idx.ndim != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx {tuple(idx.shape)} is not (B, T) with at least one token")
+        pick = partial(pick_next, temperature=temperature, top_k=top_k, top_p=top_p)
+        return torch.cat((idx, *self.next_tokens(idx, max_new_tokens, pick)), dim=1)
+
+    @torch.inference_mode()
+    def next_tokens(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        pick: Callable[[torch.Tensor], torch.Tensor],
+        num_samples: int = 1,
+    ) -> Iterator[torch.Tensor]:
+        """Continues every row of idx (B, T) `num_samples` times, a token at a time.
+
+        Yields (B * num_samples, 1), a row's samples side by side: `pick` of logits (B *
+        num_samples, V). The model reads the last `max_seq_len` tokens. With causal attention it
+        keeps a `KVCache`, which the samples of a row begin with in common, until the window is full
+        and begins to slide: then, as in full mode always, every step reads the whole window again.
+        """
         window = self.config.max_seq_len
-        with torch.inference_mode():
-            cache = None
-            if self.config.attention == "causal":
-                capacity = min(window, idx.shape[1] + max_new_tokens)
-                cache = KVCache(self.config, len(idx), capacity, like=self.norm.weight)
-            for _ in range(max_new_tokens):
-                if cache is not None and idx.shape[1] <= window:
-                    logits, _ = self(idx[:, cache.length :], cache=cache)
-                else:
-                    logits, _ = self(idx[:, -window:])
-                idx = torch.cat((idx, pick_next(logits[:, -1], temperature)), dim=1)
-        return idx.clone()  # an ordinary tensor again, fit for autograd
+        cache = None
+        if self.config.attention == "causal":
+            capacity = min(window, idx.shape[1] + max_new_tokens)
+            cache = KVCache(self.config, len(idx), capacity, like=self.norm.weight)
+        for step in range(max_new_tokens):
+            if cache is not None and idx.shape[1] <= window:
+                logits, _ = self(idx[:, cache.length :], cache=cache)
+            else:
+                logits, _ = self(idx[:, -window:])
+            if step == 0 and num_samples > 1:
+                logits = logits.repeat_interleave(num_samples, dim=0)
+                idx = idx.repeat_interleave(num_samples, dim=0)
+                cache = cache and cache.repeated(num_samples)
+            following = pick(logits[:, -1])
+            yield following
+            idx = torch.cat((idx, following), dim=1)
 
 
 def _unshared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -334,17 +370,6 @@ def _unshared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         own[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
         seen.add(tensor.data_ptr())
     return own
-
-
-def pick_next(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(B, V) -> (B, 1): the likeliest token at temperature 0, else a sample."""
-    if temperature < torch.finfo(logits.dtype).tiny:  # 0, or what would be rounded to 0
-        return logits.argmax(dim=-1, keepdim=True)
-    largest = logits.amax(dim=-1, keepdim=True)
-    if not largest.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or diverged")
-    logits = logits - largest  # a tiny temperature must not overflow
-    return torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1)
 
 
 def last_real(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

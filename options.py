@@ -12,7 +12,15 @@ from config import ATTENTION_MODES, POOLINGS
 from resume import state_path
 
 ROOT = Path(__file__).resolve().parent
-SPLITS_READ_BY = {"generate": (), "prompt": ("dev", "test"), "finetune": ("train", "dev", "test")}
+SPLITS_READ_BY = {
+    "generate": (),
+    "prompt": ("dev", "test"),
+    "finetune": ("train", "dev", "test"),
+    "predict": (),
+}
+FORMATS = ("text", "jsonl", "csv")  # of predictions
+GENERATION = ("prefix", "max_new_tokens", "temperature", "top_k", "top_p", "num_samples")
+GENERATION += ("stop_at_eos",)
 
 
 def _data(name: str) -> dict[str, str]:
@@ -42,7 +50,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--option",
         choices=tuple(SPLITS_READ_BY),
         default="generate",
-        help="prompt leaves the Llama frozen, finetune trains it",
+        help="prompt leaves the Llama frozen, finetune trains it, predict uses what that left",
     )
     add("--generated_sentence_low_temp_out", default="generated-sentence-temp-0.txt")
     add("--generated_sentence_high_temp_out", default="generated-sentence-temp-1.txt")
@@ -50,12 +58,58 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test_out", help="default: <dataset>-test-prompting-output.txt or -finetuning-")
     recipe = add_recipe_options(parser)
     recipe("--resume", action="store_true", help="go on with an interrupted run of these options")
+    own = {"generate": _add_generation_options(parser), "predict": _add_predict_options(parser)}
     args = parser.parse_args(argv)
     if args.resume and args.option != "finetune":
         parser.error("--resume goes on with a training; add --option finetune")
+    for option, names in own.items():
+        typed = [name for name in names if getattr(args, name) not in (None, False, [])]
+        if typed and option != args.option:
+            what = "a sentence" if typed[0] == "sentences" else f"--{typed[0]}"
+            parser.error(f"{what} goes with --option {option}, not {args.option}")
+        for name in () if typed else names:
+            delattr(args, name)
+    if args.option == "predict":
+        _require_one_source(parser, args)
+        return args
     fill_defaults(args)
-    print(f"args: {vars(args)}")
+    if not generates_freely(args):
+        print(f"args: {vars(args)}")
     return args
+
+
+def generates_freely(args: argparse.Namespace) -> bool:
+    """Whether texts of one's own are asked for, not the assignment's two."""
+    return hasattr(args, "prefix")  # `get_args` leaves the options of `GENERATION` if one was typed
+
+
+def _add_generation_options(parser: argparse.ArgumentParser) -> tuple[str, ...]:
+    """Each is None or False if not typed."""
+    add = parser.add_argument_group("generate: any of these prints texts of your own").add_argument
+    add("--prefix", help="- reads standard input (default: the assignment's)")
+    add("--max_new_tokens", type=cli.positive_int, help="default 75")
+    add("--temperature", type=cli.non_negative_float, help="default 1; 0: the likeliest token")
+    add("--top_k", type=cli.positive_int, help="sample among the K likeliest tokens")
+    add("--top_p", type=cli.share, help="among the likeliest that have this share together")
+    add("--num_samples", type=cli.positive_int, help="default 1")
+    add("--stop_at_eos", action="store_true", help="end where the model ends the text")
+    return GENERATION
+
+
+def _add_predict_options(parser: argparse.ArgumentParser) -> tuple[str, ...]:
+    add = parser.add_argument_group("predict").add_argument
+    add("sentences", nargs="*", metavar="SENTENCE", help="else --input, else standard input")
+    add("--checkpoint", help="what --option finetune, or advanced.run, left")
+    add("--input", help="a sentence a line, or `label ||| sentence`; - is standard input")
+    add("--format", choices=FORMATS, help="default text")
+    return ("sentences", "checkpoint", "input", "format")
+
+
+def _require_one_source(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    if getattr(args, "checkpoint", None) is None:
+        parser.error("--option predict needs --checkpoint, such as finetune-sst-5-2e-05.pt")
+    if args.input is not None and args.sentences:
+        parser.error("--input and sentences exclude each other")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +250,8 @@ def dataset_name(train: str) -> str:
 
 def output_files(args: argparse.Namespace) -> list[str]:
     """The files that the option writes."""
+    if args.option == "predict" or generates_freely(args):
+        return []
     if args.option == "generate":
         return [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
     predictions = [args.dev_out, args.test_out]

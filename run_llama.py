@@ -6,6 +6,8 @@ our optional options (`attention`, `pooling`, `tokenizer_path`, the recipe) mean
 """
 
 import argparse
+import contextlib
+import os
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,19 +20,29 @@ from torch.utils.data import DataLoader
 import cli
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from dataset import Example, SentenceDataset, encode_examples, make_loader
+from generation import continue_text
 from interrupts import Stopped
-from labelled import read_label_names, read_sentences
+from labelled import decode, read_label_names, read_sentences
 from llama import Llama, load_pretrained
 from locks import sole_writer
-from options import checkpoint_path, get_args, output_files, require_folder, require_output_names
+from options import (
+    checkpoint_path,
+    generates_freely,
+    get_args,
+    output_files,
+    require_folder,
+    require_output_names,
+)
+from predict import load_predictor, open_lines, print_predictions
 from resume import Keeper, require_space, state_path
-from tokenizer import Tokenizer, find_tokenizer_model
+from tokenizer import Tokenizer, find_tokenizer_model, open_tokenizer
 from training import (
     EpochReport,
     Evaluation,
     Recipe,
     evaluate,
     load_classifier,
+    provenance,
     save_classifier,
     train_classifier,
 )
@@ -119,6 +131,9 @@ def write_predictions_to_file(
 
 def generate(args: argparse.Namespace) -> None:
     """Continues the assignment's prefix at temperature 0 and at temperature 1."""
+    if generates_freely(args):
+        _generate_freely(args)
+        return
     llama, tokenizer, device = _load_backbone(args)
     _announce(args, llama, device)
     for outfile, temperature in (
@@ -154,6 +169,52 @@ def _write_continuation(
     with atomic_write(outfile) as file:
         file.write(sentence)
     print(f"Wrote generated sentence to {outfile}.")
+
+
+def _generate_freely(args: argparse.Namespace) -> None:
+    """Prints `--num_samples` texts; on a terminal the first appears as it is made."""
+    prefix = os.fsencode(PREFIX if args.prefix is None else args.prefix)
+    if args.prefix == "-":
+        prefix = cli.standard_input().read().removesuffix(b"\n")
+    prefix = decode(prefix, "--prefix")
+    with contextlib.redirect_stdout(sys.stderr):
+        llama, tokenizer, device = _load_backbone(args)
+        _announce(args, llama, device)
+    n_tokens, window = len(tokenizer.encode(prefix, bos=True, eos=False)), llama.config.max_seq_len
+    if n_tokens > window:
+        print(
+            f"warning: --prefix has {n_tokens} tokens, of which the model reads the last {window}",
+            file=sys.stderr,
+        )
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    first, *others = continue_text(
+        llama,
+        tokenizer,
+        prefix,
+        75 if args.max_new_tokens is None else args.max_new_tokens,
+        temperature=1.0 if args.temperature is None else args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        num_samples=args.num_samples or 1,
+        stop_at_eos=args.stop_at_eos,
+        on_text=show if sys.stdout.isatty() else None,
+    )
+    print("" if sys.stdout.isatty() else first)
+    for text in others:
+        print(f"---------------\n{text}")
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Prints what a finetuned checkpoint says of each line; all else goes to standard error."""
+    device = pick_device(args.use_gpu)
+    predictor = load_predictor(args.checkpoint, args.tokenizer_path, device)
+    n_labels = len(predictor.label_names)
+    batch_size = None if predictor.model.reads_lengths else args.batch_size
+    with open_lines(args.sentences, args.input, n_labels, batch_size) as blocks:
+        print_predictions(predictor, blocks, args.batch_size, args.format or "text")
 
 
 def test_with_prompting(args: argparse.Namespace) -> None:
@@ -203,18 +264,15 @@ def train(args: argparse.Namespace) -> list[EpochReport]:
     _announce(args, llama, device, model.pooling)
     room = llama.config.max_seq_len
     recipe = recipe_of(args)
-    provenance = {
-        "args": {key: value for key, value in vars(args).items() if key != "resume"},
-        "label_names": label_names,
-        "tokenizer_path": tokenizer.model_path,
-        "tokenizer_sha256": sha256_of(tokenizer.model_path),
-    }
+    extra = {"args": {key: value for key, value in vars(args).items() if key != "resume"}}
+    base = args.pretrained_model_path
+    extra |= provenance(label_names, tokenizer, base, args.max_sentence_len)
     require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
     keeper = _keeper(args, model, recipe, tokenizer, device)
 
     def on_epoch(report: EpochReport, is_best: bool) -> None:
         if is_best:
-            save_classifier(filepath, model, config, **provenance)
+            save_classifier(filepath, model, config, **extra)
             print(f"save the model to {filepath}")
         print(report.in_words(), flush=True)
 
@@ -243,14 +301,9 @@ def test(args: argparse.Namespace) -> dict[str, Evaluation]:
     model, saved = load_classifier(filepath)
     model.to(device)
     print(f"load model from {filepath}")
-    tokenizer = _tokenizer(args)
-    tokenizer_sha256 = sha256_of(tokenizer.model_path)
     if saved.get("label_names", label_names) != label_names:
         raise ValueError(f"{filepath}: has labels {saved['label_names']}, not {label_names}")
-    if saved.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
-        raise ValueError(
-            f"{filepath}: was trained with another tokenizer than {tokenizer.model_path}"
-        )
+    tokenizer = open_tokenizer(filepath, saved, _tokenizer(args).model_path)
     tokenizer.require_vocab_size(model.llama.config.vocab_size)
     results = {}
     for split, rows in splits.items():
@@ -404,6 +457,7 @@ def main(argv: list[str] | None = None) -> None:
         keep_freed_memory()
         allow_tf32()
     modes = {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}
+    modes["predict"] = predict
     with sole_writer(*output_files(args)):
         modes[args.option](args)
 

@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
+
+from config import shown
+from utils import sha256_of
 
 TOKENIZER_MODEL = Path(__file__).resolve().parent / "tokenizer.model"
 
@@ -70,3 +74,30 @@ def find_tokenizer_model(checkpoint: str | os.PathLike) -> Path:
     if named:
         return named[0]
     return beside[0] if len(beside) == 1 else TOKENIZER_MODEL
+
+
+def open_tokenizer(
+    checkpoint: str | os.PathLike, saved: dict[str, Any], path: str | os.PathLike | None = None
+) -> Tokenizer:
+    """The tokenizer that a finetuned checkpoint was trained with, at `path` or where it was then.
+
+    That is looked for from the current folder and from the project's; where none is recorded,
+    `find_tokenizer_model` says which it is. A ValueError says that it is not there any more, or is
+    another one.
+    """
+    if path is None and "tokenizer_path" in saved:
+        recorded = saved["tokenizer_path"]
+        places = (Path(recorded), TOKENIZER_MODEL.parent / recorded)
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise ValueError(
+                f"{checkpoint}: its tokenizer {shown(recorded)} is not there any more; name the "
+                "place it was moved to by --tokenizer_path"
+            )
+    tokenizer = Tokenizer(tokenizer_model=path or find_tokenizer_model(checkpoint))
+    if saved.get("tokenizer_sha256") not in (None, sha256_of(tokenizer.model_path)):
+        raise ValueError(
+            f"{checkpoint}: was trained with another tokenizer than {tokenizer.model_path}; name "
+            "its own by --tokenizer_path"
+        )
+    return tokenizer

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import load_torch_file
+from checkpoint import listed, load_torch_file
 from classifier import LlamaEmbeddingClassifier
 from config import LlamaConfig
 from dataset import SentenceDataset, make_loader
@@ -24,7 +25,8 @@ from labelled import NO_GOLD_LABEL
 from optimizer import AdamW
 from resume import DIVERGED, Keeper, Place, require_not_diverged
 from steps import learning_rate_factor, precision, symmetric_kl, take_step
-from utils import save_torch_file
+from tokenizer import Tokenizer
+from utils import save_torch_file, sha256_of
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,13 @@ def evaluate(
         accuracy = float(accuracy_score(gold, said))
         macro_f1 = float(f1_score(gold, said, average="macro", zero_division=0.0))
     return Evaluation(accuracy, macro_f1, predictions, labels, sentences, confidences)
+
+
+def macro_f1(confusion: np.ndarray) -> float:
+    """The mean of 2 TP / (2 TP + FP + FN) over the labels that occur; row: gold, column: said."""
+    n_said_or_gold = confusion.sum(axis=0) + confusion.sum(axis=1)
+    occurs = n_said_or_gold > 0
+    return float(np.mean(2 * np.diag(confusion)[occurs] / n_said_or_gold[occurs]))
 
 
 def parameter_groups(model: nn.Module, lr: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
@@ -324,6 +333,22 @@ class _Run:
         return log_probs, loss
 
 
+def provenance(
+    label_names: list[str],
+    tokenizer: Tokenizer,
+    pretrained_model_path: str | os.PathLike,
+    max_sentence_len: int | None,
+) -> dict[str, Any]:
+    """What a checkpoint holds beside the model, so that reading sentences takes nothing else."""
+    return {
+        "label_names": label_names,
+        "tokenizer_path": tokenizer.model_path,
+        "tokenizer_sha256": sha256_of(tokenizer.model_path),
+        "pretrained_model_sha256": sha256_of(pretrained_model_path),
+        "max_sentence_len": max_sentence_len,
+    }
+
+
 def save_classifier(
     path: str | os.PathLike, model: LlamaEmbeddingClassifier, config: Any, **extra: Any
 ) -> None:
@@ -356,6 +381,11 @@ def load_classifier(
     saved = load_torch_file(path)
     absent = [key for key in ("model", "model_args", "model_config") if key not in saved]
     if absent:
+        if saved.get("methods"):
+            raise ValueError(
+                f"{path}: has parts of advanced.run --method {listed(saved['methods'])}, which "
+                "only that reads"
+            )
         raise ValueError(f"{path}: is no finetuned classifier, it has no {', '.join(absent)}")
     config = SimpleNamespace(**saved["model_config"])
     try:

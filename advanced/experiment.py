@@ -31,7 +31,15 @@ from llama import load_pretrained
 from locks import sole_writer
 from resume import Keeper, require_space, state_path
 from tokenizer import Tokenizer, find_tokenizer_model
-from training import EpochReport, Evaluation, Recipe, evaluate, save_classifier, train_classifier
+from training import (
+    EpochReport,
+    Evaluation,
+    Recipe,
+    evaluate,
+    provenance,
+    save_classifier,
+    train_classifier,
+)
 from utils import (
     forget_peak_memory,
     peak_memory_mb,
@@ -336,13 +344,14 @@ class Experiment(Task):
     def save(self, path: Path, model: nn.Module, options: argparse.Namespace) -> str:
         """A finetuned checkpoint of run_llama.py's kind where the model is of that kind; returns
         its sha256."""
-        extra = {"label_names": self.label_names, "methods": list(self.methods)}
-        extra |= {"tokenizer_path": self.args.tokenizer_path}
-        extra |= {"tokenizer_sha256": self.files["tokenizer_path_sha256"]}
+        base = self.args.pretrained_model_path
+        extra = provenance(self.label_names, self.tokenizer, base, self.args.max_sentence_len)
+        extra |= {"methods": list(self.methods)}
         if type(model) is LlamaEmbeddingClassifier and not self.has("adapter"):
             save_classifier(path, model, self.config(options), **extra)
         else:
-            save_torch_file(path, {"model": model.state_dict(), **extra})
+            model_args = model.llama.config.to_dict()
+            save_torch_file(path, {"model": model.state_dict(), "model_args": model_args, **extra})
         return sha256_of(path)
 
     def load(self, run: dict[str, Any]) -> nn.Module:

@@ -12,6 +12,7 @@ import numpy as np
 
 from labelled import NO_GOLD_LABEL
 from resume import differences
+from training import macro_f1
 from utils import atomic_write
 
 N_BINS = 10
@@ -30,9 +31,6 @@ def figures(
         return {"n_sentences": len(gold), "accuracy": None, "macro_f1": None}
     confusion = np.zeros((n_labels, n_labels), dtype=int)
     np.add.at(confusion, (gold, said), 1)
-    hits = np.diag(confusion)
-    n_said_or_gold = confusion.sum(axis=0) + confusion.sum(axis=1)
-    occurs = n_said_or_gold > 0
     right = gold == said
     bins = np.minimum((np.array(confidences) * N_BINS).astype(int), N_BINS - 1)
     reliability: dict[str, list] = {"count": [], "confidence": [], "accuracy": []}
@@ -49,7 +47,7 @@ def figures(
     return {
         "n_sentences": len(gold),
         "accuracy": float(right.mean()),
-        "macro_f1": float(np.mean(2 * hits[occurs] / n_said_or_gold[occurs])),
+        "macro_f1": macro_f1(confusion),
         "confusion": confusion.tolist(),
         "right": "".join("01"[int(is_right)] for is_right in right),
         "reliability": reliability,

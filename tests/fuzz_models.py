@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 import hostile
-from checkpoint import _bin_layout, _count
+from checkpoint import _count, bin_layout
 from classifier import LlamaEmbeddingClassifier
 from conftest import random_llama
 from fuzz import Inputs
@@ -238,7 +238,7 @@ def bin_files(draw: st.DrawFn) -> Inputs:
     kind = draw(st.integers(0, 4))
     if kind == 1:  # as many bytes as the header asks for
         with contextlib.suppress(ZeroDivisionError):
-            before, layer, after = _bin_layout(*header)
+            before, layer, after = bin_layout(*header)
             wanted = 4 * (_count(before) + header[2] * _count(layer) + _count(after))
             body = (body * 40)[:wanted] if 0 < wanted < 40 * len(body) else body
     elif kind == 2:

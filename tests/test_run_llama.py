@@ -1,5 +1,6 @@
 """run_llama.py through its real entry point: three modes, every option, every error."""
 
+import io
 import json
 import os
 import subprocess
@@ -127,6 +128,63 @@ def test_generate_pays_for_neither_scikit_learn_nor_transformers(run, workplace)
         check=True,
     )
     assert ended.stdout.splitlines()[-1] == "[]"
+
+
+FREE = ["--attention", "causal", "--max_new_tokens", "6", "--temperature", "0"]
+
+
+def test_a_prefix_of_ones_own_is_continued_on_standard_output_and_nothing_is_written(
+    run, workplace
+):
+    before = sorted(workplace.iterdir())
+    code, out, err = run("generate", *FREE, "--prefix", "this movie is")
+    assert code == 0
+    assert out.startswith("this movie is ")
+    assert out.count("\n") == 1
+    assert "load model from model.pt" in err
+    assert sorted(workplace.iterdir()) == before
+    assert run("generate", *FREE, "--prefix", "this movie is", "--num_samples", "2")[1] == (
+        f"{out}---------------\n{out}"
+    )
+
+
+@pytest.mark.parametrize("option", [["--top_k", "1"], ["--num_samples", "1"], ["--stop_at_eos"]])
+def test_any_option_of_free_generation_keeps_the_assignments_files_from_being_written(
+    run, workplace, option
+):
+    code, out, _ = run("generate", *option)
+    assert code == 0
+    assert out.startswith(run_llama.PREFIX[:40])
+    assert not list(workplace.glob("generated-sentence*"))
+
+
+def test_a_prefix_is_read_from_standard_input(run, monkeypatch):
+    expected = run("generate", *FREE, "--prefix", "a good\nmovie")[1]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a good\r\nmovie\n")))
+    assert run("generate", *FREE, "--prefix", "-")[1] == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    code, _, err = run("generate", *FREE, "--prefix", "-")
+    assert code == 2
+    assert "--prefix:1: byte 0xe9 is not UTF-8" in err
+
+
+def test_on_a_terminal_the_text_comes_in_pieces_and_is_the_same(run, monkeypatch):
+    options = ["--prefix", "this", "--max_new_tokens", "6", "--seed", "5", "--num_samples", "2"]
+    expected = run("generate", *options)[1]
+    written, write = [], sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "write", lambda text: written.append(text) or write(text))
+    assert run("generate", *options)[1] == expected
+    first = expected.partition("\n")[0]
+    assert first.startswith(written[0])
+    assert len(written[0]) < len(first)
+
+
+def test_a_prefix_longer_than_the_window_is_continued_with_a_warning(run):
+    code, out, err = run("generate", *FREE, "--prefix", "good " * 200)
+    assert code == 0
+    assert out.startswith("good good")
+    assert "of which the model reads the last 96" in err
 
 
 # ---------------------------------------------------------------- prompt
