@@ -29,6 +29,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     By the rule of this project a ValueError or OSError is something the user can mend: its message
     names the value, the place and the remedy, so the message is all that is shown.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # generated text on a terminal that lacks a letter
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -76,6 +79,19 @@ def shown(name: str) -> str:
     """A name from a file, fit for one line: no control characters, and not longer than a line."""
     name = name if len(name) <= 200 else f"{name[:197]}..."
     return name if name.isprintable() else ascii(name)
+
+
+JOINERS = "\u200c\u200d"  # of letters in Persian, of people in an emoji
+
+
+def printable(text: str, kept: str = "") -> str:
+    """A text without what would steer a terminal or is no letter in UTF-8; `kept` stays."""
+    joiners = JOINERS + kept
+    return "".join(c if c.isprintable() or c in joiners else ascii(c)[1:-1] for c in text)
+
+
+def on_one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 def positive_int(text: str) -> int:

@@ -1,6 +1,6 @@
 """A prefix continued: one text or several, as they are made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -8,6 +8,8 @@ import torch
 from llama import Llama
 from sampling import pick_next
 from tokenizer import Tokenizer
+
+AT_ONCE = 64  # samples of a pass, so that their caches do not outgrow the memory
 
 
 def continue_text(
@@ -33,20 +35,36 @@ def continue_text(
     idx = torch.tensor([start], device=llama.norm.weight.device)  # (1, T)
     pick = partial(pick_next, temperature=temperature, top_k=top_k, top_p=top_p)
     ends = {tokenizer.eos_id, tokenizer.bos_id} if stop_at_eos else set()
-    texts = [list(start) for _ in range(num_samples)]
-    ended = [False] * num_samples
     stream = _Stream(tokenizer, on_text)
-    stream.show(texts[0])
-    for tokens in llama.next_tokens(idx, max_new_tokens, pick, num_samples):
+    stream.show(start)
+    texts: list[list[int]] = []
+    while len(texts) < num_samples:
+        n = min(AT_ONCE, num_samples - len(texts))
+        tokens = llama.next_tokens(idx, max_new_tokens, pick, n)
+        texts += _collected(start, tokens, n, ends, stream if not texts else None)
+    stream.show(texts[0], is_whole=True)
+    return [tokenizer.decode(ids) for ids in texts]
+
+
+def _collected(
+    start: list[int],
+    steps: Iterator[torch.Tensor],
+    n: int,
+    ends: set[int],
+    stream: "_Stream | None",
+) -> list[list[int]]:
+    """n lists of tokens from `start` on, each to its end, if it comes to one."""
+    texts, ended = [list(start) for _ in range(n)], [False] * n
+    for tokens in steps:
         for row, token in enumerate(tokens.flatten().tolist()):
             ended[row] = ended[row] or token in ends
             if not ended[row]:
                 texts[row].append(token)
-        stream.show(texts[0])
+        if stream is not None:
+            stream.show(texts[0])
         if all(ended):
             break
-    stream.show(texts[0], is_whole=True)
-    return [tokenizer.decode(ids) for ids in texts]
+    return texts
 
 
 class _Stream:

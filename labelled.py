@@ -85,7 +85,8 @@ def decode(content: bytes, path: str | os.PathLike, first: int = 1) -> str:
 
     `first` is the number of the content's first line in its file.
     """
-    content = content.removeprefix(codecs.BOM_UTF8)
+    if first == 1:
+        content = content.removeprefix(codecs.BOM_UTF8)
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
         return content.decode("utf-8")
@@ -96,8 +97,11 @@ def decode(content: bytes, path: str | os.PathLike, first: int = 1) -> str:
         ) from error
 
 
-def parse_line(line: str, place: str, n_labels: int | None, unlabelled: bool) -> tuple[str, int]:
-    """(sentence, label) of one line, as `read_sentences` says; `place` begins its errors."""
+def parse_line(
+    line: str, place: str, n_labels: int | None, unlabelled: bool, by: str = "--label-names"
+) -> tuple[str, int]:
+    """(sentence, label) of one line, as `read_sentences` says; `place` begins its errors, and `by`
+    is what the number of labels is from."""
     shown = repr(line if len(line) <= 60 else line[:57] + "...")
     # The space stands for one that an editor took from the end of a line without a sentence.
     label_text, separator, sentence = f"{line} ".partition(SEPARATOR)
@@ -112,7 +116,7 @@ def parse_line(line: str, place: str, n_labels: int | None, unlabelled: bool) ->
     if label == NO_GOLD_LABEL and not unlabelled:
         raise ValueError(f"{place}: label -1 (not known) is allowed in test files only")
     if label < NO_GOLD_LABEL or (n_labels is not None and label >= n_labels):
-        known = "0, 1, 2, ..." if n_labels is None else f"0 to {n_labels - 1} by --label-names"
+        known = "0, 1, 2, ..." if n_labels is None else f"0 to {n_labels - 1} by {by}"
         raise ValueError(f"{place}: label {label} does not exist; labels are {known}")
     if not sentence:
         raise ValueError(f"{place}: {shown} has an empty sentence; write one or delete the line")

@@ -305,12 +305,7 @@ class Llama(LlamaPreTrainedModel):
         return self.norm(h)
 
     def generate(
-        self,
-        idx: torch.Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0
     ) -> torch.Tensor:
         """Appends `max_new_tokens` to every row of idx (B, T) and returns (B, T + max_new_tokens).
 
@@ -323,7 +318,7 @@ class Llama(LlamaPreTrainedModel):
             raise ValueError(f"max_new_tokens={max_new_tokens} is negative")
         if idx.ndim != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx {tuple(idx.shape)} is not (B, T) with at least one token")
-        pick = partial(pick_next, temperature=temperature, top_k=top_k, top_p=top_p)
+        pick = partial(pick_next, temperature=temperature)
         return torch.cat((idx, *self.next_tokens(idx, max_new_tokens, pick)), dim=1)
 
     @torch.inference_mode()

@@ -21,6 +21,8 @@ SPLITS_READ_BY = {
 FORMATS = ("text", "jsonl", "csv")  # of predictions
 GENERATION = ("prefix", "max_new_tokens", "temperature", "top_k", "top_p", "num_samples")
 GENERATION += ("stop_at_eos",)
+USED_BY_PREDICT = ("option", "checkpoint", "input", "sentences", "format", "tokenizer_path")
+USED_BY_PREDICT += ("batch_size", "use_gpu", "seed")
 
 
 def _data(name: str) -> dict[str, str]:
@@ -40,7 +42,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     Where a default's file is absent its bundled counterpart stands in (see `fill_defaults`).
     """
     parser = cli.ArgumentParser(
-        description="Generate text, classify by prompting, or finetune a classifier with Llama 2."
+        description="Generate text, classify by prompting, finetune a classifier, or predict by it."
     )
     add_data_options(parser)
     add_training_options(parser)
@@ -59,23 +61,33 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     recipe = add_recipe_options(parser)
     recipe("--resume", action="store_true", help="go on with an interrupted run of these options")
     own = {"generate": _add_generation_options(parser), "predict": _add_predict_options(parser)}
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.resume and args.option != "finetune":
         parser.error("--resume goes on with a training; add --option finetune")
     for option, names in own.items():
-        typed = [name for name in names if getattr(args, name) not in (None, False, [])]
+        typed = [name for name in names if _is_typed(parser, args, name)]
         if typed and option != args.option:
-            what = "a sentence" if typed[0] == "sentences" else f"--{typed[0]}"
+            what = f"--{typed[0]}"
+            if typed[0] == "sentences":
+                what = f"{cli.shown(args.sentences[0])!r} is a sentence, which"
             parser.error(f"{what} goes with --option {option}, not {args.option}")
         for name in () if typed else names:
             delattr(args, name)
     if args.option == "predict":
-        _require_one_source(parser, args)
+        _require_predictable(parser, args)
         return args
+    if generates_freely(args):
+        _require_free(parser, args)
     fill_defaults(args)
     if not generates_freely(args):
         print(f"args: {vars(args)}")
     return args
+
+
+def _is_typed(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:
+    """Whether an option has another value than its default."""
+    value, default = getattr(args, name), parser.get_default(name)
+    return value != [] and (type(value) is not type(default) or value != default)
 
 
 def generates_freely(args: argparse.Namespace) -> bool:
@@ -98,18 +110,35 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> tuple[str, ...]:
 
 def _add_predict_options(parser: argparse.ArgumentParser) -> tuple[str, ...]:
     add = parser.add_argument_group("predict").add_argument
-    add("sentences", nargs="*", metavar="SENTENCE", help="else --input, else standard input")
+    add("sentences", nargs="*", metavar="SENTENCE",
+        help="else --input, else standard input; after -- it may begin with -")  # fmt: skip
     add("--checkpoint", help="what --option finetune, or advanced.run, left")
     add("--input", help="a sentence a line, or `label ||| sentence`; - is standard input")
     add("--format", choices=FORMATS, help="default text")
     return ("sentences", "checkpoint", "input", "format")
 
 
-def _require_one_source(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+def _require_predictable(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """A usage error for what predict has no use for, since the checkpoint says it."""
     if getattr(args, "checkpoint", None) is None:
         parser.error("--option predict needs --checkpoint, such as finetune-sst-5-2e-05.pt")
     if args.input is not None and args.sentences:
         parser.error("--input and sentences exclude each other")
+    for name in vars(args):
+        if name not in USED_BY_PREDICT and _is_typed(parser, args, name):
+            remedy = "; --input names the file" if name in ("train", "dev", "test") else ""
+            parser.error(f"--{name} does not go with --option predict{remedy}")
+
+
+def _require_free(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """A usage error for what texts of one's own have no use for."""
+    for name in ("generated_sentence_low_temp_out", "generated_sentence_high_temp_out"):
+        if _is_typed(parser, args, name):
+            parser.error(f"--{name} is for the assignment's texts; leave it out")
+    if args.temperature == 0:
+        for name in ("top_k", "top_p", "num_samples"):
+            if getattr(args, name) not in (None, 1):
+                parser.error(f"--{name} needs a --temperature above 0, where there is a choice")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +149,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--test", help=f"default: {DATA['test']}")
     add("--label-names", help=f"JSON list of names; default: {DATA['label_names']}")
     add("--pretrained-model-path", help=f".pt or llama2.c .bin; default: {MODEL}")
-    add("--tokenizer_path", help="default: the .model file beside the checkpoint, else at the root")
+    add("--tokenizer_path", help="default: what a finetuned checkpoint recorded; the .model file "
+        "beside a pretrained one, else at the root")  # fmt: skip
     add("--max_sentence_len", type=cli.positive_int, help="tokens kept of a sentence")
     add(
         "--attention",

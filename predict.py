@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ from utils import sha256_of
 
 READ_SIZE = 2**16
 LONGEST_LINE = 2**20
+BATCHES_AT_ONCE = 32  # enough to sort by length
 CPU = torch.device("cpu")
 _IS_LABELLED = re.compile(rf"\s*-?[0-9]{{1,9}}{re.escape(SEPARATOR)}")
 
@@ -105,8 +107,11 @@ def load_predictor(
     tokenizer = open_tokenizer(checkpoint, saved, tokenizer_path)
     tokenizer.require_vocab_size(model.llama.config.vocab_size)
     names = saved.get("label_names") or [str(label) for label in range(model.num_labels)]
-    if len(names) != model.num_labels:
-        raise ValueError(f"{checkpoint}: has {len(names)} label names for {model.num_labels}")
+    if len(set(names)) != model.num_labels or len(names) != model.num_labels:
+        raise ValueError(
+            f"{checkpoint}: has {len(names)} label names, of which {len(set(names))} differ, for "
+            f"{model.num_labels} labels"
+        )
     max_sentence_len = saved.get("max_sentence_len")
     if not (max_sentence_len is None or (type(max_sentence_len) is int and max_sentence_len > 0)):
         raise ValueError(f"{checkpoint}: max_sentence_len is no positive number of tokens")
@@ -127,19 +132,24 @@ def open_lines(
     """
     with contextlib.ExitStack() as stack:
         if sentences:
-            argv = b"\n".join(os.fsencode(s).replace(b"\n", b" ") for s in sentences)
+            argv = b"\n".join(b" ".join(os.fsencode(s).splitlines()) for s in sentences)
             blocks = read_blocks(io.BytesIO(argv), "sentence", n_labels)
         elif path in (None, "-"):
             file = cli.standard_input()
-            if file.isatty():
+            if is_typed(sentences, path):
                 print("one sentence a line; Ctrl-D ends", file=sys.stderr)
                 batch_size = None
             blocks = read_blocks(file, "standard input", n_labels)
         else:
-            is_placeholder = sha256_of(path) in PLACEHOLDER_SHA256
+            is_placeholder = Path(path).is_file() and sha256_of(path) in PLACEHOLDER_SHA256
             file = stack.enter_context(open(path, "rb"))
             blocks = read_blocks(file, path, n_labels, is_placeholder)
         yield blocks if batch_size is None else in_whole_batches(blocks, batch_size)
+
+
+def is_typed(sentences: list[str], path: str | None) -> bool:
+    """Whether lines come from a keyboard."""
+    return not sentences and path in (None, "-") and sys.stdin is not None and sys.stdin.isatty()
 
 
 def read_blocks(
@@ -161,7 +171,8 @@ def read_blocks(
                 is_labelled = _IS_LABELLED.match(text) is not None
             sentence, gold = text.strip(), None
             if is_labelled:
-                sentence, gold = parse_line(text, f"{name}:{number}", n_labels, unlabelled=True)
+                place, by = f"{name}:{number}", "the checkpoint"
+                sentence, gold = parse_line(text, place, n_labels, unlabelled=True, by=by)
                 gold = NO_GOLD_LABEL if has_placeholders else gold
             block.append(Line(number, sentence, gold))
         if block:
@@ -200,6 +211,13 @@ def in_whole_batches(blocks: Iterable[list[Line]], batch_size: int) -> Iterator[
         yield rest
 
 
+def in_pieces(blocks: Iterable[list[Line]], n: int) -> Iterator[list[Line]]:
+    """The same lines in blocks of at most n, so that none has to wait long for its answer."""
+    for block in blocks:
+        for start in range(0, len(block), n):
+            yield block[start : start + n]
+
+
 # ---------------------------------------------------------------- answering
 
 
@@ -215,8 +233,8 @@ class Tally:
 def answered(
     predictor: Predictor, blocks: Iterable[list[Line]], batch_size: int, tally: Tally
 ) -> Iterator[list[Prediction]]:
-    """The blocks with their answers, counted."""
-    for block in blocks:
+    """The blocks with their answers, counted, in pieces of several batches."""
+    for block in in_pieces(blocks, BATCHES_AT_ONCE * batch_size):
         data, n_cut = predictor.encode([line.sentence for line in block])
         probs = predictor.probs(data, batch_size).tolist()
         answers = [Prediction(line, p) for line, p in zip(block, probs, strict=True)]
@@ -229,20 +247,29 @@ def answered(
 
 
 def print_predictions(
-    predictor: Predictor, blocks: Iterable[list[Line]], batch_size: int, kind: str
+    predictor: Predictor,
+    blocks: Iterable[list[Line]],
+    batch_size: int,
+    kind: str,
+    shows_bar: bool = True,
 ) -> None:
     """A line for each on standard output, written when its block is answered; what it comes to on
-    standard error, so that `> FILE` and `|` get the predictions alone."""
+    standard error, so that `> FILE` and `|` get the predictions alone. ValueError where there is no
+    sentence."""
     names = predictor.label_names
+    if kind != "text" and hasattr(sys.stdout, "reconfigure"):  # for programs, whatever the locale
+        sys.stdout.reconfigure(encoding="utf-8", errors="strict", newline="\n")
     tally = Tally(np.zeros((len(names), len(names)), dtype=int))
     as_text = formatter(kind, names)
     started = time.monotonic()
-    with tqdm(unit=" sentences", disable=None, leave=False) as bar:
+    with tqdm(unit=" sentences", disable=None if shows_bar else True, leave=False) as bar:
         for block in answered(predictor, blocks, batch_size, tally):
             with tqdm.external_write_mode(sys.stdout):
                 sys.stdout.write(as_text(block))
                 sys.stdout.flush()
             bar.update(len(block))
+    if not tally.n_lines:
+        raise ValueError("there is no sentence to predict; write one a line")
     for line in summary(tally, names, time.monotonic() - started):
         print(line, file=sys.stderr)
 
@@ -266,10 +293,12 @@ def _gold(prediction: Prediction, names: list[str]) -> str | None:
 
 
 def _text(prediction: Prediction, names: list[str]) -> str:
+    names = [cli.on_one_line(name) for name in names]
     said, gold = names[prediction.label], _gold(prediction, names)
     wrong = f" (gold: {gold})" if gold not in (None, said) else ""
     of_all = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, prediction.probs, strict=True))
-    return f"{said} {max(prediction.probs):.3f}{wrong} | {of_all} | {prediction.line.sentence}"
+    sentence = cli.printable(prediction.line.sentence)
+    return f"{said} {max(prediction.probs):.3f}{wrong} | {of_all} | {sentence}"
 
 
 def _json(prediction: Prediction, names: list[str]) -> str:
@@ -302,7 +331,7 @@ def _csv(header: list[str] | None, block: list[Prediction], names: list[str]) ->
 
 def summary(tally: Tally, names: list[str], seconds: float) -> Iterator[str]:
     """Throughput; accuracy, macro F1 and confusion matrix of the lines with a gold label."""
-    yield f"{tally.n_lines:,} sentences, {tally.n_lines / seconds:.1f} a second"
+    yield f"{tally.n_lines:,} sentences, {tally.n_lines / max(seconds, 1e-3):.1f} a second"
     if tally.n_cut:
         yield f"warning: {tally.n_cut:,} do not fit the model's positions and lost their end"
     confusion, n_gold = tally.confusion, int(tally.confusion.sum())
@@ -310,6 +339,7 @@ def summary(tally: Tally, names: list[str], seconds: float) -> Iterator[str]:
         return
     accuracy = np.trace(confusion) / n_gold
     yield f"acc :: {accuracy:.3f} of {n_gold:,}, macro f1 :: {macro_f1(confusion):.3f}"
+    names = [cli.on_one_line(name) for name in names]
     table = [["gold \\ said", *names]]
     table += [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)]
     widths = [max(len(str(cell)) for cell in column) for column in zip(*table, strict=True)]

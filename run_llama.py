@@ -33,7 +33,7 @@ from options import (
     require_folder,
     require_output_names,
 )
-from predict import load_predictor, open_lines, print_predictions
+from predict import is_typed, load_predictor, open_lines, print_predictions
 from resume import Keeper, require_space, state_path
 from tokenizer import Tokenizer, find_tokenizer_model, open_tokenizer
 from training import (
@@ -187,8 +187,13 @@ def _generate_freely(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
 
+    is_terminal = sys.stdout.isatty()
+
+    def fit(text: str) -> str:
+        return cli.printable(text, kept="\n\t") if is_terminal else text
+
     def show(text: str) -> None:
-        print(text, end="", flush=True)
+        print(fit(text), end="", flush=True)
 
     first, *others = continue_text(
         llama,
@@ -200,11 +205,11 @@ def _generate_freely(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         num_samples=args.num_samples or 1,
         stop_at_eos=args.stop_at_eos,
-        on_text=show if sys.stdout.isatty() else None,
+        on_text=show if is_terminal else None,
     )
-    print("" if sys.stdout.isatty() else first)
+    print("" if is_terminal else first)
     for text in others:
-        print(f"---------------\n{text}")
+        print(f"---------------\n{fit(text)}")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -214,7 +219,8 @@ def predict(args: argparse.Namespace) -> None:
     n_labels = len(predictor.label_names)
     batch_size = None if predictor.model.reads_lengths else args.batch_size
     with open_lines(args.sentences, args.input, n_labels, batch_size) as blocks:
-        print_predictions(predictor, blocks, args.batch_size, args.format or "text")
+        shows_bar = not is_typed(args.sentences, args.input)
+        print_predictions(predictor, blocks, args.batch_size, args.format or "text", shows_bar)
 
 
 def test_with_prompting(args: argparse.Namespace) -> None:

@@ -34,11 +34,10 @@ def keep_likeliest(logits: torch.Tensor, top_k: int | None, top_p: float | None)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # 1 is all, whatever a sum of float32 comes to
         by_rank, order = logits.sort(dim=-1, descending=True, stable=True)
         probs = F.softmax(by_rank, dim=-1)
         before = probs.cumsum(dim=-1) - probs  # what the likelier ones sum to
         by_rank = by_rank.masked_fill(before >= top_p, -torch.inf)
-        by_rank[:, 0] = logits.amax(dim=-1)  # with p = 0 as well one is kept
         logits = torch.empty_like(logits).scatter(-1, order, by_rank)
     return logits

@@ -81,14 +81,16 @@ def open_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that a finetuned checkpoint was trained with, at `path` or where it was then.
 
-    That is looked for from the current folder and from the project's; where none is recorded,
-    `find_tokenizer_model` says which it is. A ValueError says that it is not there any more, or is
-    another one.
+    That is looked for from the current folder, beside the checkpoint and from the project's folder;
+    where none is recorded, `find_tokenizer_model` says which it is. A ValueError says that it is
+    not there any more, or is another one.
     """
     if path is None and "tokenizer_path" in saved:
         recorded = saved["tokenizer_path"]
-        places = (Path(recorded), TOKENIZER_MODEL.parent / recorded)
-        path = next((place for place in places if place.is_file()), None)
+        folders = (Path(), Path(checkpoint).parent, TOKENIZER_MODEL.parent)
+        found = [folder / recorded for folder in folders if (folder / recorded).is_file()]
+        same = [place for place in found if sha256_of(place) == saved.get("tokenizer_sha256")]
+        path = next(iter([*same, *found]), None)
         if path is None:
             raise ValueError(
                 f"{checkpoint}: its tokenizer {shown(recorded)} is not there any more; name the "

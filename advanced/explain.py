@@ -218,9 +218,13 @@ def _is_picture(out: str) -> bool:
     return out.lower().endswith(".png")
 
 
+def listed(names: list[str]) -> str:
+    return ", ".join(map(printable, names))
+
+
 def label_named(name: str, names: list[str]) -> int:
     if name not in names:
-        raise ValueError(f"--label {name}: the checkpoint's labels are {', '.join(names)}")
+        raise ValueError(f"--label {name}: the checkpoint's labels are {listed(names)}")
     return names.index(name)
 
 
@@ -252,9 +256,10 @@ def explain_sentences(
 
 
 def explain_mistakes(
-    path: str, top: int, explain_one: Callable[..., Explanation] | None
+    path: str, names: list[str], top: int, explain_one: Callable[..., Explanation] | None
 ) -> Iterator[Explanation]:
-    """Lists the mistakes, each followed by its explanation, if there is what explains."""
+    """Lists the mistakes, each followed by its explanation, if there is what explains; `names` are
+    then its labels, and ValueError says that the file is of others."""
     if path == "-":
         found = find_mistakes(cli.standard_input(), "standard input", top)
     else:
@@ -265,6 +270,11 @@ def explain_mistakes(
         judged = f"{one.probability:.3f} said {printable(one.said)}, gold {printable(one.gold)}"
         print(f"{judged} | line {one.line} | {printable(one.sentence)}")
         if explain_one is not None:
+            if not {one.said, one.gold} <= set(names):
+                raise ValueError(
+                    f"{path}: its labels are not the checkpoint's, {listed(names)}; name the "
+                    "checkpoint that predicted it"
+                )
             explanation = explain_one(one.sentence, gold=one.gold)
             print_explanation(explanation)
             yield explanation
@@ -286,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
         if is_colored():
             print(rendering.colored_legend(), end="\n\n")
     if args.errors is not None:
-        explanations = list(explain_mistakes(args.errors, args.top or TOP, explain_one))
+        explanations = list(explain_mistakes(args.errors, names, args.top or TOP, explain_one))
     else:
         explanations = list(explain_sentences(args.sentences, names, explain_one))
     if args.out is not None:

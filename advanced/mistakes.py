@@ -107,6 +107,7 @@ def _read_jsonl(lines: Iterator[tuple[int, str]], name: str) -> Iterator[Judged]
 
 
 def _read_csv(lines: Iterator[tuple[int, str]], name: str) -> Iterator[Judged]:
+    csv.field_size_limit(LONGEST_LINE)  # of the whole process, which reads no other CSV
     number, header_text = next(lines)
     before = number - 1
     texts = itertools.chain([header_text], (text for _, text in lines))

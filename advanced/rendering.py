@@ -10,9 +10,9 @@ import unicodedata
 from dataclasses import dataclass
 from string import Template
 
+from cli import on_one_line as printable
 from utils import atomic_write
 
-JOINERS = "\u200c\u200d"  # of letters in Persian, of people in an emoji
 SAMPLES = (("toward the label", 1.0), ("against it", -1.0), ("not read", None))
 
 
@@ -35,12 +35,6 @@ class Explanation:
         other = f"; what speaks for {printable(self.label)} {self.label_probability:.3f}"
         other = other if self.label != self.said else ""
         return f"{printable(self.said)} {self.probability:.3f}{gold}{other}"
-
-
-def printable(text: str) -> str:
-    """On one line, and without what would steer a terminal or is no letter in UTF-8."""
-    text = " ".join(text.split())
-    return "".join(c if c.isprintable() or c in JOINERS else ascii(c)[1:-1] for c in text)
 
 
 def shares(values: list[float | None]) -> list[float | None]:

@@ -141,15 +141,20 @@ def run(workplace: Path, capsys: pytest.CaptureFixture) -> Callable[..., tuple[i
     """
 
     def call(option: str, *options: str) -> tuple[int, str, str]:
+        if option == "predict":
+            return ended(["--option", option, *options])
         kind = {"finetune": "finetuning"}.get(option, "prompting")
         argv = ["--option", option, "--train", "toy-train.txt", "--dev", "toy-dev.txt"]
         argv += ["--test", "toy-test.txt", "--label-names", "labels.json"]
         argv += ["--pretrained-model-path", "model.pt"]
         argv += ["--dev_out", f"toy-dev-{kind}-output.txt"]
         argv += ["--test_out", f"toy-test-{kind}-output.txt", *options]
-        with pytest.raises(SystemExit) as ended:
+        return ended(argv)
+
+    def ended(argv: list[str]) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as how:
             cli.run(lambda: run_llama.main(argv))
         captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
+        return how.value.code or 0, captured.out, captured.err
 
     return call

@@ -62,6 +62,14 @@ def test_the_greedy_text_is_that_of_generate(tokenizer, attention):
     assert continue_text(model, tokenizer, PREFIX, 20, temperature=0.0) == [expected]
 
 
+def test_many_samples_are_made_some_at_once(monkeypatch, tokenizer):
+    monkeypatch.setattr(generation, "AT_ONCE", 3)
+    model = random_llama(attention="causal")
+    options = {"temperature": 1.0, "top_k": 1, "num_samples": 7}
+    (greedy,) = continue_text(model, tokenizer, PREFIX, 5, temperature=0.0)
+    assert continue_text(model, tokenizer, PREFIX, 5, **options) == [greedy] * 7
+
+
 @pytest.fixture
 def spelling(monkeypatch, tokenizer):
     """spelling(columns) makes the samples consist of these tokens, one list a sample."""

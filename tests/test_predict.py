@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,10 +188,38 @@ def test_placeholder_labels_are_not_known(said, monkeypatch):
     assert "acc" not in err
 
 
+def test_what_would_steer_a_terminal_is_written_out(said):
+    write_checkpoint(label_names=["\x1b[31mred", "new\nline"])
+    code, out, err = said("evil \x1b[2J \x07 text")
+    assert code == 0
+    assert len(out.splitlines()) == 1
+    assert "\x1b" not in out + err
+    assert "\x07" not in out
+    assert "evil \\x1b[2J \\x07 text" in out
+
+
+def test_several_lines_on_the_command_line_are_one_sentence(said):
+    write_checkpoint()
+    _, out, _ = said("--format", "jsonl", "one\r\ntwo\rthree\nfour")
+    assert [row["sentence"] for row in as_rows(out)] == ["one two three four"]
+
+
+@pytest.mark.parametrize("sentences", [[""], ["--input", "x.txt"]])
+def test_nothing_to_predict_is_one_line(said, workplace, sentences):
+    write_checkpoint()
+    Path("x.txt").write_text("\n \n", encoding="utf-8")
+    code, out, err = said(*sentences)
+    assert (code, out) == (2, "")
+    assert "there is no sentence to predict" in err
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"1 ||| good\n\n0 ||| bad\n2 ||| warm\n", ["x.txt:4", "label 2 does not exist"]),
+        (
+            b"1 ||| good\n\n0 ||| bad\n2 ||| warm\n",
+            ["x.txt:4", "0 to 1 by the checkpoint"],
+        ),
         (b"1 ||| good\nno label here\n", ["x.txt:2", "has no separator"]),
         (b"good\nbad\n\xff\n", ["x.txt:3", "byte 0xff is not UTF-8"]),
         (b"good\n" + b"a" * (predict.LONGEST_LINE + 2**16), ["x.txt:2", "1,048,576 bytes"]),
@@ -225,8 +254,8 @@ class Slow(io.RawIOBase):
         return len(chunk)
 
 
-TEXT = "one\r\ntwo é\n\n \nthree\rfour\nfive".encode()
-LINES = [(1, "one"), (2, "two é"), (5, "three"), (6, "four"), (7, "five")]
+TEXT = "one\r\ntwo é\n\n \nthree\rfour\n\ufefffive".encode()
+LINES = [(1, "one"), (2, "two é"), (5, "three"), (6, "four"), (7, "\ufefffive")]
 
 
 @given(st.lists(st.integers(0, len(TEXT)), max_size=6))
@@ -291,6 +320,38 @@ def test_a_reader_who_leaves_ends_it_quietly(workplace):
         assert process.wait() == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_read_once(workplace):
+    write_checkpoint()
+    os.mkfifo("pipe")
+    with start("--input", "pipe", "--format", "jsonl") as process:
+        Path("pipe").write_text("a good film\na bad one\n", encoding="utf-8")
+        rows = as_rows(process.stdout.read().decode())
+        assert [row["sentence"] for row in rows] == ["a good film", "a bad one"]
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_what_programs_read_is_utf_8_in_any_locale(workplace, kind):
+    write_checkpoint()
+    variables = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with start("--format", kind, "café 🎬", env=variables) as process:
+        assert "café 🎬" in process.stdout.read().decode("utf-8")
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_crash(workplace, closed):
+    write_checkpoint()
+    command = [sys.executable, str(ROOT / "run_llama.py"), "--option", "predict"]
+    command += ["--checkpoint", "kept.pt", "good"]
+    ended = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *command], capture_output=True, check=False
+    )
+    assert ended.returncode == 0
+    assert b"Traceback" not in ended.stderr
+
+
 def test_a_process_without_standard_input_is_one_line(workplace):
     write_checkpoint()
     command = [sys.executable, str(ROOT / "run_llama.py"), "--option", "predict"]
@@ -341,6 +402,12 @@ def test_a_tokenizer_that_was_moved_or_replaced_is_one_line_and_can_be_named(
     assert "kept.pt: its tokenizer 'tokenizer.model' is not there any more" in err
     assert "--tokenizer_path" in err
     assert said("--tokenizer_path", "elsewhere/t.model", "good")[0] == 0
+    with monkeypatch.context() as elsewhere:  # both moved together
+        shutil.copy("kept.pt", "elsewhere/kept.pt")
+        shutil.copy("elsewhere/t.model", "elsewhere/tokenizer.model")
+        (workplace / "empty").mkdir()
+        elsewhere.chdir(workplace / "empty")
+        assert load_predictor("../elsewhere/kept.pt").label_names == ["bad", "good"]
     (workplace / "tokenizer.model").write_bytes((ROOT / "data/mini/tokenizer.model").read_bytes())
     code, _, err = said("good")
     assert (code, len(err.splitlines())) == (2, 1)
@@ -350,7 +417,8 @@ def test_a_tokenizer_that_was_moved_or_replaced_is_one_line_and_can_be_named(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"label_names": ["bad", "good", "great"]}, "3 label names for 2"),
+        ({"label_names": ["bad", "good", "great"]}, "3 label names, of which 3 differ, for 2"),
+        ({"label_names": ["bad", "bad"]}, "2 label names, of which 1 differ, for 2"),
         ({"label_names": "bad"}, "label_names is not a list of strings"),
         ({"tokenizer_path": 3}, "tokenizer_path is not a string"),
         ({"tokenizer_path": "a\x1b[31m"}, r"its tokenizer 'a\x1b[31m' is not there"),
@@ -384,7 +452,12 @@ def test_a_checkpoint_of_names_unknown_answers_in_numbers(said, workplace):
         (["--option", "predict"], "needs --checkpoint"),
         (["--option", "predict", "--checkpoint", "a", "--input", "b", "c"], "exclude each other"),
         (["--option", "prompt", "--checkpoint", "a"], "--checkpoint goes with --option predict"),
-        (["a sentence"], "a sentence goes with --option predict, not generate"),
+        (["a b"], "'a b' is a sentence, which goes with --option predict, not generate"),
+        (["--option", "predict", "--checkpoint", "a", "--temperature", "0"], "--temperature goes"),
+        (["--option", "predict", "--checkpoint", "a", "--test", "b"], "--input names the file"),
+        (["--option", "predict", "--checkpoint", "a", "--pooling", "last"], "does not go with"),
+        (["--top_k", "2", "--temperature", "0"], "--top_k needs a --temperature above 0"),
+        (["--top_k", "2", "--generated_sentence_low_temp_out", "a"], "for the assignment's texts"),
         (["--option", "finetune", "--top_k", "3"], "--top_k goes with --option generate"),
         (["--option", "predict", "--format", "xml"], "invalid choice: 'xml'"),
     ],

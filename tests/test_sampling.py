@@ -49,6 +49,11 @@ def test_tokens_as_likely_as_the_kth_are_kept_too():
     assert cut.isfinite().tolist() == [[True, True, True, False]]
 
 
+def test_the_whole_share_is_every_token_however_unlikely():
+    logits = 6 * torch.randn(3, 32_000)
+    assert torch.equal(keep_likeliest(logits, None, 1.0), logits)
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(7, None), (None, 0.6), (7, 0.6)])
 def test_the_same_tokens_are_kept_as_by_transformers(top_k, top_p):
     process = pytest.importorskip("transformers.generation.logits_process")
