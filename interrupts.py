@@ -54,10 +54,11 @@ def raised() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """In this context a signal waits until its end, so that what is in it happens whole."""
+def held_back() -> Iterator[list[int]]:
+    """In this context a signal waits until its end, so that what is in it happens whole; yields the
+    signals that wait."""
     waiting: list[int] = []
     with _handled_by(lambda signum, _frame: waiting.append(signum)):
-        yield
+        yield waiting
     if waiting:
         raise Stopped(waiting[0])

@@ -70,12 +70,14 @@ class AdamW(Optimizer):
         return loss
 
     def _update(self, theta: torch.Tensor, group: dict[str, Any]) -> None:
-        grad = theta.grad
+        key, grad = theta, theta.grad
+        if hasattr(theta, "to_local"):  # cut over several processes: each updates its own rows
+            theta, grad = theta.to_local(), grad.to_local()
         if grad.is_sparse:
             raise RuntimeError(
                 "AdamW does not support sparse gradients; use torch.optim.SparseAdam"
             )
-        state = self.state[theta]
+        state = self.state[key]
         if not state:
             state["step"] = 0
             state["m"] = torch.zeros_like(theta)

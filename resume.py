@@ -18,7 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from checkpoint import load_torch_file, require_finite
-from utils import random_state, save_torch_file, set_random_state
+from distributed import ALONE, Ranks
+from utils import differences, random_state, save_torch_file, set_random_state
 
 
 @dataclass
@@ -49,18 +50,6 @@ def require_same_settings(path: Path, saved: Any, settings: dict[str, Any]) -> N
         )
 
 
-def differences(saved: dict[str, Any], settings: dict[str, Any]) -> str:
-    """What differs, as "lr: 0.1 there, 0.2 here; ...", settings within settings by their key."""
-    parts = []
-    for key, value in settings.items():
-        there = saved.get(key)
-        if isinstance(there, dict) and isinstance(value, dict):
-            parts.append(differences(there, {**dict.fromkeys(there), **value}))
-        elif there != value:
-            parts.append(f"{key}: {there} there, {value} here")
-    return "; ".join(part for part in parts if part)
-
-
 DIVERGED = "lower --lr or set --max_grad_norm (what was saved before is kept)"
 
 
@@ -74,7 +63,9 @@ class Keeper:
 
     Without `resume` the file of another run is a ValueError, as this one would replace it. With
     it `place` is where to go on, after `restore`; a run with other `settings` is a ValueError, and
-    where there is no file the run begins at its beginning.
+    where there is no file the run begins at its beginning. Of several `ranks` the first has the
+    file; they may be more or fewer than when it was written, in which case dropout goes on with
+    other masks.
     """
 
     def __init__(
@@ -83,6 +74,7 @@ class Keeper:
         settings: dict[str, Any],
         resume: bool = False,
         minutes: float = 5.0,
+        ranks: Ranks = ALONE,
     ):
         self.path = Path(path)
         self.settings = settings
@@ -90,15 +82,17 @@ class Keeper:
         self.saved_at = time.monotonic()
         self.place = Place()
         self.is_resumed = False
+        self.ranks = ranks
         self._saved: dict[str, Any] = {}
-        if not self.path.exists():
+        if not ranks.of_first(self.path.exists())[0]:
             return
         if not resume:
             raise ValueError(
                 f"{self.path}: keeps a run that was interrupted; --resume continues it, "
                 "and deleting this file lets a new one begin"
             )
-        self._saved = load_torch_file(self.path)
+        with ranks.copy_of(self.path) as path:
+            self._saved = load_torch_file(path)
         require_same_settings(self.path, self._saved.get("settings"), settings)
         try:
             self.place = Place(**self._saved["place"])
@@ -119,6 +113,8 @@ class Keeper:
                 # Copied: what is loaded is mapped from the file, which is about to be replaced.
                 optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
                 set_random_state(saved["random"])
+                if self.ranks.size > 1:
+                    self.ranks.set_random_states(saved.get("random_of_ranks", []), self._seed())
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
                 raise self._damaged() from error
         return self.place
@@ -133,8 +129,15 @@ class Keeper:
         optimizer: Optimizer,
         regularizer: nn.Module | None = None,
     ) -> None:
-        """Refuses weights that are not finite, so that the last good state stays."""
+        """Refuses weights that are not finite, so that the last good state stays.
+
+        All ranks call it, and the first one writes.
+        """
         require_not_diverged(model)
+        random_of_ranks = self.ranks.random_states() if self.ranks.size > 1 else None
+        self.saved_at = time.monotonic()
+        if not self.ranks.is_first:
+            return
         state = {
             "settings": self.settings,
             "place": vars(place),
@@ -142,10 +145,16 @@ class Keeper:
             "optimizer": optimizer.state_dict(),
             "random": random_state(),
         }
+        if random_of_ranks is not None:
+            state["random_of_ranks"] = random_of_ranks
         if regularizer is not None:
             state["regularizer"] = regularizer.state_dict()
         save_torch_file(self.path, state)
         self.saved_at = time.monotonic()
+
+    def _seed(self) -> int:
+        """Of dropout where a run goes on with other ranks: the same for the same place."""
+        return hash((self.place.epoch, self.place.n_batches)) % 2**32
 
     def _damaged(self) -> ValueError:
         return ValueError(f"{self.path}: is damaged, or of another version; delete it")

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import cli
+import distributed
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from dataset import Example, SentenceDataset, encode_examples, make_loader
+from distributed import ALONE, Ranks
 from generation import continue_text
 from interrupts import Stopped
 from labelled import decode, read_label_names, read_sentences
@@ -251,33 +254,36 @@ def prompt_suffix(label_names: list[str]) -> str:
     return f"Is this movie {choices}? This movie is "
 
 
-def train(args: argparse.Namespace) -> list[EpochReport]:
+def train(args: argparse.Namespace, ranks: Ranks = ALONE) -> list[EpochReport]:
     """Finetunes on --train, keeping the checkpoint of the best dev accuracy."""
     filepath = checkpoint_path(args)
-    require_folder(filepath)
-    label_names = read_label_names(args.label_names)
-    train_rows = read_sentences(args.train, len(label_names))
-    dev_rows = read_sentences(args.dev, len(label_names))
-    llama, tokenizer, device = _load_backbone(args)
-    config = SimpleNamespace(
-        num_labels=len(label_names),
-        pretrained_model_path=args.pretrained_model_path,
-        option=args.option,
-        hidden_dropout_prob=args.hidden_dropout_prob,
-        pooling=_option(args, "pooling"),
-    )
-    model = LlamaEmbeddingClassifier(config, llama).to(device)
-    _announce(args, llama, device, model.pooling)
+    with ranks.agreed():
+        require_folder(filepath)
+        label_names = read_label_names(args.label_names)
+        train_rows = read_sentences(args.train, len(label_names))
+        dev_rows = read_sentences(args.dev, len(label_names))
+        llama, tokenizer, device = _load_backbone(args)
+        config = SimpleNamespace(
+            num_labels=len(label_names),
+            pretrained_model_path=args.pretrained_model_path,
+            option=args.option,
+            hidden_dropout_prob=args.hidden_dropout_prob,
+            pooling=_option(args, "pooling"),
+        )
+        model = LlamaEmbeddingClassifier(config, llama).to(device)
+    _announce(args, llama, device, model.pooling, ranks)
     room = llama.config.max_seq_len
     recipe = recipe_of(args)
     extra = {"args": {key: value for key, value in vars(args).items() if key != "resume"}}
     base = args.pretrained_model_path
     extra |= provenance(label_names, tokenizer, base, args.max_sentence_len)
-    require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
-    keeper = _keeper(args, model, recipe, tokenizer, device)
+    with ranks.agreed():
+        if ranks.is_first:
+            require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
+    keeper = _keeper(args, model, recipe, tokenizer, device, ranks)
 
     def on_epoch(report: EpochReport, is_best: bool) -> None:
-        if is_best:
+        if is_best and ranks.is_first:
             save_classifier(filepath, model, config, **extra)
             print(f"save the model to {filepath}")
         print(report.in_words(), flush=True)
@@ -294,17 +300,19 @@ def train(args: argparse.Namespace) -> list[EpochReport]:
         on_epoch=on_epoch,
         recipe=recipe,
         keeper=keeper,
+        ranks=ranks,
     )
 
 
-def test(args: argparse.Namespace) -> dict[str, Evaluation]:
+def test(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Evaluation]:
     """Evaluates the checkpoint that `train` kept and writes both outputs."""
     require_output_names(args, "finetuning")
     label_names = read_label_names(args.label_names)
     splits = _read_dev_and_test(args, len(label_names))
     filepath = checkpoint_path(args)
     device = pick_device(args.use_gpu)
-    model, saved = load_classifier(filepath)
+    with ranks.copy_of(filepath) as path:
+        model, saved = load_classifier(path)
     model.to(device)
     print(f"load model from {filepath}")
     if saved.get("label_names", label_names) != label_names:
@@ -314,27 +322,29 @@ def test(args: argparse.Namespace) -> dict[str, Evaluation]:
     results = {}
     for split, rows in splits.items():
         data = _encode(args, split, rows, tokenizer, model.llama.config.max_seq_len)
-        results[split] = _evaluate_and_write(args, split, model, data, device)
+        results[split] = _evaluate_and_write(args, split, model, data, device, ranks)
     return results
 
 
-def finetune(args: argparse.Namespace) -> None:
+def finetune(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     """`train`, the table of its epochs, `test`, macro F1."""
-    require_output_names(args, "finetuning")
-    _read_dev_and_test(args, len(read_label_names(args.label_names)))  # before the work, not after
-    history = train(args)
+    with ranks.agreed():  # before the work, not after
+        require_output_names(args, "finetuning")
+        _read_dev_and_test(args, len(read_label_names(args.label_names)))
+    history = train(args, ranks)
     try:
         print("Epoch | Train Loss | Train Acc | Dev Acc")
         for r in history:
             accuracies = f"{r.train_accuracy:9.3f} | {r.dev_accuracy:7.3f}"
             print(f"{r.epoch:5d} | {r.train_loss:10.3f} | {accuracies}")
-        for split, result in test(args).items():
+        for split, result in test(args, ranks).items():
             if result.macro_f1 is not None:
                 print(f"{split} macro f1 :: {result.macro_f1:.3f}")
     except Stopped as stopped:
         stopped.is_resumable = True  # with no step to take
         raise
-    state_path(checkpoint_path(args)).unlink(missing_ok=True)  # there is nothing left to resume
+    if ranks.is_first:
+        state_path(checkpoint_path(args)).unlink(missing_ok=True)  # nothing left to resume
 
 
 # ---------------------------------------------------------------- from args to named parameters
@@ -360,8 +370,10 @@ def _keeper(
     recipe: Recipe,
     tokenizer: Tokenizer,
     device: torch.device,
+    ranks: Ranks,
 ) -> Keeper:
-    """Compared is all that decides what a training ends in; files count by their content."""
+    """Compared, between ranks too, is all that decides what a training ends in; files count by
+    their content."""
     files = {"train": args.train, "dev": args.dev, "label_names": args.label_names}
     files |= {"model": args.pretrained_model_path, "tokenizer": tokenizer.model_path}
     names = ("epochs", "batch_size", "lr", "seed", "hidden_dropout_prob", "max_sentence_len")
@@ -375,7 +387,9 @@ def _keeper(
         **{f"{name}_sha256": sha256_of(path) for name, path in files.items()},
     }
     path, resume = state_path(checkpoint_path(args)), _option(args, "resume", False)
-    keeper = Keeper(path, settings, resume, minutes=_option(args, "save_minutes", 5.0))
+    ranks.require_same({**settings, "resume": resume})
+    minutes = _option(args, "save_minutes", 5.0)
+    keeper = Keeper(path, settings, resume, minutes, ranks)
     if keeper.is_resumed:
         place = keeper.place
         print(f"resume {path} in epoch {place.epoch}, behind {place.n_batches} batches")
@@ -396,11 +410,16 @@ def _load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.de
 
 
 def _announce(
-    args: argparse.Namespace, llama: Llama, device: torch.device, pooling: str | None = None
+    args: argparse.Namespace,
+    llama: Llama,
+    device: torch.device,
+    pooling: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     n_parameters = sum(parameter.numel() for parameter in llama.parameters())
     print(
-        f"device: {device}, attention: {llama.config.attention}, "
+        (f"ranks: {ranks.size}, " if ranks.size > 1 else "")
+        + f"device: {device}, attention: {llama.config.attention}, "
         + (f"pooling: {pooling}, " if pooling else "")
         + f"model: {Path(args.pretrained_model_path).name}, parameters: {n_parameters:,}",
         flush=True,
@@ -446,26 +465,41 @@ def _evaluate_and_write(
     model: torch.nn.Module,
     data: SentenceDataset,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     loader = make_loader(data, args.batch_size, similar_lengths=model.reads_lengths)
-    result = evaluate(model, loader, device, f"eval {split}")
-    outfile = getattr(args, f"{split}_out")
-    write_predictions_to_file(split, outfile, result.accuracy, result.predictions, result.sentences)
+    result = evaluate(model, loader, device, f"eval {split}", ranks=ranks)
+    if ranks.is_first:
+        outfile, said = getattr(args, f"{split}_out"), result.predictions
+        write_predictions_to_file(split, outfile, result.accuracy, said, result.sentences)
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_args(argv)
-    for path in output_files(args):
-        require_folder(path)
+    with distributed.silent_but_first():
+        args = get_args(argv)
+        if args.option == "finetune":
+            with distributed.joined(args.use_gpu) as ranks:
+                _run(args, lambda: finetune(args, ranks), ranks)
+            return
+        distributed.require_alone(f"--option {args.option}")
+        modes = {"generate": generate, "prompt": test_with_prompting, "predict": predict}
+        _run(args, lambda: modes[args.option](args), ALONE)
+
+
+def _run(args: argparse.Namespace, work: Callable[[], None], ranks: Ranks) -> None:
+    with ranks.agreed():
+        for path in output_files(args):
+            require_folder(path)
     seed_everything(args.seed)
     if args.option == "finetune":
         keep_freed_memory()
         allow_tf32()
-    modes = {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}
-    modes["predict"] = predict
-    with sole_writer(*output_files(args)):
-        modes[args.option](args)
+    with contextlib.ExitStack() as held:
+        with ranks.agreed():
+            if ranks.is_first:
+                held.enter_context(sole_writer(*output_files(args)))
+        work()
 
 
 if __name__ == "__main__":

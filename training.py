@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,8 @@ from checkpoint import listed, load_torch_file
 from classifier import LlamaEmbeddingClassifier
 from config import LlamaConfig
 from dataset import SentenceDataset, make_loader
-from interrupts import Stopped, held_back
+from distributed import ALONE, Ranks, Signals
+from interrupts import Stopped
 from labelled import NO_GOLD_LABEL
 from optimizer import AdamW
 from resume import DIVERGED, Keeper, Place, require_not_diverged
@@ -105,18 +106,27 @@ def evaluate(
     device: torch.device,
     description: str = "eval",
     bf16: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Puts the model in eval mode and predicts every example."""
+    """Puts the model in eval mode and predicts every example; of several `ranks` each takes every
+    so manieth batch, and all get the whole."""
     from sklearn.metrics import accuracy_score, f1_score  # slow to import, and not for `generate`
 
     model.eval()
     predictions, labels, sentences, confidences = [], [], [], []
-    for batch in tqdm(loader, desc=description, disable=None, leave=False):
-        log_probs, said = log_probs_of(model, batch, device, bf16).max(dim=1)
+    for i, batch in enumerate(tqdm(loader, desc=description, disable=None, leave=False)):
+        log_probs = said = torch.zeros(len(batch["sents"]))
+        if i % ranks.size == ranks.rank:
+            log_probs, said = log_probs_of(model, batch, device, bf16).max(dim=1)
+            log_probs = log_probs.exp()
         predictions += said.tolist()
-        confidences += log_probs.exp().tolist()
+        confidences += log_probs.tolist()
         labels += batch["labels"].tolist()
         sentences += batch["sents"]
+    if ranks.size > 1:
+        table = torch.tensor([predictions, confidences], dtype=torch.float64)
+        predictions, confidences = ranks.sum_of(table).tolist()
+        predictions = [int(label) for label in predictions]
     if isinstance(loader.sampler, list):  # by length, see `dataset.make_loader`
         place = sorted(range(len(labels)), key=loader.sampler.__getitem__)
         predictions, labels, sentences, confidences = (
@@ -175,6 +185,7 @@ def train_classifier(
     recipe: Recipe = Recipe(),
     keeper: Keeper | None = None,
     regularizer: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[EpochReport]:
     """Minimizes the NLL by AdamW over shuffled batches; the model must be on `device`.
 
@@ -192,6 +203,10 @@ def train_classifier(
     With a `keeper` the run goes on where that says, and its state is kept after every epoch, when a
     save is due, and on `Stopped`, which comes between two batches. A loss or a weight that is not
     finite is a ValueError, before anything is kept of it.
+
+    Several `ranks`, which all call this alike, take equal shares of each batch and of what is
+    measured: `batch_size` is that of all together, and without dropout the weights are those of one
+    process, but for rounding. `on_epoch` is called on all of them.
     """
     shuffle_by = torch.Generator().manual_seed(seed)
     by_length = {"similar_lengths": model.reads_lengths}
@@ -207,23 +222,35 @@ def train_classifier(
         recipe,
         keeper,
         regularizer,
+        ranks,
     )
     place = Place(order=shuffle_by.get_state())
+    ranks.seed_apart(seed)
     if keeper is not None and keeper.is_resumed:
         place = keeper.restore(model, run.optimizer, regularizer)
+    with ranks.signals() as run.signals:
+        return _train(run, place, shuffle_by, on_epoch)
+
+
+def _train(
+    run: "_Run",
+    place: Place,
+    shuffle_by: torch.Generator,
+    on_epoch: Callable[[EpochReport, bool], None],
+) -> list[EpochReport]:
     try:
-        while place.epoch < epochs and not _has_stalled(place.history, recipe.patience):
+        while place.epoch < run.epochs and not _has_stalled(place.history, run.recipe.patience):
             report = run.epoch(place)
             earlier = [past["dev_accuracy"] for past in place.history]
-            with held_back():
+            with run.signals.held_back():
                 on_epoch(report, all(report.dev_accuracy > accuracy for accuracy in earlier))
                 history = [*place.history, asdict(report)]
                 place = Place(place.epoch + 1, order=shuffle_by.get_state(), history=history)
                 run.save(place)
     except Stopped as stopped:
-        with held_back():
+        with run.signals.held_back():
             run.save(place)
-        stopped.is_resumable = keeper is not None
+        stopped.is_resumable = run.keeper is not None
         raise
     return [EpochReport(**report) for report in place.history]
 
@@ -239,7 +266,7 @@ def _has_stalled(history: list[dict[str, Any]], patience: int | None) -> bool:
     return max(accuracies[-patience:]) <= max(accuracies[:-patience])
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     """What stays the same from the first step of a run to its last; a `Place` is what changes."""
 
@@ -254,6 +281,13 @@ class _Run:
     recipe: Recipe
     keeper: Keeper | None
     regularizer: nn.Module | None
+    ranks: Ranks
+    signals: Signals = field(init=False)
+
+    def __post_init__(self) -> None:
+        llama = self.model.llama
+        is_tied = llama.output.weight is llama.tok_embeddings.weight
+        self.trained = self.ranks.wrap(self.model, has_unused=not is_tied)
 
     def save(self, place: Place) -> None:
         if self.keeper is not None:
@@ -267,10 +301,12 @@ class _Run:
         to_take = itertools.islice(self.shuffled, place.n_batches, None)
         bar = {"desc": f"train-{place.epoch}", "disable": None, "leave": False}
         for batch in tqdm(to_take, total=n_batches, initial=place.n_batches, **bar):
-            with held_back():
+            with self.signals.held_back():
                 self._step(place, batch)
-                if self.keeper is not None and self.keeper.is_due():
+                is_due = self.keeper is not None and self.keeper.is_due()
+                if self.ranks.of_first(is_due)[0]:
                     self.save(place)
+            self.signals.heed()
         require_not_diverged(self.model)
 
         train_accuracy = place.n_right / len(self.shuffled.dataset)
@@ -280,7 +316,10 @@ class _Run:
         return EpochReport(place.epoch, place.loss_sum / n_batches, train_accuracy, dev_accuracy)
 
     def _accuracy(self, loader: DataLoader, description: str) -> float | None:
-        return evaluate(self.model, loader, self.device, description, self.recipe.bf16).accuracy
+        bf16, ranks = self.recipe.bf16, self.ranks
+        result = evaluate(self.model, loader, self.device, description, bf16, ranks)
+        self.signals.heed()
+        return result.accuracy
 
     def _step(self, place: Place, batch: dict[str, Any]) -> None:
         recipe, n_steps = self.recipe, self.epochs * len(self.shuffled)
@@ -290,9 +329,12 @@ class _Run:
         cosine = recipe.lr_decay == "cosine"
         factor = learning_rate_factor(step, step / n_steps, warmup_steps, decay_from, cosine)
 
-        labels = batch["labels"].to(self.device)
-        log_probs, loss = self._objective(batch, labels)
-        value = loss.item()
+        own, weight = self._own(batch)
+        labels = own["labels"].to(self.device)
+        with self.ranks.exchanging(self.trained):
+            log_probs, loss = self._objective(own, labels)
+        n_right = (log_probs.argmax(dim=1) == labels).sum().item()
+        value, n_right = self.ranks.sum(weight * loss.item(), weight * n_right)
         if not math.isfinite(value):
             lr = factor * self.optimizer.defaults["lr"]
             raise ValueError(
@@ -300,11 +342,24 @@ class _Run:
                 f"learning rate {lr:.3g}: the loss is {value} on the batch that begins with "
                 f"{batch['sents'][0][:60]!r}; {DIVERGED}"
             )
-        loss.backward()
+        with self.ranks.exchanging(self.trained):  # takes the mean of what is to be a sum
+            (loss * (weight * self.ranks.size)).backward()
         take_step([self.optimizer], factor, recipe.max_grad_norm)
         place.loss_sum += value
-        place.n_right += (log_probs.argmax(dim=1) == labels).sum().item()
+        place.n_right += int(n_right)
         place.n_batches += 1
+
+    def _own(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """This rank's rows of a batch and their weight: where it has none, one of weight 0, as all
+        ranks have to take part in each exchange."""
+        if self.ranks.size == 1:
+            return batch, 1
+        rows = self.ranks.rows(len(batch["sents"]))
+        chosen = rows or [0]
+        own = {key: batch[key][chosen] for key in ("token_ids", "labels", "lengths")}
+        if self.model.reads_lengths:  # else padding is read, all of the batch's
+            own["token_ids"] = own["token_ids"][:, : int(own["lengths"].max())]
+        return own, int(bool(rows))
 
     def _objective(
         self, batch: dict[str, Any], labels: torch.Tensor
@@ -322,10 +377,10 @@ class _Run:
                 loss = torch.lerp(loss, uniform, recipe.label_smoothing)
             return loss / self.batch_size
 
-        log_probs = again(self.model)
+        log_probs = again(self.trained)
         loss = nll(log_probs)
         if recipe.r_drop:
-            second = again(self.model)
+            second = again(self.trained)
             divergence = symmetric_kl(log_probs, second) * len(labels) / self.batch_size
             loss = (loss + nll(second)) / 2 + recipe.r_drop / 4 * divergence
         if self.regularizer is not None:

@@ -127,6 +127,18 @@ def save_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
             raise
 
 
+def differences(saved: dict[str, Any], settings: dict[str, Any]) -> str:
+    """What differs, as "lr: 0.1 there, 0.2 here; ...", settings within settings by their key."""
+    parts = []
+    for key, value in settings.items():
+        there = saved.get(key)
+        if isinstance(there, dict) and isinstance(value, dict):
+            parts.append(differences(there, {**dict.fromkeys(there), **value}))
+        elif there != value:
+            parts.append(f"{key}: {there} there, {value} here")
+    return "; ".join(part for part in parts if part)
+
+
 def sha256_of(path: str | os.PathLike) -> str:
     """The sha256 of a file of any size, as 64 hex digits."""
     digest = hashlib.sha256()

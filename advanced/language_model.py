@@ -17,12 +17,15 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from advanced import sharding
 from advanced.corpus import TokenStream, encode_documents, windows
-from checkpoint import load_torch_file
+from checkpoint import load_torch_file, require_finite
+from config import LlamaConfig
+from distributed import ALONE, Ranks, Signals
 from interrupts import Stopped, held_back
 from llama import Llama
 from optimizer import AdamW
-from resume import DIVERGED, require_not_diverged, require_same_settings
+from resume import DIVERGED, require_same_settings
 from steps import learning_rate_factor, precision, take_step
 from tokenizer import Tokenizer
 from utils import atomic_write, random_state, save_torch_file, set_random_state
@@ -32,9 +35,8 @@ def lm_loss(model: Llama, batch: torch.Tensor, reduction: str = "mean") -> torch
     """Cross-entropy in nats of windows (B, T + 1); a target of -100 does not count."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
     logits, _ = model(inputs.clamp(min=0), targets=targets)  # (B, T, V)
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction
-    )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction=reduction)
 
 
 class HeldOut:
@@ -51,16 +53,19 @@ class HeldOut:
         padded[: len(stream)] = stream
         self.windows = windows(padded, seq_len, 0, n_windows)
 
-    @torch.inference_mode()
-    def measure(self, model: Llama, batch_size: int) -> tuple[float, float]:
-        """(nats per token, bits per byte); puts the model in eval mode and back."""
+    @torch.no_grad()
+    def measure(self, model: Llama, batch_size: int, ranks: Ranks = ALONE) -> tuple[float, float]:
+        """(nats per token, bits per byte); puts the model in eval mode and back. Each of several
+        `ranks` takes every so manieth batch."""
         device = model.norm.weight.device
         was_training = model.training
         model.eval()
-        nats = sum(
-            lm_loss(model, batch.to(device), reduction="sum").item()
-            for batch in self.windows.split(batch_size)
-        )
+        batches, nats = self.windows.split(batch_size), 0.0
+        for start in range(0, len(batches), ranks.size):  # a model that is cut takes all ranks
+            mine = start + ranks.rank
+            batch = batches[min(mine, len(batches) - 1)].to(device)
+            nats += (mine < len(batches)) * lm_loss(model, batch, reduction="sum").item()
+        (nats,) = ranks.sum(nats)
         model.train(was_training)
         return nats / self.n_tokens, nats / math.log(2) / self.n_bytes
 
@@ -100,6 +105,8 @@ class Run:
         heldout: list[HeldOut],
         settings: dict[str, Any],
         half: bool = False,
+        ranks: Ranks = ALONE,
+        micro_rows: int | None = None,
     ):
         self.folder = folder
         self.model = model
@@ -108,6 +115,10 @@ class Run:
         self.heldout = heldout
         self.settings = settings
         self.half = half
+        self.ranks = ranks
+        self.micro_rows = micro_rows  # windows of a pass; None: all that a rank has of a batch
+        self.is_sharded = any(map(sharding.is_cut, model.parameters()))
+        self.trained = model if self.is_sharded else ranks.wrap(model)
         self.budget: dict[str, float | None] = {"tokens": None, "minutes": None}
         self.step = 0
         self.seconds = 0.0  # from the first step on, over all sittings
@@ -119,7 +130,8 @@ class Run:
     def load(self) -> None:
         """Continues where `save` left off; ValueError where that run was another one."""
         path = self.folder / "state.pt"
-        state = load_torch_file(path)
+        with self.ranks.copy_of(path) as copy:
+            state = load_torch_file(copy)
         require_same_settings(path, state.get("settings"), self.settings)
         try:
             self._restore(state)
@@ -127,13 +139,20 @@ class Run:
             raise ValueError(f"{path}: is damaged, or of another version") from error
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        weights, optimizers = state.get("model"), state.get("optimizers")
+        if "shards" in state:
+            weights, optimizers = sharding.read_shards(self.folder, state["shards"])
+        sharding.put_rows(self.model, weights, self.ranks)
+        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
+            if self.is_sharded:
+                saved = sharding.cut_optimizer(saved, self.ranks)
             optimizer.load_state_dict(saved)
         self.stream = TokenStream(
             self.stream.documents, self.stream.seq_len, self.stream.seed, tuple(state["position"])
         )
         set_random_state(state["random"])
+        if self.ranks.size > 1:
+            self.ranks.set_random_states(state.get("random_of_ranks", []), state["step"])
         self.budget = state["budget"]
         self.step, self.seconds = state["step"], state["seconds"]
         self.history, self.n_losses = state["history"], state["n_losses"]
@@ -142,13 +161,26 @@ class Run:
     def save(self) -> None:
         """State, weights and history, each whole or not at all; the state, which counts, first.
 
-        Weights that are not finite are refused, so that the last good ones stay.
+        Weights that are not finite are refused, so that the last good ones stay. All ranks call it;
+        the first one writes, and of a model that is cut each its own rows.
         """
-        require_not_diverged(self.model)
+        ranks = self.ranks
+        with ranks.agreed():
+            own = {n: sharding.own_rows(p) for n, p in self.model.named_parameters()}
+            require_finite(own, DIVERGED)
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        kept: dict[str, Any] = {"model": self.model.state_dict(), "optimizers": optimizers}
+        if self.is_sharded:
+            content = {"model": own, "optimizers": optimizers}
+            kept = {"shards": sharding.save_shard(self.folder, self.step, ranks, content)}
+        if ranks.size > 1:
+            kept["random_of_ranks"] = ranks.random_states()
+        weights = sharding.whole_weights(self.model)
+        if not ranks.is_first:
+            return
         state = {
+            **kept,
             "settings": self.settings,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "position": list(self.stream.position),
             "random": random_state(),
             "budget": self.budget,
@@ -159,7 +191,8 @@ class Run:
             "history": self.history,
         }
         save_torch_file(self.folder / "state.pt", state)
-        save_model(self.folder / "model.pt", self.model, self.half)
+        sharding.remove_shards(self.folder, but=kept.get("shards", ()))
+        save_weights(self.folder / "model.pt", weights, self.model.config, self.half)
         with atomic_write(self.folder / "history.csv") as file:
             if self.history:
                 writer = csv.DictWriter(file, list(self.history[0]), lineterminator="\n")
@@ -189,7 +222,7 @@ class Run:
         """nats per token and bits per byte of every held-out set, by "name unit"."""
         values = {}
         for heldout in self.heldout:
-            nats, bits = heldout.measure(self.model, batch_size)
+            nats, bits = heldout.measure(self.model, batch_size, self.ranks)
             values[f"{heldout.name} nats/token"] = round(nats, 4)
             values[f"{heldout.name} bits/byte"] = round(bits, 4)
         return values
@@ -206,31 +239,38 @@ def in_words(measured: dict[str, float]) -> str:
 
 def save_model(path: Path, model: Llama, half: bool) -> None:
     """A checkpoint for `load_pretrained`; a tied output matrix is written once."""
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    if model.output.weight is model.tok_embeddings.weight:
-        del weights["output.weight"]
+    save_weights(path, sharding.whole_weights(model), model.config, half)
+
+
+def save_weights(
+    path: Path, weights: dict[str, torch.Tensor], config: LlamaConfig, half: bool
+) -> None:
     if half:
         weights = {name: tensor.half() for name, tensor in weights.items()}
-    save_torch_file(path, {"model": weights, "model_args": model.config.to_dict()})
+    save_torch_file(path, {"model": weights, "model_args": config.to_dict()})
 
 
 def train(run: Run, device: torch.device, eval_minutes: float, save_minutes: float) -> None:
     """Takes steps until the budget's tokens are read or its minutes have passed.
 
     On `Stopped`, which comes between two steps, the run is saved first. ValueError where a loss is
-    not finite; what was saved before stays.
+    not finite; what was saved before stays. Several ranks take equal shares of each step's rows, by
+    the first one's clock.
     """
-    try:
-        _take_steps(run, device, eval_minutes, save_minutes)
-    except Stopped as stopped:
-        with held_back():
-            run.save()
-        stopped.is_resumable = True
-        raise
+    with run.ranks.signals() as signals:
+        try:
+            _take_steps(run, device, eval_minutes, save_minutes, signals)
+        except Stopped as stopped:
+            with signals.held_back():
+                run.save()
+            stopped.is_resumable = True
+            raise
 
 
-def _take_steps(run: Run, device: torch.device, eval_minutes: float, save_minutes: float) -> None:
-    options, bf16 = run.settings, run.settings["bf16"]
+def _take_steps(
+    run: Run, device: torch.device, eval_minutes: float, save_minutes: float, signals: Signals
+) -> None:
+    options, ranks = run.settings, run.ranks
     n_rows = options["batch_tokens"] // options["seq_len"]
     total_steps = -(-run.budget["tokens"] // options["batch_tokens"])
     total_seconds = 60 * (run.budget["minutes"] or math.inf)
@@ -241,34 +281,54 @@ def _take_steps(run: Run, device: torch.device, eval_minutes: float, save_minute
     run.model.train()
     while (progress := max(run.step / total_steps, run.seconds / total_seconds)) < 1.0:
         factor = learning_rate_factor(run.step, progress, options["warmup"], options["decay_from"])
-        with held_back():
-            batch = run.stream.next_batch(n_rows).to(device, non_blocking=True)
-            with precision(device, bf16):
-                loss = lm_loss(run.model, batch)
-            if not math.isfinite(loss.item()):
+        with signals.held_back():
+            loss = _backward(run, run.stream.next_batch(n_rows), device)
+            if not math.isfinite(loss):
                 raise ValueError(
                     f"step {run.step + 1}, learning rate {factor} of its peak: the loss is "
-                    f"{loss.item()}; {DIVERGED}"
+                    f"{loss}; {DIVERGED}"
                 )
-            loss.backward()
             take_step(run.optimizers, factor, options["max_grad_norm"])
-            run.loss_sum += loss.detach()
+            run.loss_sum += loss
             run.n_losses += 1
             run.step += 1
-            run.seconds = time.monotonic() - started
+            now = time.monotonic()
+            is_due = now - evaluated >= 60 * eval_minutes, now - saved >= 60 * save_minutes
+            run.seconds, to_evaluate, to_save = ranks.of_first(now - started, *is_due)
+        signals.heed()
         bar.update()
-
-        now = time.monotonic()
-        if now - evaluated >= 60 * eval_minutes:
+        if to_evaluate:
             bar.write(run.evaluate(factor, n_rows), file=sys.stdout)
             sys.stdout.flush()
             evaluated = time.monotonic()
-        if now - saved >= 60 * save_minutes:
-            with held_back():
+        if to_save:
+            with signals.held_back():
                 run.save()
             saved = time.monotonic()
     bar.close()
     if run.n_losses:
         print(run.evaluate(factor, n_rows))
-    with held_back():
+    with signals.held_back():
         run.save()
+
+
+def _backward(run: Run, batch: torch.Tensor, device: torch.device) -> float:
+    """Adds the gradient of the mean loss of the windows (N, T + 1), of all ranks, and returns it.
+
+    Each rank takes its share, in as many passes as `micro_rows` makes of the largest share; where
+    it has no window left for one it takes one of weight 0, as all have to take part in each.
+    """
+    ranks = run.ranks
+    largest = -(-len(batch) // ranks.size)
+    own, micro_rows = batch[ranks.rows(len(batch))], run.micro_rows or largest
+    total = 0.0
+    for start in range(0, largest, micro_rows):
+        part = own[start : start + micro_rows]
+        share = len(part) / len(batch)
+        part = (part if len(part) else batch[:1]).to(device, non_blocking=True)
+        with ranks.exchanging(run.trained, is_last=start + micro_rows >= largest):
+            with precision(device, run.settings["bf16"]):
+                loss = lm_loss(run.trained, part)
+            (loss * (share * ranks.size)).backward()  # the exchange takes the mean
+        total += share * loss.item()
+    return ranks.sum(total)[0]

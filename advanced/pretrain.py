@@ -12,6 +12,7 @@ learning rate follows the clock, so such a run is never repeated exactly; with `
 """
 
 import argparse
+import contextlib
 import hashlib
 import math
 import shutil
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 
 import cli
+import distributed
+from advanced import sharding
 from advanced.corpus import (
     TokenStream,
     encode_documents,
@@ -38,6 +41,7 @@ from advanced.language_model import (
     train,
 )
 from config import LlamaConfig
+from distributed import Ranks
 from llama import Llama, load_pretrained
 from locks import sole_writer
 from tokenizer import Tokenizer, find_tokenizer_model
@@ -58,7 +62,7 @@ FILES = ("state.pt", "model.pt", "tokenizer.model", "history.csv")  # of a run, 
 # does not touch the weights; and use_gpu, because the device itself is compared.
 _NOT_COMPARED = (
     *("tokens", "minutes", "text", "exclude", "init", "tokenizer_path", "out", "resume"),
-    *("half", "eval_minutes", "save_minutes", "use_gpu"),
+    *("half", "eval_minutes", "save_minutes", "use_gpu", "micro_tokens", "shard"),
 )
 
 
@@ -80,6 +84,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="end at the latest this long after the first step",
     )
     add("--batch_tokens", type=cli.positive_int, default=4096, help="tokens of an update")
+    add("--micro_tokens", type=cli.positive_int,
+        help="of a pass, several of which make an update (default: all of its tokens)")  # fmt: skip
     add("--seq_len", type=cli.positive_int, default=256)
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon: for the matrices of the layers, AdamW for the rest")  # fmt: skip
@@ -93,6 +99,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=cli.seed_int, default=1337)
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="autocast to bfloat16; default: on CUDA")  # fmt: skip
+    add("--shard", action="store_true",
+        help="cut the model over torchrun's ranks, for one that no device holds")  # fmt: skip
     add("--half", action="store_true", help="write model.pt in half precision")
     add("--heldout", type=cli.positive_int, default=200, help="documents held out of each file")
     add("--exclude", nargs="+", default=[], metavar="FILE",
@@ -107,6 +115,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--init brings its own shape; leave out --dim and the like")
     if (args.init or args.tokenizer_path) and args.vocab_size:
         parser.error("a given tokenizer brings its own vocabulary; leave out --vocab_size")
+    if args.shard and not distributed.is_launched():
+        parser.error("--shard is for several ranks; start it by torchrun")
+    if args.shard and args.optimizer == "muon":
+        parser.error("--shard and --optimizer muon exclude each other: Muon takes whole matrices")
     if args.batch_tokens % args.seq_len:
         parser.error(
             f"--batch_tokens {args.batch_tokens} is no multiple of --seq_len {args.seq_len}"
@@ -246,26 +258,47 @@ def _digest(encoded: list[np.ndarray]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_args(argv)
+    with distributed.silent_but_first():
+        args = get_args(argv)
+        with distributed.joined(args.use_gpu) as ranks:
+            _main(args, ranks)
+
+
+def _main(args: argparse.Namespace, ranks: Ranks) -> None:
     device = pick_device(args.use_gpu)
-    if not args.init:  # an impossible shape is said before the text is read
-        _new_config(args, args.vocab_size or SHAPE["vocab_size"])
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     seed_everything(args.seed)
-    folder = prepare_folder(args)
-    with sole_writer(*(folder / name for name in FILES)):
-        _pretrain(args, folder, device, bf16)
+    with contextlib.ExitStack() as held:
+        with ranks.agreed():
+            if not args.init:  # an impossible shape is said before the text is read
+                _new_config(args, args.vocab_size or SHAPE["vocab_size"])
+            if ranks.is_first:
+                folder = prepare_folder(args)
+                held.enter_context(sole_writer(*(folder / name for name in FILES)))
+        _pretrain(args, Path(args.out), device, bf16, ranks)
 
 
-def _pretrain(args: argparse.Namespace, folder: Path, device: torch.device, bf16: bool) -> None:
-    texts, heldout_texts = load_corpus(args)
-    tokenizer = prepare_tokenizer(args, folder, texts)
-    model = make_model(args, tokenizer).to(device)
+def _pretrain(
+    args: argparse.Namespace, folder: Path, device: torch.device, bf16: bool, ranks: Ranks
+) -> None:
+    with ranks.agreed():
+        texts, heldout_texts = load_corpus(args)
+        if ranks.is_first:
+            prepare_tokenizer(args, folder, texts)
+    with ranks.copy_of(folder / "tokenizer.model") as path:
+        tokenizer = Tokenizer(tokenizer_model=path)
+    with ranks.agreed():
+        model = make_model(args, tokenizer)
+    if args.shard:
+        sharding.shard(model, ranks)
+    else:
+        model.to(device)
     encoded = encode_documents(tokenizer, texts)
     n_tokens = sum(map(len, encoded))
     keep_freed_memory()
     settings = {key: value for key, value in vars(args).items() if key not in _NOT_COMPARED}
     settings |= {"text_sha256": _digest(encoded), "bf16": bf16, "device": device.type}
+    ranks.require_same({**settings, **{key: vars(args)[key] for key in ("tokens", "minutes")}})
     run = Run(
         folder,
         model,
@@ -274,18 +307,22 @@ def _pretrain(args: argparse.Namespace, folder: Path, device: torch.device, bf16
         [HeldOut(name, held, tokenizer, args.seq_len) for name, held in heldout_texts.items()],
         settings,
         args.half,
+        ranks,
+        args.micro_tokens and max(1, args.micro_tokens // args.seq_len),
     )
     if args.resume:
         run.load()
         print(f"resumed at step {run.step:,}")
     else:
+        ranks.seed_apart(args.seed)
         run.budget["tokens"] = n_tokens
     for key, given in (("tokens", args.tokens), ("minutes", args.minutes)):
         run.budget[key] = given or run.budget[key]
     if not args.resume:
         run.save()  # so that a kill at any time leaves something to resume
     print(
-        f"device: {device}, bf16: {bf16}, attention: causal, parameters: "
+        (f"ranks: {ranks.size}, " if ranks.size > 1 else "")
+        + f"device: {device}, bf16: {bf16}, attention: causal, parameters: "
         f"{sum(p.numel() for p in model.parameters()):,}, text: {n_tokens:,} tokens",
         flush=True,
     )

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from labelled import NO_GOLD_LABEL
-from resume import differences
 from training import macro_f1
-from utils import atomic_write
+from utils import atomic_write, differences
 
 N_BINS = 10
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import distributed
 import run_llama
 from advanced.averages import soup, toward_pretrained
 from advanced.experiment import OPTIONS_OF, SETTINGS, Experiment
@@ -240,6 +241,7 @@ def _write_outputs(experiment: Experiment, predict: Callable[[Rows], Evaluation]
 
 
 def main(argv: list[str] | None = None) -> None:
+    distributed.require_alone("advanced.run")
     args = get_args(argv)
     if args.list:
         for name, what in METHODS.items():

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import run_llama
 from conftest import ROOT, random_llama, save_llama, shared_asset
+from distributed import ALONE
 from labelled import PLACEHOLDER_SHA256, read_sentences
 from optimizer import AdamW
 from tokenizer import Tokenizer
@@ -277,8 +278,8 @@ def test_finetune_evaluates_the_best_epoch_not_the_last(run, monkeypatch):
     evaluate = run_llama.evaluate
     checkpoints = []
 
-    def scripted(model, loader, device, description, bf16=False):
-        result = evaluate(model, loader, device, description, bf16)
+    def scripted(model, loader, device, description, bf16=False, ranks=ALONE):
+        result = evaluate(model, loader, device, description, bf16, ranks)
         accuracy = {"eval train": 0.5, "eval dev": [0.9, 0.1][len(checkpoints)]}[description]
         if description == "eval dev":
             checkpoints.append(model.classifier_head.bias.detach().clone())

@@ -89,7 +89,7 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_do_not():
 def test_best_is_the_first_epoch_with_the_highest_dev_accuracy(monkeypatch):
     dev_accuracies = iter([0.0, 0.5, 0.5, 0.4, 0.6])
 
-    def scripted(model, loader, device, description, bf16):
+    def scripted(model, loader, device, description, bf16, ranks):
         accuracy = next(dev_accuracies) if "dev" in description else 1.0
         return SimpleNamespace(accuracy=accuracy)
 
