@@ -4,28 +4,36 @@ python -m benchmarks.run [--plot]
 
 The contenders of a row take turns, one run each, after a first run that does not count; the median
 counts. Writes results/speed.json and prints a table; with --plot also times how a training step
-grows with length and batch, and draws results/speed.png and results/growth.png. Wants a quiet
-machine and the development packages.
+grows with length and batch, and draws results/speed.png and results/growth.png. Rows whose names
+begin with "scaling" take a training step on one process and on several, which torchrun starts;
+`python -m benchmarks.projection` reckons with them. Wants a quiet machine and the development
+packages.
 """
 
+import argparse
 import importlib.util
 import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cli
 from benchmarks.jobs import SHAPES
 from benchmarks.plot import plot
+from benchmarks.ranks import ROWS
 from benchmarks.report import Measured, check, others, table, with_limits
 from benchmarks.rows import CONTENDERS, Counts, Row, all_rows
+from benchmarks.scaling import PREFIX, measure_scaling, scaling_table
+from benchmarks.scaling import key as scaling_key
 from benchmarks.workers import take_turns
 from utils import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = [(4, length) for length in (64, 128, 256, 512, 1024)]
+SCALING = {PREFIX + name: name for name in ROWS}
 BATCHES = [(n, 64) for n in (1, 2, 4, 8, 16, 32, 64)]
 
 
@@ -89,48 +97,82 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=cli.positive_int, default=5)
     parser.add_argument("--threads", type=cli.positive_int, default=2)
     parser.add_argument("--out", default=str(ROOT / "results" / "speed.json"))
+    parser.add_argument("--ranks", type=cli.positive_int, default=2, help="of the scaling rows")
+    parser.add_argument("--use_gpu", action="store_true", help="for the scaling rows, a GPU a rank")
+    parser.add_argument("--bf16", action="store_true", help="for the scaling rows")
     parser.add_argument("--plot", action="store_true", help="also draw it, and time the growth")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
-    for package in ("transformers", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is missing; `bash setup.sh --dev` installs it")
     for shape in args.shapes:
         if shape not in SHAPES:
             raise ValueError(f"--shapes {shape}: is not one of {', '.join(SHAPES)}")
     command = " ".join(["python -m benchmarks.run", *given])
-    rates = measure_machine(args.repeats, args.threads)
-    print({name: f"{rate / 1e9:.1f}e9" for name, rate in rates.items()}, flush=True)
-    measured, growth = [], None
+    measured, scaled, growth = [], [], None
     with tempfile.TemporaryDirectory() as scratch:
-        rows = [row for row in all_rows(scratch) if args.rows in row.name]
+        everything = {row.name: row for row in all_rows(scratch)}
+        rows = [name for name in (*everything, *SCALING) if args.rows in name]
         if not rows:
-            names = "; ".join(row.name for row in all_rows(scratch))
+            names = "; ".join((*everything, *SCALING))
             raise ValueError(f"--rows {args.rows!r}: is in none of the names {names}")
+        speed_rows = [everything[name] for name in rows if name in everything]
+        rates = _rates(args) if speed_rows else {}
         for shape in args.shapes:
-            counts = Counts(shape, rates)
-            for row in rows:
+            for row in speed_rows:
+                counts = Counts(shape, rates)
                 measured.append(measure_row(row, counts, args.repeats, args.threads, command))
                 print(table(with_limits(measured[-1:])).splitlines()[-1], flush=True)
+            for name in rows:
+                if name in SCALING:
+                    scaled.append(_scaled(SCALING[name], shape, args, scratch, command))
+                    print(scaling_table(scaled[-1:]).splitlines()[-1], flush=True)
     if args.plot:
         growth = measure_growth(args.shapes[0], args.repeats, args.threads)
-    content = merge(Path(args.out), measured, growth)
+    content = merge(Path(args.out), measured, scaled, growth)
     with atomic_write(args.out) as file:
         file.write(json.dumps(content, indent=1) + "\n")
     everything = with_limits(content["rows"])
-    print(table(everything), others(everything), sep="\n\n")
+    print(table(everything), others(everything), scaling_table(content["scaling"]), sep="\n\n")
     print(check(everything, {row.name: row.targets for row in all_rows("")}))
     print(f"wrote {args.out}")
     if args.plot:
         print("wrote", *plot(content, Path(args.out).with_suffix("")))
 
 
-def merge(path: Path, rows: list[Measured], growth: dict[str, Any] | None) -> dict[str, Any]:
+def _rates(args: argparse.Namespace) -> dict[str, float]:
+    for package in ("transformers", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is missing; `bash setup.sh --dev` installs it")
+    rates = measure_machine(args.repeats, args.threads)
+    print({name: f"{rate / 1e9:.1f}e9" for name, rate in rates.items()}, flush=True)
+    return rates
+
+
+def _scaled(
+    row: str, shape: str, args: argparse.Namespace, scratch: str, command: str
+) -> dict[str, Any]:
+    threads = max(1, args.threads // args.ranks)
+    how = (args.repeats, threads, args.use_gpu, args.bf16)
+    return measure_scaling(row, shape, args.ranks, *how, scratch, command)
+
+
+def merge(
+    path: Path,
+    rows: list[Measured],
+    scaled: list[dict[str, Any]],
+    growth: dict[str, Any] | None,
+) -> dict[str, Any]:
     """What the file holds, with what was measured in place of its own."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-    new = {(row["shape"], row["row"]): row for row in rows}
-    kept = [new.pop((row["shape"], row["row"]), row) for row in old["rows"]]
-    return {"rows": [*kept, *new.values()], "growth": growth or old.get("growth")}
+
+    def renewed(name: str, key: Callable[..., tuple], measured: list[Any]) -> list[Any]:
+        new = {key(row): row for row in measured}
+        return [*(new.pop(key(row), row) for row in old.get(name, [])), *new.values()]
+
+    return {
+        "rows": renewed("rows", lambda row: (row["shape"], row["row"]), rows),
+        "scaling": renewed("scaling", scaling_key, scaled),
+        "growth": growth or old.get("growth"),
+    }
 
 
 if __name__ == "__main__":
