@@ -7,7 +7,6 @@ file comes by the hundred lines and a typist gets each answer at once.
 import contextlib
 import csv
 import io
-import itertools
 import json
 import os
 import re
@@ -260,13 +259,14 @@ def print_predictions(
     if kind != "text" and hasattr(sys.stdout, "reconfigure"):  # for programs, whatever the locale
         sys.stdout.reconfigure(encoding="utf-8", errors="strict", newline="\n")
     tally = Tally(np.zeros((len(names), len(names)), dtype=int))
-    as_text = formatter(kind, names)
+    header, as_text = formatter(kind, names)
     started = time.monotonic()
     with tqdm(unit=" sentences", disable=None if shows_bar else True, leave=False) as bar:
         for block in answered(predictor, blocks, batch_size, tally):
             with tqdm.external_write_mode(sys.stdout):
-                sys.stdout.write(as_text(block))
+                sys.stdout.write(header + as_text(block))
                 sys.stdout.flush()
+            header = ""
             bar.update(len(block))
     if not tally.n_lines:
         raise ValueError("there is no sentence to predict; write one a line")
@@ -277,14 +277,15 @@ def print_predictions(
 # ---------------------------------------------------------------- writing
 
 
-def formatter(kind: str, names: list[str]) -> Callable[[list[Prediction]], str]:
-    """What turns blocks into text; that of CSV begins with a header."""
+def formatter(kind: str, names: list[str]) -> tuple[str, Callable[[list[Prediction]], str]]:
+    """What stands before the first block, and what turns blocks into text."""
     if kind == "jsonl":
-        return lambda block: "".join(f"{_json(p, names)}\n" for p in block)
+        return "", lambda block: "".join(f"{_json(p, names)}\n" for p in block)
     if kind == "csv":
-        header = itertools.chain([_csv_header(names)], itertools.repeat(None))
-        return lambda block: _csv(next(header), block, names)
-    return lambda block: "".join(f"{_text(p, names)}\n" for p in block)
+        columns = ["line", "label", "probability", *(f"p({n})" for n in names), "gold", "sentence"]
+        return _csv([columns]), lambda block: _csv(_cells(p, names) for p in block)
+    shown = [cli.on_one_line(name) for name in names]
+    return "", lambda block: "".join(f"{_text(p, shown)}\n" for p in block)
 
 
 def _gold(prediction: Prediction, names: list[str]) -> str | None:
@@ -293,7 +294,6 @@ def _gold(prediction: Prediction, names: list[str]) -> str | None:
 
 
 def _text(prediction: Prediction, names: list[str]) -> str:
-    names = [cli.on_one_line(name) for name in names]
     said, gold = names[prediction.label], _gold(prediction, names)
     wrong = f" (gold: {gold})" if gold not in (None, said) else ""
     of_all = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, prediction.probs, strict=True))
@@ -313,19 +313,15 @@ def _json(prediction: Prediction, names: list[str]) -> str:
     return json.dumps({**row, "sentence": prediction.line.sentence}, ensure_ascii=False)
 
 
-def _csv_header(names: list[str]) -> list[str]:
-    return ["line", "label", "probability", *(f"p({n})" for n in names), "gold", "sentence"]
+def _cells(prediction: Prediction, names: list[str]) -> list[str | int | float | None]:
+    probs = [round(p, 6) for p in prediction.probs]
+    said = [prediction.line.number, names[prediction.label], max(probs), *probs]
+    return [*said, _gold(prediction, names), prediction.line.sentence]
 
 
-def _csv(header: list[str] | None, block: list[Prediction], names: list[str]) -> str:
+def _csv(rows: Iterable[list[str | int | float | None]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if header is not None:
-        writer.writerow(header)
-    for prediction in block:
-        probs = [round(p, 6) for p in prediction.probs]
-        row = [prediction.line.number, names[prediction.label], max(probs), *probs]
-        writer.writerow([*row, _gold(prediction, names), prediction.line.sentence])
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 

@@ -135,8 +135,7 @@ class Keeper:
         """
         require_not_diverged(model)
         random_of_ranks = self.ranks.random_states() if self.ranks.size > 1 else None
-        self.saved_at = time.monotonic()
-        if not self.ranks.is_first:
+        if not self.ranks.is_first:  # whose clock says when the next is due
             return
         state = {
             "settings": self.settings,

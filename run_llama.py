@@ -481,10 +481,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.option == "finetune":
             with distributed.joined(args.use_gpu) as ranks:
                 _run(args, lambda: finetune(args, ranks), ranks)
-            return
-        distributed.require_alone(f"--option {args.option}")
-        modes = {"generate": generate, "prompt": test_with_prompting, "predict": predict}
-        _run(args, lambda: modes[args.option](args), ALONE)
+        else:
+            distributed.require_alone(f"--option {args.option}")
+            modes = {"generate": generate, "prompt": test_with_prompting, "predict": predict}
+            _run(args, lambda: modes[args.option](args), ALONE)
 
 
 def _run(args: argparse.Namespace, work: Callable[[], None], ranks: Ranks) -> None:

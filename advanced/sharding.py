@@ -10,7 +10,7 @@ A kept state is state.pt, which names files `state-<step>-<rank>.pt` with the ro
 They are written first and state.pt last, so that it never names what is not whole.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +93,10 @@ def read_shards(folder: Path, names: Sequence[str]) -> tuple[Rows, list[dict[str
 
 
 def _joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    joined = {
-        index: {
-            key: torch.cat([state["state"][index][key] for state in states])
-            if isinstance(value, torch.Tensor)
-            else value
-            for key, value in entries.items()
-        }
-        for index, entries in states[0]["state"].items()
-    }
-    return {**states[0], "state": joined}
+    def all_rows(index: int, key: str, _own: torch.Tensor) -> torch.Tensor:
+        return torch.cat([state["state"][index][key] for state in states])
+
+    return _with_tensors(states[0], all_rows)
 
 
 def put_rows(model: nn.Module, weights: Rows, ranks: Ranks) -> None:
@@ -117,13 +111,18 @@ def put_rows(model: nn.Module, weights: Rows, ranks: Ranks) -> None:
 
 def cut_optimizer(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Of an optimizer's state dict what is of this rank's rows."""
-    cut = {
+    return _with_tensors(state, lambda _index, _key, t: t[rows_of(len(t), ranks)].clone())
+
+
+def _with_tensors(
+    state: dict[str, Any], change: Callable[[int, str, torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """An optimizer's state dict with other tensors."""
+    changed = {
         index: {
-            key: value[rows_of(len(value), ranks)].clone()
-            if isinstance(value, torch.Tensor)
-            else value
+            key: change(index, key, value) if isinstance(value, torch.Tensor) else value
             for key, value in entries.items()
         }
         for index, entries in state["state"].items()
     }
-    return {**state, "state": cut}
+    return {**state, "state": changed}
