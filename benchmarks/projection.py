@@ -8,22 +8,22 @@ tables for links of one's own instead. Nothing here is timed.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import cli
-from benchmarks.ranks import BUCKET, ROWS, SIZES
-from benchmarks.scaling import parts_of, scaling_table, seconds_of
+from benchmarks.ranks import ROWS, SIZES, SUMS
+from benchmarks.scaling import Measured, name_of, parts_of, scaling_table, seconds_of
 from utils import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = "stories42M"
 DEVICES = (8, 64, 1024)
-FACTORS = (1, 1000)  # how many times as fast as the measured one a device is
+FASTER = {"as measured": (1, 1), "fast": (1000, 200)}  # times the products, times the memory
 SST_SENTENCES = 8544
 PRETRAIN_WINDOWS = 2048  # of 256 tokens
 
@@ -44,56 +44,64 @@ class Link:
         return f"{gbit_s:,.{0 if gbit_s >= 10 else 1}f} Gbit/s, {microseconds:,.0f} µs"
 
 
-LINKS = (Link.of(1, 50), Link.of(10, 20), Link.of(100, 5), Link.of(3600, 3))
+LINKS = (Link.of(1, 50), Link.of(10, 20), Link.of(100, 5), Link.of(400, 3))
+
+
+def all_reduce_seconds(n: int, buckets: Sequence[int], link: Link) -> float:
+    """To sum buckets of so many bytes over n devices, by recursive halving and doubling (Thakur,
+    Rabenseifner and Gropp 2005, Int. J. High Perform. Comput. Appl. 19): the bytes of a ring, in
+    2 log2(n) messages a bucket where a ring has 2 (n - 1)."""
+    n_messages = 2 * math.ceil(math.log2(n)) * len(buckets)
+    return 2 * (n - 1) / n * sum(buckets) / link.bytes_per_s + n_messages * link.latency
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step on one device: seconds of its parts for `n_rows` rows, and what is exchanged of it."""
+    """A step on one device: seconds of its parts for `n_rows` rows, and the gradients' buckets."""
 
     forward: float
     backward: float
     update: float
     n_rows: int
-    gradient_bytes: int
-    late_bytes: int  # of these, what is only known at the end of the backward pass
+    buckets: tuple[int, ...]  # bytes of each, as the backward pass completes them
 
     @classmethod
-    def measured(cls, row: dict[str, Any]) -> "Step":
+    def measured(cls, row: Measured) -> "Step":
         parts = parts_of(row, "one rank")
-        sizes = row["gradient_bytes"], row["embedding_bytes"]
-        return cls(**parts, n_rows=row["n_rows"], gradient_bytes=sizes[0], late_bytes=sizes[1])
+        seconds = (parts[name] for name in ("forward", "backward", "update"))
+        return cls(*seconds, row["n_rows"], tuple(row["bucket_bytes"]))
 
-    def on_faster(self, factor: float) -> "Step":
-        """On a device that does each part that many times as fast."""
-        parts = self.forward / factor, self.backward / factor, self.update / factor
-        return replace(self, forward=parts[0], backward=parts[1], update=parts[2])
+    def on_faster(self, products: float, memory: float) -> "Step":
+        """On a device of so many times the products, and for the update the bytes, a second."""
+        forward, backward = self.forward / products, self.backward / products
+        return replace(self, forward=forward, backward=backward, update=self.update / memory)
 
     def seconds(self, n_rows: int, n: int, link: Link, hidden: bool) -> float:
         """With n_rows shared by n devices; the exchange hidden behind the backward pass or not.
 
         The device with the most rows decides. What is hidden is at most the backward pass long, and
-        never `late_bytes`.
+        never the last bucket. The sums of a few numbers are one message each.
         """
         share = math.ceil(n_rows / n) / self.n_rows
-        exchange = all_reduce_seconds(n, self.gradient_bytes, link)
+        exchange = all_reduce_seconds(n, self.buckets, link)
         if hidden:
-            late = all_reduce_seconds(n, self.late_bytes, link)
-            exchange = late + max(0.0, exchange - late - share * self.backward)
-        return share * (self.forward + self.backward) + self.update + exchange
+            last = all_reduce_seconds(n, self.buckets[-1:], link)
+            exchange = last + max(0.0, exchange - last - share * self.backward)
+        sums = all_reduce_seconds(n, [0] * SUMS, link)
+        return share * (self.forward + self.backward) + self.update + exchange + sums
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training with steps of `n_rows` rows: of all devices or, with `is_each`, of each."""
+    """A training with steps of `n_rows` rows in all, or of so many for each device but `most`."""
 
     title: str
     step: Step
     n_rows: int
-    is_each: bool = False
+    most: int | None = None
 
     def rows(self, n: int) -> int:
-        return self.n_rows * n if self.is_each else self.n_rows
+        return self.n_rows if self.most is None else min(self.n_rows * n, self.most)
 
     def speedup(self, n: int, link: Link, hidden: bool) -> float:
         """Rows a second of n devices over those of one."""
@@ -108,22 +116,21 @@ class Plan:
         return n
 
 
-def all_reduce_seconds(n: int, n_bytes: int, link: Link) -> float:
-    """Of a ring: each bucket goes round in 2 (n - 1) messages of 1 / n of it (Patarasuk and Yuan
-    2009, J. Parallel Distrib. Comput. 69)."""
-    messages = 2 * (n - 1)
-    n_buckets = math.ceil(n_bytes / BUCKET)
-    return messages / n * n_bytes / link.bytes_per_s + n_buckets * messages * link.latency
+def fit_link(row: Measured) -> Link:
+    """The link between the ranks of a row: least relative squares over the sizes exchanged.
 
-
-def fit_link(row: dict[str, Any]) -> Link:
-    """The link between the two ranks of a row: least relative squares over the sizes exchanged."""
-    seconds = np.array([seconds_of(row, f"exchange {size}") for size in SIZES])
+    ValueError where larger ones did not take longer.
+    """
     n = row["n_ranks"]
-    terms = np.array([[2 * (n - 1), 2 * (n - 1) / n * size] for size in SIZES])
-    (latency, per_byte), *_ = np.linalg.lstsq(
-        terms / seconds[:, None], np.ones(len(SIZES)), rcond=None
-    )
+    seconds = np.array([seconds_of(row, f"exchange {size}") for size in SIZES])
+    a_byte, a_message = Link(1.0, 0.0), Link(math.inf, 1.0)
+    terms = [
+        [all_reduce_seconds(n, [size], link) for link in (a_byte, a_message)] for size in SIZES
+    ]
+    ones = np.ones(len(SIZES))
+    (per_byte, latency), *_ = np.linalg.lstsq(np.array(terms) / seconds[:, None], ones, rcond=None)
+    if per_byte <= 0:
+        raise ValueError(f"{name_of(row)}: exchanging more took no longer; measure again")
     return Link(1 / float(per_byte), max(0.0, float(latency)))
 
 
@@ -139,26 +146,26 @@ def table(plan: Plan, links: Sequence[Link]) -> str:
 
 
 def _range(low: float, high: float) -> str:
-    low, high = (f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}" for value in (low, high))
+    low, high = (f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}" for value in (low, high))
     return low if low == high else f"{low} to {high}"
 
 
-def plans(rows: list[dict[str, Any]], factor: float) -> list[Plan]:
-    steps = {row["row"]: Step.measured(row).on_faster(factor) for row in rows}
+def plans(rows: list[Measured], products: float, memory: float) -> list[Plan]:
+    steps = {row["row"]: Step.measured(row).on_faster(products, memory) for row in rows}
     finetune, pretrain = steps["finetune"], steps["pretrain"]
+    each = "Finetuning, 80 sentences a step for each device, all of SST at most"
     return [
         Plan("Finetuning, 80 sentences a step", finetune, 80),
-        Plan("Finetuning, 80 sentences a step for each device", finetune, 80, is_each=True),
+        Plan(each, finetune, 80, most=SST_SENTENCES),
         Plan("Pretraining, 2,048 windows of 256 tokens a step", pretrain, PRETRAIN_WINDOWS),
     ]
 
 
-def tables(rows: list[dict[str, Any]], links: Sequence[Link]) -> str:
+def tables(rows: list[Measured], links: Sequence[Link]) -> str:
     parts = []
-    for factor in FACTORS:
-        device = "as measured" if factor == 1 else f"{factor:,} times as fast"
-        for plan in plans(rows, factor):
-            parts += [f"**{plan.title}; a device is {device}**", table(plan, links)]
+    for device, factors in FASTER.items():
+        for plan in plans(rows, *factors):
+            parts += [f"**{plan.title}; devices {device}**", table(plan, links)]
     return "\n\n".join(parts)
 
 
@@ -172,7 +179,7 @@ tables below for a link of 25 Gbit/s and 10 µs instead.
 
 {measured}
 
-A rank is a process of {threads} on a machine of {cores}; gradients go through gloo over the
+On CPUs a rank is a process of {threads} on a machine of {cores}; gradients go through gloo over the
 loopback device. All ways of a row take turns in one group of processes, {repeats} times after a
 turn that does not count; medians. `finetune` reads the assignment's 80 sentences as one padded
 batch in full mode, `pretrain` 8 windows of 256 tokens; tokens include padding.
@@ -181,49 +188,57 @@ batch in full mode, `pretrain` 8 windows of 256 tokens; tokens include padding.
 - *strong*: how many times faster the ranks take the step that one takes alone.
 - *weak*: the time of one rank, alone, for its share, over that of all for theirs.
 - *one process, all threads*: how many times faster that takes the step, without ranks.
-- *exchange*: the time to sum the gradients alone, as a part of the ranks' step.
-- *not hidden*: what the step gets shorter if nothing is exchanged, as a part of it. Below 0 it is
-  the machine's noise.
+- *exchange*: the time to sum the gradients with nothing beside it, as a part of the ranks' step.
+- *waited*: from the last bucket of gradients handed over to the end of the backward pass, on the
+  rank that waited least (the other waits for that one, too), as a part of the step. It is what the
+  exchange costs beyond what the backward pass hides.
 
-The losses of one rank and of all together differ by {largest_difference:.0e} at most. Measured by
+In two steps the losses of one rank and of all together differ by {largest_difference:.0e} at most.
+Measured by
 
 ```bash
 {commands}
 ```
 
-On GPUs nothing was measured; there the same command takes `--use_gpu` and `--bf16`.
+{on_gpus}
 
 ## Reckoned
 
 A step of $B$ rows on $n$ devices, of which the busiest has $b = \\lceil B / n \\rceil$, takes
 
-$$t(n) = b\\,(f + g) + u + x(n), \\qquad
-r(n) = \\frac{{2 (n - 1)}}{{n}} \\frac{{S}}{{\\beta}} + 2 (n - 1)\\,k\\,\\alpha$$
+$$t(n) = b\\,(f + g) + u + x(n) + 2\\,s\\,\\lceil\\log_2 n\\rceil\\,\\alpha, \\qquad
+r(n) = \\frac{{2 (n - 1)}}{{n}} \\frac{{S}}{{\\beta}} + 2\\,k\\,\\lceil\\log_2 n\\rceil\\,\\alpha$$
 
 where $f$ and $g$ are the seconds of a row forward and back, $u$ those of the update, and $r$ those
 of the exchange of $S$ bytes in $k$ buckets, over links of $\\beta$ bytes/s and $\\alpha$ seconds a
-message. Measured on one rank, for the shape of stories42M:
+message; $x$ is what of $r$ is not hidden, and $s$ = {n_sums} sums of a few numbers go with every
+step of training. For the shape of stories42M $S$ = {gradient_mb:.0f} MB in $k$ = {n_buckets}
+buckets, of which the last, with the embedding, has {last_mb:.0f} MB.
 
 {parts}
 
-and $S$ = {gradient_mb:.0f} MB, of which the embedding has {late_mb:.0f}. Assumed:
+The columns from *half the rows* on say how far to trust it: the time of half the rows over that of
+all, where the formula has 0.5; the link between the two ranks, fitted to exchanges of 4 kB to 26
+MB; and $r(2)$ and $t(2)$ with that link, nothing hidden, over what was measured. Two ranks on one
+memory say nothing about $\\log_2 n$, and little about separate devices.
+
+Assumed is:
 
 1. Devices are alike, none is late, and the network carries what all send at once.
-2. A row takes as long however many there are. (Measured: half of the rows took {halves} of
-   the time of all.)
-3. Every device makes the whole update, in the time measured.
-4. The exchange is a ring in buckets of 25 MiB of float32; each device sends and receives at the
-   full rate (Patarasuk and Yuan 2009, J. Parallel Distrib. Comput. 69).
+2. A row takes as long however many there are.
+3. Every device makes the whole update, in the time that one rank alone takes for it.
+4. Sums are taken by recursive halving and doubling (Thakur, Rabenseifner and Gropp 2005, Int. J.
+   High Perform. Comput. Appl. 19), each device sending and receiving at the full rate, one bucket
+   after the other. A ring sends the same bytes in $2 (n - 1)$ messages, not
+   $2 \\lceil\\log_2 n\\rceil$: for 1,024 devices, {n_buckets} buckets and 3 µs it waits
+   {ring_ms:.0f} ms for them, not {tree_ms:.1f}.
 5. A cell's first number hides nothing of the exchange, $x = r$. Its second hides behind the
-   backward pass all that fits there but the embedding's gradient, which is known only at its end.
-6. The links are examples: bandwidths of two kinds of Ethernet, of InfiniBand, and of one direction
-   of an H100's NVLink as its maker publishes it (900 GB/s both ways). Latencies are estimates.
-7. A device of 1,000 times the measured one does each part 1,000 times as fast. None was measured.
+   backward pass all that fits there but the last bucket.
+6. The links are examples: kinds of Ethernet and InfiniBand; their latencies are estimates.
+7. "As measured" a device is one core: {own_gflops} GFLOP/s in the passes, {own_gbytes:.0f} GB/s in
+   the update. A "fast" one has 1,000 times the first and 200 times the second, some
+   {fast_tflops:.0f} TFLOP/s and {fast_tbytes:.1f} TB/s. None was measured.
 8. Evaluation, reading data and writing files are not counted.
-
-How far to trust it: with the link between the two ranks as it was measured
-({own_links}) the formula gives {checks} of the
-time that two ranks took. They share one memory, which separate devices do not.
 
 A cell is how many times the rows a second of one device all of them have. The last row is the
 largest power of two, 4,096 at most, whose devices have half of that each, nothing hidden.
@@ -232,78 +247,106 @@ largest power of two, 4,096 at most, whose devices have half of that each, nothi
 
 What follows:
 
-- Where the batch stays at the assignment's 80 sentences, devices beyond 80 have no work, and the
-  update, which every device makes in full, weighs the more the fewer rows each has. (Pretraining
-  with `--shard` shares the update, too; that was not timed.)
-- Where every device has 80 sentences of its own, SST's {n_sentences:,} give {steps} steps an
-  epoch on {devices} devices: fast, but with hardly a step left to learn in, and
-  larger batches want other learning rates (Goyal et al. 2017, arXiv 1706.02677). This data wants
-  one machine.
-- Half a million tokens a step are what many devices are for. The limits there are the update and,
-  once devices are fast, the link.
+- Where the batch stays at the assignment's 80 sentences, devices beyond 80 have no work, 64 take no
+  less than two sentences' time, and the update, which every device makes in full, weighs the more
+  the fewer rows each has. (Pretraining with `--shard` shares the update, too; that was not timed.)
+- Where every device has 80 sentences of its own, SST's {n_sentences:,} are enough for {most_each}
+  devices, whose epoch is one step; 8 have {n_steps}. That is fast, but leaves hardly a step to
+  learn in, and larger batches want other learning rates (Goyal et al. 2017, arXiv 1706.02677). This
+  data wants one machine.
+- Half a million tokens a step are what many devices are for. How many, the link decides: for slow
+  links already among the measured devices, for all among fast ones.
 """
 
+ON_GPUS = "Rows of GPUs: a rank is a process of one device, gradients go through nccl."
+NOT_ON_GPUS = "On GPUs nothing was measured; there the same command takes `--use_gpu` and `--bf16`."
+NUMBERS_MOVED = 7  # a parameter, by AdamW: theta, gradient, m and v read, theta, m and v written
 
-def page(rows: list[dict[str, Any]]) -> str:
+
+def page(rows: list[Measured]) -> str:
     """benchmarks/README.md."""
-    ours = [row for row in rows if row["shape"] == SHAPE]
-    pairs = [row["losses"] for row in rows if len(row["losses"]) == 2]
-    shares = [seconds_of(r, "one rank, a share") / seconds_of(r, "one rank") for r in ours]
-    n_steps = [math.ceil(SST_SENTENCES / (80 * n)) for n in DEVICES]
-    links = [fit_link(row) for row in ours]
-    reckoned = [_two_ranks(r, link) for r, link in zip(ours, links, strict=True)]
+    several = reckonable(rows)
+    ours = [row for row in several if row["shape"] == SHAPE]
+    buckets = ours[0]["bucket_bytes"]
+    many, link = DEVICES[-1], LINKS[-1]
+    per_message = len(buckets) * link.latency
+    rates = [_passes_per_s(row) for row in ours]
+    update = statistics.median(parts_of(row, "one rank")["update"] for row in ours)
+    moved = NUMBERS_MOVED * ours[0]["gradient_bytes"] / update
     return PAGE.format(
         measured=scaling_table(rows),
-        repeats=len(rows[0]["seconds"]["one rank"]),
-        largest_difference=max(abs(pair["one rank"] - pair["ranks"]) for pair in pairs),
+        repeats=len(several[0]["seconds"]["one rank"]),
+        largest_difference=max(_difference(row["losses"]) for row in several),
         commands="\n".join(dict.fromkeys(row["command"] for row in rows)),
-        threads=_counted(rows[0]["threads"], "thread"),
-        cores=_counted(rows[0]["n_cpus"], "core"),
-        parts="\n".join(f"- {row['row']}: {_parts_in_words(row)}" for row in ours),
-        gradient_mb=ours[0]["gradient_bytes"] / 1e6,
-        late_mb=ours[0]["embedding_bytes"] / 1e6,
-        halves=_listed(f"{share:.2f}" for share in shares),
-        own_links="; ".join(map(str, links)),
-        checks=_listed(f"{low:.2f} to {high:.2f}" for low, high in reckoned),
+        on_gpus=ON_GPUS if any(row["device"] == "cuda" for row in rows) else NOT_ON_GPUS,
+        threads=_counted(several[0]["threads"], "thread"),
+        cores=_counted(several[0]["n_cpus"], "core"),
+        parts=parts_table(several),
+        n_sums=SUMS,
+        n_buckets=len(buckets),
+        gradient_mb=sum(buckets) / 1e6,
+        last_mb=buckets[-1] / 1e6,
+        ring_ms=1e3 * 2 * (many - 1) * per_message,
+        tree_ms=1e3 * 2 * math.log2(many) * per_message,
+        own_gflops=" and ".join(f"{rate / 1e9:.0f}" for rate in rates),
+        own_gbytes=moved / 1e9,
+        fast_tflops=FASTER["fast"][0] * statistics.mean(rates) / 1e12,
+        fast_tbytes=FASTER["fast"][1] * moved / 1e12,
         tables=tables(ours, LINKS),
         n_sentences=SST_SENTENCES,
-        steps=_listed(map(str, n_steps)),
-        devices=_listed(f"{n:,}" for n in DEVICES),
+        most_each=SST_SENTENCES // 80,
+        n_steps=math.ceil(SST_SENTENCES / (80 * DEVICES[0])),
     )
 
 
-def _parts_in_words(row: dict[str, Any]) -> str:
-    parts, n = parts_of(row, "one rank"), row["n_rows"]
-    f, g, u = (1e3 * parts[name] for name in ("forward", "backward", "update"))
-    return f"$f$ = {f / n:.1f} ms, $g$ = {g / n:.1f} ms, $u$ = {u:.0f} ms"
+def parts_table(rows: list[Measured]) -> str:
+    """Markdown: what the formula stands on, and how near it comes to two ranks."""
+    columns = ("shape", "row", "$f$ (ms)", "$g$ (ms)", "$u$ (ms)", "half the rows", "link")
+    columns += ("$r(2)$ / measured", "$t(2)$ / measured")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        parts, link, step = parts_of(row, "one rank"), fit_link(row), Step.measured(row)
+        n, n_rows = row["n_ranks"], row["n_rows"]
+        cells = [f"{1e3 * parts[name] / n_rows:.2f}" for name in ("forward", "backward")]
+        cells += [f"{1e3 * parts['update']:.0f}"]
+        half = seconds_of(row, "one rank, a share") / seconds_of(row, "one rank")
+        exchange = all_reduce_seconds(n, row["bucket_bytes"], link)
+        exchange /= seconds_of(row, "exchange")
+        whole = step.seconds(n_rows, n, link, hidden=False) / seconds_of(row, "ranks")
+        cells += [f"{half:.2f}", str(link), f"{exchange:.2f}", f"{whole:.2f}"]
+        lines.append(f"| {row['shape']} | {name_of(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def _two_ranks(row: dict[str, Any], link: Link) -> list[float]:
-    """What the formula gives for the ranks of a row over what they took: nothing hidden, all."""
-    step, n, took = Step.measured(row), row["n_ranks"], seconds_of(row, "ranks")
-    bounds = [step.seconds(row["n_rows"], n, link, hidden) / took for hidden in (False, True)]
-    return sorted(bounds)
+def _passes_per_s(row: Measured) -> float:
+    parts = parts_of(row, "one rank")
+    return row["operations"] / (parts["forward"] + parts["backward"])
+
+
+def _difference(losses: dict[str, list[float]]) -> float:
+    pairs = zip(losses["one rank"], losses["ranks"], strict=True)
+    return max(abs(alone - together) for alone, together in pairs)
 
 
 def _counted(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
-def _listed(words: Iterable[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def scaling_rows(path: Path) -> list[dict[str, Any]]:
-    """Those of several ranks on a CPU; ValueError where what the page is about is missing."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    rows = [row for row in content.get("scaling", []) if row["device"] == "cpu" and not row["bf16"]]
+def reckonable(rows: list[Measured]) -> list[Measured]:
+    """Those of two ranks on a CPU, in float32; ValueError where they were not measured alike, or
+    what the page is about is missing."""
+    rows = [row for row in rows if row["device"] == "cpu" and not row["bf16"]]
     rows = [row for row in rows if row["n_ranks"] == 2]
-    measured = {row["row"] for row in rows if row["shape"] == SHAPE}
-    if absent := [name for name in ROWS if name not in measured]:
+    found = {row["row"] for row in rows if row["shape"] == SHAPE}
+    if absent := [name for name in ROWS if name not in found]:
         raise ValueError(
-            f"{path}: has no scaling row {_listed(absent)} of two ranks for {SHAPE}; measure with "
-            "python -m benchmarks.run --rows scaling"
+            f"there is no scaling row {' and '.join(absent)} of two ranks for {SHAPE}; measure "
+            "with python -m benchmarks.run --rows scaling"
+        )
+    how = {(row["threads"], row["n_cpus"], len(row["seconds"]["ranks"])) for row in rows}
+    if len(how) > 1:
+        raise ValueError(
+            "the scaling rows differ in threads, cores or repeats; measure all of them again"
         )
     return rows
 
@@ -315,10 +358,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--speed", default=str(ROOT / "results" / "speed.json"))
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "README.md"))
     args = parser.parse_args(argv)
-    rows = scaling_rows(Path(args.speed))
+    rows = json.loads(Path(args.speed).read_text(encoding="utf-8")).get("scaling", [])
+    try:
+        several = reckonable(rows)
+    except ValueError as error:
+        raise ValueError(f"{args.speed}: {error}") from error
     if args.link:
         links = [Link.of(*numbers) for numbers in args.link]
-        print(tables([row for row in rows if row["shape"] == SHAPE], links))
+        print(tables([row for row in several if row["shape"] == SHAPE], links))
         return
     with atomic_write(args.out) as file:
         file.write(page(rows))

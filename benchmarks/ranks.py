@@ -3,20 +3,21 @@
     torchrun --nproc-per-node 2 -m benchmarks.ranks --shape mini --row pretrain --out FILE
 
 All ways of a row take turns in one group of processes, so that a drift of the machine's speed meets
-all; the processes that have no part in a turn sleep. `benchmarks.run` starts this and puts it into
-words; `benchmarks.projection` reckons with it.
+all. On CPUs the processes that have no part in a turn sleep. `benchmarks.run` starts this and puts
+it into words; `benchmarks.projection` reckons with it.
 """
 
 import argparse
+import functools
 import json
-import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -33,9 +34,9 @@ from optimizer import AdamW
 from steps import precision, take_step
 from utils import allow_tf32, atomic_write, keep_freed_memory, pick_device
 
-BUCKET = 25 * 2**20  # bytes that DistributedDataParallel exchanges at once, its default
-SIZES = (2**12, 2**16, 2**18, 2**20, 2**22, BUCKET)  # bytes exchanged alone
-PARTS = ("forward", "backward", "update")
+SIZES = (2**12, 2**16, 2**18, 2**20, 2**22, 25 * 2**20)  # bytes exchanged alone
+SUMS = 3  # of a few numbers over the ranks, in a step of training: the loss, who saves, signals
+PARTS = ("forward", "backward", "update", "waited")  # the last a part of backward
 N_WINDOWS, WINDOW = 8, 256
 
 
@@ -89,77 +90,121 @@ def operations(work: Work, row: str, shape: str) -> float:
 
 
 class Turns:
-    """The ways to take a row's step, each of which a rank can be asked for again and again."""
+    """The ways to take a row's step, and what it is made of; all ranks take each together."""
 
-    def __init__(self, make: Callable[[str, torch.device], Work], shape: str, ranks: Ranks,
-                 threads: int, bf16: bool):  # fmt: skip
+    def __init__(self, row: str, shape: str, ranks: Ranks, threads: int, bf16: bool):
         self.ranks, self.threads, self.bf16 = ranks, threads, bf16
-        self.work = make(shape, ranks.device)
-        self.shared = make(shape, ranks.device) if ranks.size > 1 else self.work
-        self.wrapped = ranks.wrap(self.shared.model)
-        self.optimizers = {
-            id(work): AdamW(work.model.parameters(), lr=jobs.LR)
-            for work in (self.work, self.shared)
-        }
-        everything = list(range(self.work.n_rows))
-        own = ranks.rows(self.work.n_rows)
-        n, all_threads = ranks.size, threads * ranks.size
+        self.work = ROWS[row](shape, ranks.device)
+        n_rows = self.work.n_rows
+        if ranks.size > n_rows:
+            raise ValueError(f"{row} has {n_rows} rows, too few for {ranks.size} ranks")
+        own, everything = ranks.rows(n_rows), list(range(n_rows))
+        alone = self._stepping(self.work, self.work.model, ALONE)
         self.ways: dict[str, Callable[[], list[float]]] = {
-            "one rank": lambda: self._alone(everything, threads)
+            "one rank": lambda: self._by_first(lambda: alone(everything)),
+            "product": lambda: self._by_first(self._product),
         }
-        if n > 1:
-            self.ways |= {
-                "ranks": lambda: self._step(self.shared, self.wrapped, own, ranks),
-                "apart": lambda: self._step(self.shared, self.wrapped, own, ranks, False),
-                "one rank, a share": lambda: self._alone(own, threads),
-                "one rank, all threads": lambda: self._alone(everything, all_threads),
-            }
-            weights = self.work.model.parameters()
-            n_bytes = sum(weight.nbytes for weight in weights)
-            self.ways["exchange"] = lambda: [self._exchange(n_bytes)]
-            self.ways |= {f"exchange {size}": self._exchange_of(size) for size in SIZES}
+        if ranks.size == 1:
+            return
+        shared = ROWS[row](shape, ranks.device)
+        wrapped = ranks.wrap(shared.model)
+        self.buckets: list[int] = []  # bytes of each, in the order of the last step
+        self.handed = 0.0  # when the last of them was handed over
+        wrapped.register_comm_hook(None, self._exchange_bucket)
+        together = self._stepping(shared, wrapped, ranks)
+        self.ways |= {
+            "ranks": lambda: together(own),
+            "one rank, a share": lambda: self._by_first(lambda: alone(own)),
+            "one rank, all threads": lambda: self._by_first(
+                lambda: alone(everything), threads * ranks.size
+            ),
+        }
+        n_bytes = sum(weight.nbytes for weight in shared.model.parameters())
+        self.buffer = torch.zeros(max(n_bytes, *SIZES) // 4, device=ranks.device)
+        self.ways["exchange"] = lambda: [self._exchange(self.buckets)]
+        for size in SIZES:
+            self.ways[f"exchange {size}"] = functools.partial(self._exchange_often, size)
 
-    def take(self, way: str) -> list[float]:
-        """Seconds of each part on the slowest rank, and of a step its loss over all ranks' rows."""
+    def take(self, way: str) -> list[list[float]]:
+        """What the way gives on each rank."""
         self.ranks.sum(0.0)  # all begin together
-        mine = self.ways[way]()
-        each = [json.loads(text) for text in self.ranks.gather(json.dumps(mine).encode())]
-        slowest = max(each, key=lambda parts: sum(parts[: len(PARTS)]))
-        return slowest[: len(PARTS)] + ([sum(p[-1] for p in each)] if len(mine) > 1 else [])
+        mine = json.dumps(self.ways[way]()).encode()
+        return [json.loads(text) for text in self.ranks.gather(mine)]
 
-    def _alone(self, rows: list[int], threads: int) -> list[float]:
+    def _by_first(self, work: Callable[[], list[float]], threads: int | None = None) -> list[float]:
+        """What the first rank does alone while the others wait; they give nothing."""
         if not self.ranks.is_first:
-            return [0.0] * (len(PARTS) + 1)
-        torch.set_num_threads(threads)
-        parts = self._step(self.work, self.work.model, rows, ALONE)
-        torch.set_num_threads(self.threads)
-        return parts
+            return []
+        torch.set_num_threads(threads or self.threads)
+        try:
+            return work()
+        finally:
+            torch.set_num_threads(self.threads)
 
-    def _step(self, work: Work, called: nn.Module, rows: list[int], ranks: Ranks,
-              exchanged: bool = True) -> list[float]:  # fmt: skip
-        started = self._now()
-        with ranks.exchanging(called, is_last=exchanged):
-            with precision(ranks.device, self.bf16):
-                loss = work.loss_of(called, rows)
-            forward = self._now()
-            (loss * ranks.size).backward()
-        backward = self._now()
-        take_step([self.optimizers[id(work)]])
-        updated = self._now()
-        return [forward - started, backward - forward, updated - backward, loss.item()]
+    def _stepping(
+        self, work: Work, called: nn.Module, ranks: Ranks
+    ) -> Callable[[list[int]], list[float]]:
+        """A step of some rows: seconds of `PARTS`, and the loss."""
+        optimizer = AdamW(work.model.parameters(), lr=jobs.LR)
 
-    def _exchange_of(self, n_bytes: int) -> Callable[[], list[float]]:
-        return lambda: [self._exchange(n_bytes)]
+        def step(rows: list[int]) -> list[float]:
+            started = self._now()
+            with ranks.exchanging(called):
+                with precision(ranks.device, self.bf16):
+                    loss = work.loss_of(called, rows)
+                (value,) = ranks.sum(loss.item())  # as training does, and twice below
+                forward = self._now()
+                (loss * ranks.size).backward()
+            backward = self._now()
+            take_step([optimizer])
+            for _ in range(SUMS - 1):
+                ranks.sum(0.0)
+            updated = self._now()
+            waited = backward - self.handed if ranks.size > 1 else 0.0
+            parts = [forward - started, backward - forward, updated - backward, waited]
+            return [*parts, value]
 
-    def _exchange(self, n_bytes: int) -> float:
-        """Seconds to sum that many bytes of float32 over the ranks, bucket by bucket."""
-        import torch.distributed as dist
+        return step
 
-        pieces = torch.zeros(n_bytes // 4, device=self.ranks.device).split(BUCKET // 4)
+    def _exchange_bucket(
+        self, _state: None, bucket: dist.GradBucket
+    ) -> torch.futures.Future[torch.Tensor]:
+        """What DDP does with a bucket of gradients by itself, their mean, but noted.
+
+        On CUDA devices it is handed over before it is computed, so what is waited includes that.
+        """
+        self.handed = time.perf_counter()
+        if bucket.index() == 0:
+            self.buckets = []
+        self.buckets.append(bucket.buffer().nbytes)
+        handle = dist.all_reduce(bucket.buffer().div_(self.ranks.size), async_op=True)
+        return handle.get_future().then(lambda future: future.value()[0])
+
+    def _exchange_often(self, size: int) -> list[float]:
+        n_times = max(1, min(50, 2**22 // size))
+        return [sum(self._exchange([size]) for _ in range(n_times)) / n_times]
+
+    def _exchange(self, sizes: Sequence[int]) -> float:
+        """Seconds to sum buckets of so many bytes of float32 over the ranks."""
+        pieces = self.buffer[: sum(sizes) // 4].split([size // 4 for size in sizes])
+        self.ranks.sum(0.0)
         started = self._now()
         for handle in [dist.all_reduce(piece, async_op=True) for piece in pieces]:
             handle.wait()
         return self._now() - started
+
+    def _product(self) -> list[float]:
+        """Seconds of one large product, by the faster of the two ways there are."""
+        device = self.ranks.device
+        size = product_size(device)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        seconds = []
+        for multiply in (F.linear, linear):
+            started = self._now()
+            multiply(a, b)[0, 0].item()
+            seconds.append(self._now() - started)
+        return [min(seconds)]
 
     def _now(self) -> float:
         if self.ranks.device.type == "cuda":
@@ -167,30 +212,34 @@ class Turns:
         return time.perf_counter()
 
 
-def peak(device: torch.device, bf16: bool, repeats: int) -> float:
-    """Operations per second of one large product, the best of the ways there are."""
-    size = 8192 if device.type == "cuda" else 2048
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = math.inf
-    for multiply in (F.linear, linear):
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            multiply(a, b)[0, 0].item()
-            best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+def product_size(device: torch.device) -> int:
+    return 8192 if device.type == "cuda" else 2048
+
+
+def in_all(way: str, of_ranks: list[list[float]]) -> list[float]:
+    """What a turn took: of a step the parts of the slowest rank and the least that one waited for
+    gradients (the others also wait for that rank), else the first rank's seconds."""
+    if way != "ranks":
+        return of_ranks[0]
+    slowest = max(of_ranks, key=lambda parts: sum(parts[:3]))
+    return [*slowest[:3], min(parts[3] for parts in of_ranks), slowest[4]]
 
 
 def measure(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    turns = Turns(ROWS[args.row], args.shape, ranks, args.threads, args.bf16)
-    first = {way: turns.take(way) for way in turns.ways}
+    turns = Turns(args.row, args.shape, ranks, args.threads, args.bf16)
+
+    def take(way: str) -> list[float]:
+        return in_all(way, turns.take(way))
+
+    both = [way for way in ("one rank", "ranks") if way in turns.ways]
+    losses = {way: [take(way)[-1] for _ in range(2)] for way in both}
+    for way in turns.ways:
+        if way not in both:
+            take(way)  # does not count
     seconds: dict[str, list[list[float]]] = {way: [] for way in turns.ways}
     for _ in range(args.repeats):
         for way in turns.ways:
-            seconds[way].append(turns.take(way)[: len(PARTS)])
-    weights = dict(turns.work.model.named_parameters())
-    (embedding,) = (weight for name, weight in weights.items() if "tok_embeddings" in name)
-    rate = peak(ranks.device, args.bf16, args.repeats) if ranks.is_first else None
+            seconds[way].append(take(way)[: len(PARTS)])
     return {
         "shape": args.shape,
         "row": args.row,
@@ -202,10 +251,10 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         "n_rows": turns.work.n_rows,
         "tokens_of_row": turns.work.tokens_of_row,
         "operations": operations(turns.work, args.row, args.shape),
-        "peak_operations_per_s": rate,
-        "gradient_bytes": sum(weight.nbytes for weight in weights.values()),
-        "embedding_bytes": embedding.nbytes,
-        "losses": {way: first[way][-1] for way in ("one rank", "ranks") if way in first},
+        "product_operations": 2 * product_size(ranks.device) ** 3,
+        "gradient_bytes": sum(weight.nbytes for weight in turns.work.model.parameters()),
+        "bucket_bytes": turns.buckets if ranks.size > 1 else [],
+        "losses": losses,
         "seconds": seconds,
     }
 
@@ -230,6 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.silent_but_first():
         pick_device(args.use_gpu)  # or a line that says why not
         with distributed.joined(args.use_gpu) as ranks:
+            if args.use_gpu and ranks.device.type != "cuda":
+                raise ValueError("--use_gpu: several ranks are for CUDA devices; leave it out")
             measured = measure(args, ranks)
             if ranks.is_first:
                 with atomic_write(args.out) as file:

@@ -12,11 +12,13 @@ packages.
 
 import argparse
 import importlib.util
+import itertools
 import json
+import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,42 +108,47 @@ def main(argv: list[str] | None = None) -> None:
     for shape in args.shapes:
         if shape not in SHAPES:
             raise ValueError(f"--shapes {shape}: is not one of {', '.join(SHAPES)}")
-    command = " ".join(["python -m benchmarks.run", *given])
-    measured, scaled, growth = [], [], None
+    command = shlex.join(["python", "-m", "benchmarks.run", *given])
+    out = Path(args.out)
     with tempfile.TemporaryDirectory() as scratch:
-        everything = {row.name: row for row in all_rows(scratch)}
-        rows = [name for name in (*everything, *SCALING) if args.rows in name]
-        if not rows:
-            names = "; ".join((*everything, *SCALING))
+        speed_rows = {row.name: row for row in all_rows(scratch)}
+        chosen = [name for name in (*speed_rows, *SCALING) if args.rows in name]
+        if not chosen:
+            names = "; ".join((*speed_rows, *SCALING))
             raise ValueError(f"--rows {args.rows!r}: is in none of the names {names}")
-        speed_rows = [everything[name] for name in rows if name in everything]
-        rates = _rates(args) if speed_rows else {}
-        for shape in args.shapes:
-            for row in speed_rows:
+        lacks_threads = args.ranks > args.threads and not args.use_gpu
+        if lacks_threads and any(name in SCALING for name in chosen):
+            raise ValueError(f"--ranks {args.ranks}: one needs a thread, and --threads is fewer")
+        is_speed = any(name in speed_rows for name in chosen)
+        if is_speed or args.plot:
+            _require_packages()
+        rates = _rates(args) if is_speed else {}
+        for shape, name in itertools.product(args.shapes, chosen):
+            if name in SCALING:
+                one = _scaled(SCALING[name], shape, args, scratch, command)
+                content, line = keep(out, scaled=[one]), scaling_table([one])
+            else:
                 counts = Counts(shape, rates)
-                measured.append(measure_row(row, counts, args.repeats, args.threads, command))
-                print(table(with_limits(measured[-1:])).splitlines()[-1], flush=True)
-            for name in rows:
-                if name in SCALING:
-                    scaled.append(_scaled(SCALING[name], shape, args, scratch, command))
-                    print(scaling_table(scaled[-1:]).splitlines()[-1], flush=True)
+                one = measure_row(speed_rows[name], counts, args.repeats, args.threads, command)
+                content, line = keep(out, rows=[one]), table(with_limits([one]))
+            print(line.splitlines()[-1], flush=True)
     if args.plot:
-        growth = measure_growth(args.shapes[0], args.repeats, args.threads)
-    content = merge(Path(args.out), measured, scaled, growth)
-    with atomic_write(args.out) as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+        content = keep(out, growth=measure_growth(args.shapes[0], args.repeats, args.threads))
     everything = with_limits(content["rows"])
     print(table(everything), others(everything), scaling_table(content["scaling"]), sep="\n\n")
     print(check(everything, {row.name: row.targets for row in all_rows("")}))
     print(f"wrote {args.out}")
     if args.plot:
-        print("wrote", *plot(content, Path(args.out).with_suffix("")))
+        print("wrote", *plot(content, out.with_suffix("")))
 
 
-def _rates(args: argparse.Namespace) -> dict[str, float]:
+def _require_packages() -> None:
     for package in ("transformers", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is missing; `bash setup.sh --dev` installs it")
+
+
+def _rates(args: argparse.Namespace) -> dict[str, float]:
     rates = measure_machine(args.repeats, args.threads)
     print({name: f"{rate / 1e9:.1f}e9" for name, rate in rates.items()}, flush=True)
     return rates
@@ -155,24 +162,27 @@ def _scaled(
     return measure_scaling(row, shape, args.ranks, *how, scratch, command)
 
 
-def merge(
+def keep(
     path: Path,
-    rows: list[Measured],
-    scaled: list[dict[str, Any]],
-    growth: dict[str, Any] | None,
+    rows: Sequence[Measured] = (),
+    scaled: Sequence[Measured] = (),
+    growth: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What the file holds, with what was measured in place of its own."""
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    """Writes and returns what the file holds, with what was measured in place of its own."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def renewed(name: str, key: Callable[..., tuple], measured: list[Any]) -> list[Any]:
+    def renewed(name: str, key: Callable[..., tuple], measured: Sequence[Measured]) -> list:
         new = {key(row): row for row in measured}
         return [*(new.pop(key(row), row) for row in old.get(name, [])), *new.values()]
 
-    return {
+    content = {
         "rows": renewed("rows", lambda row: (row["shape"], row["row"]), rows),
         "scaling": renewed("scaling", scaling_key, scaled),
         "growth": growth or old.get("growth"),
     }
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+    return content
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import distributed
 from benchmarks.ranks import PARTS
 
+N_SUMMED = PARTS.index("waited")  # parts that make a step; what follows is part of these
 Measured = dict[str, Any]  # a row as `benchmarks.ranks` writes it
 PREFIX = "scaling, "  # of these rows' names
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,14 +42,14 @@ def measure_scaling(
 
 
 def parts_of(measured: Measured, way: str) -> dict[str, float]:
-    """Seconds of each part, the medians over the turns."""
+    """Seconds of each part of a step, the medians over the turns."""
     turns = measured["seconds"][way]
     return {part: statistics.median(turn[i] for turn in turns) for i, part in enumerate(PARTS)}
 
 
 def seconds_of(measured: Measured, way: str) -> float:
-    """The median over the turns; of a step, or of what is exchanged."""
-    return statistics.median(sum(turn) for turn in measured["seconds"][way])
+    """The median over the turns: of a step, or of what has no parts."""
+    return statistics.median(sum(turn[:N_SUMMED]) for turn in measured["seconds"][way])
 
 
 def key(measured: Measured) -> tuple[Any, ...]:
@@ -58,7 +59,7 @@ def key(measured: Measured) -> tuple[Any, ...]:
 
 COLUMNS = (
     *("shape", "row", "ranks", "tokens/s, one rank", "of the peak", "tokens/s, ranks"),
-    *("strong", "weak", "one process, all threads", "exchange", "not hidden"),
+    *("strong", "weak", "one process, all threads", "exchange", "waited"),
 )
 
 
@@ -78,7 +79,8 @@ def name_of(row: Measured) -> str:
 def _figures(row: Measured) -> list[float]:
     """What the columns from the fourth on show."""
     n_tokens, alone = row["n_rows"] * row["tokens_of_row"], seconds_of(row, "one rank")
-    figures = [n_tokens / alone, row["operations"] / alone / row["peak_operations_per_s"]]
+    peak = row["product_operations"] / seconds_of(row, "product")
+    figures = [n_tokens / alone, row["operations"] / alone / peak]
     if row["n_ranks"] == 1:
         return figures
     together = seconds_of(row, "ranks")
@@ -89,7 +91,7 @@ def _figures(row: Measured) -> list[float]:
         seconds_of(row, "one rank, a share") / together,
         alone / seconds_of(row, "one rank, all threads"),
         seconds_of(row, "exchange") / together,
-        (together - seconds_of(row, "apart")) / together,
+        parts_of(row, "ranks")["waited"] / together,
     ]
 
 
