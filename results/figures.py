@@ -81,7 +81,7 @@ def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
     if published is not None and low <= published <= high:
         panel.axvline(published, color="#777777", linestyle="--", label="published, stories42M")
     elif published is not None:
-        panel.set_xlabel(f"accuracy (published {published:.3f}, off the axis)", fontsize=9)
+        panel.set_xlabel(f"accuracy\n(published {published:.3f}, off the axis)", fontsize=9)
 
 
 def confusion(found: list[Study]) -> "Figure | None":
