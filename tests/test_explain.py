@@ -586,7 +586,8 @@ def rows_of(predictions, kind):
         gold = NO_GOLD_LABEL if gold is None else gold
         sentence = f'sentence "{number}", and a comma'
         found.append(Prediction(Line(number, sentence, gold), probs))
-    return predict.formatter(kind, LABEL_NAMES)(found).encode()
+    header, as_text = predict.formatter(kind, LABEL_NAMES)
+    return (header + as_text(found)).encode()
 
 
 PREDICTIONS = st.lists(
