@@ -55,19 +55,25 @@ def train_tokenizer(folder: Path) -> Path:
     """A SentencePiece model of 320 tokens with byte fallback, trained on a few sentences."""
     sentence = "good bad this movie is a good bad film and the story was good or bad"
     words = sentence.split(" ")
-    text = folder / "text.txt"
-    text.write_text(
-        "\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words))), encoding="utf-8"
-    )
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
+    text = "\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words)))
+    return train_sentencepiece(
+        folder,
+        text,
         vocab_size=320,
-        byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+    )
+
+
+def train_sentencepiece(folder: Path, text: str, **options) -> Path:
+    """A model of 300 tokens with byte fallback, or of the given options."""
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
         minloglevel=2,
+        **{"vocab_size": 300, "byte_fallback": True, **options},
     )
     return folder / "tokenizer.model"
 

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +21,7 @@ import predict
 from advanced import explain, mistakes, picture, rendering
 from advanced.rendering import Explanation
 from classifier import LlamaEmbeddingClassifier
-from conftest import LABEL_NAMES, random_llama, randomize
+from conftest import LABEL_NAMES, random_llama, randomize, train_sentencepiece
 from labelled import NO_GOLD_LABEL
 from llama import RMSNorm
 from predict import Line, Prediction, Predictor
@@ -279,13 +278,11 @@ def test_spaces_go_with_the_word_behind_them_and_the_last_with_none(tokenizer):
 
 
 def test_a_token_of_several_words_is_shared_alike(tmp_path):
-    (tmp_path / "text.txt").write_text("of the good\nof the bad\n" * 20, encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "t"), model_type="bpe",
-        vocab_size=290, byte_fallback=True, split_by_whitespace=False, minloglevel=2,
+    path = train_sentencepiece(
+        tmp_path, "of the good\nof the bad\n" * 20, vocab_size=290, split_by_whitespace=False,
         normalization_rule_name="identity", hard_vocab_limit=False,
     )  # fmt: skip
-    tokenizer = Tokenizer(tokenizer_model=tmp_path / "t.model")
+    tokenizer = Tokenizer(tokenizer_model=path)
     predictor = predictor_of(tokenizer, random_llama(attention="causal"), "mean")
     reading = explain.read(predictor, "of the good")
     assert any(len(words) > 1 for words in reading.covered)

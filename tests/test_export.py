@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 
 import cli
@@ -26,7 +25,14 @@ from advanced.safetensors_file import read_safetensors, write_safetensors
 from advanced.tokenizer_formats import tokenizer_json
 from checkpoint import read_checkpoint
 from classifier import LlamaEmbeddingClassifier
-from conftest import ROOT, random_llama, randomize, save_llama, shared_asset
+from conftest import (
+    ROOT,
+    random_llama,
+    randomize,
+    save_llama,
+    shared_asset,
+    train_sentencepiece,
+)
 from hostile import sentencepiece_model
 from interrupts import Stopped
 from llama import Llama, load_pretrained
@@ -336,19 +342,10 @@ def test_what_tokenizer_json_cannot_hold_is_said(place, call, changes, named):
 
 
 def test_a_table_of_normalization_is_not_left_out_in_silence(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("good bad this movie is a good bad film\n" * 9, encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(tmp_path / "nfkc"),
-        model_type="bpe",
-        vocab_size=300,
-        byte_fallback=True,
-        normalization_rule_name="nmt_nfkc",
-        minloglevel=2,
-    )
+    text = "good bad this movie is a good bad film\n" * 9
+    path = train_sentencepiece(tmp_path, text, normalization_rule_name="nmt_nfkc")
     with pytest.raises(ValueError, match=r"^a table of normalization$"):
-        tokenizer_json(Tokenizer(tokenizer_model=tmp_path / "nfkc.model"))
+        tokenizer_json(Tokenizer(tokenizer_model=path))
 
 
 # ---------------------------------------------------------------- to llama2.c

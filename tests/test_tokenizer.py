@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 
 import tokenizer as tokenizer_module
-from conftest import shared_asset
+from conftest import shared_asset, train_sentencepiece
 from hostile import sentencepiece_model
 from tokenizer import TOKENIZER_MODEL, Tokenizer, find_tokenizer_model
 
@@ -24,16 +24,8 @@ REAL = {"models/tokenizer.model": 32000, "models/stories260K/tok512.model": 512}
 
 def train_tiny(folder, **options) -> str:
     """A SentencePiece model of the given traits; returns its file."""
-    text = folder / "text.txt"
-    text.write_text("a good film\na bad film\nthe story was good\n" * 4, encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tiny"),
-        model_type="bpe",
-        minloglevel=2,
-        **{"vocab_size": 300, "byte_fallback": True, **options},
-    )
-    return str(folder / "tiny.model")
+    text = "a good film\na bad film\nthe story was good\n" * 4
+    return str(train_sentencepiece(folder, text, **options))
 
 
 @pytest.mark.parametrize("text", TEXTS)
