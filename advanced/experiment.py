@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import run_llama
-from advanced import assembly, partial, prompting, wise_ft
+from advanced import assembly, partial, prompting, templates, wise_ft
 from advanced.candidates import Candidates
 from advanced.pretrain import continue_on
 from advanced.record import figures
@@ -87,7 +87,7 @@ class Experiment(Task):
         self.room = llama.config.max_seq_len
         self.n_parameters = sum(parameter.numel() for parameter in llama.parameters())
         if self.has("prompt", "zero_shot"):
-            self.templates = prompting.find_templates(self.dataset, self.label_names)
+            self.templates = templates.find_templates(self.dataset, self.label_names)
             self._template()  # or a line now that it does not exist
 
     def _stem(self, name: str) -> str:
@@ -129,12 +129,12 @@ class Experiment(Task):
         """What was read, by its sha256."""
         paths = {key: getattr(self.args, key) for key in FILES}
         if self.has("prompt", "zero_shot"):
-            paths["templates"] = prompting.TEMPLATES
+            paths["templates"] = templates.TEMPLATES
         return {f"{key}_sha256": sha256_of(path) for key, path in paths.items()}
 
     # ------------------------------------------------------------------ data
 
-    def encode(self, rows: Rows, template: prompting.Template | None = None) -> SentenceDataset:
+    def encode(self, rows: Rows, template: templates.Template | None = None) -> SentenceDataset:
         """The rows as they are, or as prompts: by the given template, or `prompt`'s own."""
         room = {"max_tokens": self.room, "max_sentence_len": self.args.max_sentence_len}
         if template is None and self.has("prompt"):
@@ -211,12 +211,12 @@ class Experiment(Task):
         model = self.build(options.pretrained_model_path, options)
         assembly.prepare(self.methods, model, options)
 
-    def wanted_templates(self) -> list[prompting.Template]:
+    def wanted_templates(self) -> list[templates.Template]:
         """All of the data set, or the one that was named."""
         return self.templates if self.args.template is None else [self._template()]
 
-    def _template(self) -> prompting.Template:
-        return prompting.choose_template(self.templates, self.args.template)
+    def _template(self) -> templates.Template:
+        return templates.choose_template(self.templates, self.args.template)
 
     # ------------------------------------------------------------------ a run
 

@@ -1,6 +1,6 @@
 """Zero-shot: template and calibration are chosen on the train split, before dev and test are read.
 
-No weight changes, and no seed has a say; see `prompting.py` for what is chosen from.
+No weight changes, and no seed has a say; `templates.py` and `prompting.py` say what is chosen from.
 """
 
 import platform
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from advanced import prompting
+from advanced import prompting, templates
 from advanced.experiment import Experiment
 from advanced.task import Rows
 from llama import load_pretrained
@@ -26,7 +26,7 @@ class ZeroShot:
         checkpoint, _ = experiment.checkpoint(args, experiment.train)
         self.llama = load_pretrained(checkpoint, args.attention).to(experiment.device)
 
-    def _model(self, template: prompting.Template) -> prompting.PromptClassifier:
+    def _model(self, template: templates.Template) -> prompting.PromptClassifier:
         given = (self.llama, self.experiment.tokenizer, template.labels)
         return prompting.PromptClassifier(*given, trainable=False).eval()
 
@@ -67,7 +67,7 @@ class ZeroShot:
     def evaluate(self, run: dict[str, Any], rows: Rows) -> Evaluation:
         """What the prompt of a run says of the rows."""
         name = run["hyperparameters"]["template"]
-        template = prompting.choose_template(self.experiment.templates, name)
+        template = templates.choose_template(self.experiment.templates, name)
         model = self._model(template)
         model.bias.copy_(torch.tensor(run["bias"]))
         return self.experiment.evaluate(model, self.experiment.encode(rows, template))

@@ -24,7 +24,7 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 SHARED = {
     f"advanced.{name}"
     for name in (
-        *("corpus", "language_model", "rendering", "sharding"),
+        *("corpus", "language_model", "rendering", "sharding", "templates"),
         *("hf_format", "safetensors_file", "tokenizer_formats"),
     )
 }
