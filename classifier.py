@@ -116,7 +116,7 @@ class LlamaZeroShotClassifier(_Classifier):
         if lengths is not None:
             lengths = lengths + len(beginning)
         logits, _ = self.llama(extended, lengths=lengths)
-        return F.log_softmax(logits[:, -1], dim=-1)
+        return _log_softmax(logits[:, -1])
 
 
 class LlamaEmbeddingClassifier(_Classifier):
@@ -157,8 +157,7 @@ class LlamaEmbeddingClassifier(_Classifier):
         lengths = self._real_lengths(lengths)
         hidden = self.llama.hidden_states(input_ids, lengths)  # (B, T, dim)
         scores = self.classifier_head(self.dropout(self.pool(hidden, lengths)))
-        # Bfloat16 tells log-probabilities apart by 0.4 %, so at least float32 here.
-        return F.log_softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
+        return _log_softmax(scores)
 
     def pool(self, hidden: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """What the head reads of the states: (B, T, dim), (B,) -> (B, dim)."""
@@ -167,6 +166,12 @@ class LlamaEmbeddingClassifier(_Classifier):
         if self.pooling == "last":
             return last_real(hidden, lengths).squeeze(1)
         return mean_of_real(hidden, lengths)
+
+
+def _log_softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension, in float32 at least: bfloat16 tells log-probabilities apart by
+    0.4 %."""
+    return F.log_softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
 
 
 def are_real(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ def evaluate(
     ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Puts the model in eval mode and predicts every example; of several `ranks` each takes every
-    so manieth batch, and all get the whole."""
+    `size`-th batch, and all get the whole."""
     from sklearn.metrics import accuracy_score, f1_score  # slow to import, and not for `generate`
 
     model.eval()

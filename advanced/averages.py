@@ -26,7 +26,8 @@ def toward_pretrained(experiment: Experiment, runs: list[Run], command: str) -> 
     done = []
     for run in runs:
         found = record.find("runs", run["hyperparameters"], run["seed"], run["fold"])
-        if found is None:
+        if found is None or not _is_of(found, [run]):
+            record.content["runs"] = [one for one in record.content["runs"] if one is not found]
             found = _interpolated(experiment, run)
             record.content["chosen"] = run["hyperparameters"]
             record.add("runs", found)
@@ -35,9 +36,9 @@ def toward_pretrained(experiment: Experiment, runs: list[Run], command: str) -> 
 
 
 def _interpolated(experiment: Experiment, run: Run) -> Run:
-    model, dev = experiment.load(run), experiment.encode(experiment.dev)
-    finetuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options = experiment.options(run["hyperparameters"])
+    model, dev = experiment.load(run), experiment.encode(experiment.dev, options)
+    finetuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train, _ = experiment.splits(run["seed"], run["fold"])
     checkpoint, _ = experiment.checkpoint(options, train)
     start = load_pretrained(checkpoint, options.attention)
@@ -45,10 +46,11 @@ def _interpolated(experiment: Experiment, run: Run) -> Run:
     tried = []
     for alpha in wise_ft.ALPHAS:
         model.load_state_dict(wise_ft.interpolate(pretrained, finetuned, alpha))
-        tried.append({"alpha": alpha, "dev_accuracy": experiment.evaluate(model, dev).accuracy})
+        accuracy = experiment.evaluate(model, dev, options).accuracy
+        tried.append({"alpha": alpha, "dev_accuracy": accuracy})
     best = max(reversed(tried), key=lambda one: one["dev_accuracy"])["alpha"]
     model.load_state_dict(wise_ft.interpolate(pretrained, finetuned, best))
-    return _measured(experiment, model, run, "wise_ft") | {"alpha": best, "alphas": tried}
+    return _measured(experiment, model, [run], "wise_ft") | {"alpha": best, "alphas": tried}
 
 
 def soup(experiment: Experiment, runs: list[Run], command: str) -> Finished:
@@ -59,15 +61,17 @@ def soup(experiment: Experiment, runs: list[Run], command: str) -> Finished:
     identity["settings"]["soup"] = kind
     record = Record(experiment.results_path(after), identity, command)
     seeds = [run["seed"] for run in runs]
-    if [made["seeds"] for made in record.content["runs"]] == [seeds]:
-        return record, record.content["runs"]
-    record.content["runs"] = []  # a soup of other seeds makes room for this one
+    made = record.content["runs"]
+    if [one["seeds"] for one in made] == [seeds] and _is_of(made[0], runs):
+        return record, made
+    record.content["runs"] = []  # a soup of other runs makes room for this one
     states = [experiment.load(run).state_dict() for run in runs]
-    model, dev = experiment.load(runs[0]), experiment.encode(experiment.dev)
+    options = experiment.options(runs[0]["hyperparameters"])
+    model, dev = experiment.load(runs[0]), experiment.encode(experiment.dev, options)
 
     def score(state: dict[str, Any]) -> float:
         model.load_state_dict(state)
-        return experiment.evaluate(model, dev).accuracy
+        return experiment.evaluate(model, dev, options).accuracy
 
     chosen = list(range(len(states)))
     if kind == "greedy":
@@ -75,7 +79,7 @@ def soup(experiment: Experiment, runs: list[Run], command: str) -> Finished:
     else:
         state = wise_ft.average(states)
     model.load_state_dict(state)
-    made = _measured(experiment, model, runs[0], after)
+    made = _measured(experiment, model, runs, after)
     made |= {"seeds": seeds, "ingredients": [runs[i]["seed"] for i in chosen]}
     record.content["chosen"] = made["hyperparameters"]
     record.add("runs", made)
@@ -88,15 +92,25 @@ def _identity(experiment: Experiment, after: str) -> dict[str, Any]:
     return identity
 
 
-def _measured(experiment: Experiment, model: nn.Module, run: Run, after: str) -> Run:
-    """The record of `run` with what `model` reaches, whose weights are written."""
+def _is_of(made: Run, runs: list[Run]) -> bool:
+    """Whether an average is of these runs' weights; records before it was noted are believed."""
+    wanted = [run["weights_sha256"] for run in runs]
+    return made.get("of", wanted) == wanted
+
+
+def _measured(experiment: Experiment, model: nn.Module, runs: list[Run], after: str) -> Run:
+    """The record of the first run with what `model`, made of them all, reaches; its weights are
+    written."""
+    run = runs[0]
     made = {key: value for key, value in run.items() if key not in ("alpha", "alphas")}
     made |= {"after": after, "history": [], "best_epoch": None}
+    made["of"] = [one["weights_sha256"] for one in runs]
     made |= {"seconds": None, "peak_memory_mb": None}
     path = experiment.weights_path(run["hyperparameters"], run["seed"], run["fold"], after)
     path.parent.mkdir(parents=True, exist_ok=True)
     options = experiment.options(run["hyperparameters"])
     made["weights_sha256"] = experiment.save(path, model, options)
     for split, rows in (("dev", experiment.dev), ("test", experiment.test)):
-        made[split] = experiment.figures(experiment.evaluate(model, experiment.encode(rows)))
+        data = experiment.encode(rows, options)
+        made[split] = experiment.figures(experiment.evaluate(model, data, options))
     return made

@@ -134,9 +134,14 @@ class Experiment(Task):
 
     # ------------------------------------------------------------------ data
 
-    def encode(self, rows: Rows, template: templates.Template | None = None) -> SentenceDataset:
+    def encode(
+        self,
+        rows: Rows,
+        options: argparse.Namespace,
+        template: templates.Template | None = None,
+    ) -> SentenceDataset:
         """The rows as they are, or as prompts: by the given template, or `prompt`'s own."""
-        room = {"max_tokens": self.room, "max_sentence_len": self.args.max_sentence_len}
+        room = {"max_tokens": self.room, "max_sentence_len": options.max_sentence_len}
         if template is None and self.has("prompt"):
             template = self._template()
         if template is not None:
@@ -158,7 +163,9 @@ class Experiment(Task):
         """The pretrained weights, which have read the training sentences if `pretrain` says so, and
         the seconds that took.
 
-        What is measured meanwhile is the bits per byte of dev, of which folds train on a part.
+        That is done once, by a seed of its own, for all seeds: their spread is of the finetuning
+        alone. What is measured meanwhile is the bits per byte of dev, of which folds train on a
+        part.
         """
         args = self.args
         if not self.has("pretrain"):
@@ -250,7 +257,7 @@ class Experiment(Task):
         train, dev = self.splits(seed, fold)
         checkpoint, pretrain_seconds = self.checkpoint(options, train)
         started = time.monotonic()
-        self._forget_peak_memory()
+        self.forget_peak_memory()
         seed_everything(seed)
         model = self.build(checkpoint, options)
         regularizer = assembly.prepare(self.methods, model, options)
@@ -264,7 +271,7 @@ class Experiment(Task):
         candidates = self._candidates(path, options, fold)
         if not is_resumed:
             candidates.clear()
-        dev_data = self.encode(dev)
+        dev_data = self.encode(dev, options)
 
         def on_epoch(report: EpochReport, is_best: bool) -> None:
             candidates.offer(report.epoch, is_best, lambda: assembly.merged(self.methods, model))
@@ -272,7 +279,7 @@ class Experiment(Task):
 
         history = train_classifier(
             model,
-            self.encode(train),
+            self.encode(train, options),
             dev_data,
             epochs=options.epochs,
             batch_size=options.batch_size,
@@ -286,7 +293,7 @@ class Experiment(Task):
         )
         final = self.build(checkpoint, options)
         final.load_state_dict(wise_ft.average(candidates.states(len(history))))
-        result = self.evaluate(final, dev_data)
+        result = self.evaluate(final, dev_data, options)
         best = max(history, key=lambda report: report.dev_accuracy).epoch
         return {
             "seed": seed,
@@ -303,7 +310,7 @@ class Experiment(Task):
             "threads": torch.get_num_threads(),
             "trainable_parameters": n_trained,
             "parameters": n_all,
-            "peak_memory_mb": None if is_resumed else self._peak_memory_mb(),
+            "peak_memory_mb": None if is_resumed else self.peak_memory_mb(),
         }
 
     def forget(self, run: dict[str, Any]) -> None:
@@ -315,12 +322,13 @@ class Experiment(Task):
     def _candidates(self, path: Path, options: argparse.Namespace, fold: int | None) -> Candidates:
         return Candidates(path, self._n_last(options, fold))
 
-    def _forget_peak_memory(self) -> None:
+    def forget_peak_memory(self) -> None:
         forget_peak_memory()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def _peak_memory_mb(self) -> float:
+    def peak_memory_mb(self) -> float:
+        """Since `forget_peak_memory`: of the device on CUDA, else of the process."""
         if self.device.type == "cuda":
             return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
         return round(peak_memory_mb(), 1)
@@ -334,9 +342,11 @@ class Experiment(Task):
             return options.last
         return 0 if fold is None else 1
 
-    def evaluate(self, model: nn.Module, data: SentenceDataset) -> Evaluation:
-        loader = make_loader(data, self.args.batch_size, similar_lengths=model.reads_lengths)
-        return evaluate(model, loader, self.device, bf16=self.args.bf16)
+    def evaluate(
+        self, model: nn.Module, data: SentenceDataset, options: argparse.Namespace
+    ) -> Evaluation:
+        loader = make_loader(data, options.batch_size, similar_lengths=model.reads_lengths)
+        return evaluate(model, loader, self.device, bf16=options.bf16)
 
     def figures(self, result: Evaluation) -> dict[str, Any]:
         return figures(result.predictions, result.labels, result.confidences, self.n_labels)
@@ -345,7 +355,7 @@ class Experiment(Task):
         """A finetuned checkpoint of run_llama.py's kind where the model is of that kind; returns
         its sha256."""
         base = self.args.pretrained_model_path
-        extra = provenance(self.label_names, self.tokenizer, base, self.args.max_sentence_len)
+        extra = provenance(self.label_names, self.tokenizer, base, options.max_sentence_len)
         extra |= {"methods": list(self.methods)}
         if type(model) is LlamaEmbeddingClassifier and not self.has("adapter"):
             save_classifier(path, model, self.config(options), **extra)

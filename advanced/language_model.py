@@ -56,7 +56,7 @@ class HeldOut:
     @torch.no_grad()
     def measure(self, model: Llama, batch_size: int, ranks: Ranks = ALONE) -> tuple[float, float]:
         """(nats per token, bits per byte); puts the model in eval mode and back. Each of several
-        `ranks` takes every so manieth batch."""
+        `ranks` takes every `size`-th batch."""
         device = model.norm.weight.device
         was_training = model.training
         model.eval()

@@ -42,7 +42,9 @@ class LowRankUpdate(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.scale * (self.B @ self.A)
+        # Autocast would round the product, and `merge` leave other weights than were trained.
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight + self.scale * (self.B @ self.A)
 
 
 def add_lora(

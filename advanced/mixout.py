@@ -52,7 +52,7 @@ class Mixout(nn.Module):
 
 
 def add_mixout(model: nn.Module, p: float) -> None:
-    """Mixes every Linear inside model.llama.layers with its weights of now, until `merge`.
+    """Mixes every Linear inside model.llama.layers with its present weights, until `merge`.
 
     Their parameters stay the same objects; `<linear>.parametrizations.weight.original` is their
     name meanwhile. A run that is resumed calls this on the pretrained model, before its state is

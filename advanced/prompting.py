@@ -42,7 +42,7 @@ def encode_prompts(
     max_sentence_len: int | None = None,
 ) -> tuple[list[Example], int]:
     """`dataset.encode_examples` of the rendered sentences: one too long loses its end, never a word
-    of the template. Leave the model room for the labels: max_seq_len - model.longest_label."""
+    of the template. Leave the model room for the labels: max_seq_len - `longest_label`."""
     before = tokenizer.encode(template.before, bos=True, eos=False)
     examples, n_truncated = encode_examples(
         rows,

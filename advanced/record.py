@@ -20,23 +20,25 @@ N_BINS = 10
 def figures(
     predictions: list[int], labels: list[int], confidences: list[float], n_labels: int
 ) -> dict[str, Any]:
-    """Accuracy, macro F1, confusion matrix (row: gold), calibration; None without gold labels.
+    """Accuracy, macro F1, confusion matrix (row: gold), calibration, of the sentences that have a
+    gold label; None where none has.
 
     The expected calibration error is sum_b n_b / N |accuracy_b - confidence_b| over ten bins of
     equal width (Guo et al. 2017, arXiv 1706.04599, equation 3).
     """
-    gold, said = np.array(labels), np.array(predictions)
-    if (gold == NO_GOLD_LABEL).any():
-        return {"n_sentences": len(gold), "accuracy": None, "macro_f1": None}
+    known = np.array(labels) != NO_GOLD_LABEL
+    if not known.any():
+        return {"n_sentences": len(labels), "accuracy": None, "macro_f1": None}
+    gold, said, sure = (np.array(v)[known] for v in (labels, predictions, confidences))
     confusion = np.zeros((n_labels, n_labels), dtype=int)
     np.add.at(confusion, (gold, said), 1)
     right = gold == said
-    bins = np.minimum((np.array(confidences) * N_BINS).astype(int), N_BINS - 1)
+    bins = np.minimum((sure * N_BINS).astype(int), N_BINS - 1)
     reliability: dict[str, list] = {"count": [], "confidence": [], "accuracy": []}
     ece = 0.0
     for b in range(N_BINS):
         here = bins == b
-        confidence = float(np.mean(np.array(confidences)[here])) if here.any() else None
+        confidence = float(np.mean(sure[here])) if here.any() else None
         accuracy = float(np.mean(right[here])) if here.any() else None
         reliability["count"].append(int(here.sum()))
         reliability["confidence"].append(confidence)

@@ -40,11 +40,17 @@ from resume import DIVERGED
 from training import Evaluation
 from utils import allow_tf32, keep_freed_memory
 
+DEFAULTS = {"attention": "causal", "pooling": "mean", "batch_size": 32, "train_acc": "running"}
 MATRICES = ("compute_query", "compute_key", "compute_value", "compute_output", "w1", "w2", "w3")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.ArgumentParser(prog="advanced.run", description=__doc__.split("\n")[0])
+    here = ", ".join(f"--{option} {value}" for option, value in DEFAULTS.items())
+    parser = cli.ArgumentParser(
+        prog="advanced.run",
+        description=__doc__.split("\n")[0],
+        epilog=f"Whatever stands above, the defaults here are {here}.",
+    )
     add = parser.add_argument
     add("--list", action="store_true", help="say what each method does, and end")
     add("--method", action="append", choices=tuple(METHODS), metavar="NAME",
@@ -63,7 +69,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_training_options(parser)
     add_recipe_options(parser)
     _add_method_options(parser)
-    parser.set_defaults(attention="causal", pooling="mean", batch_size=32, train_acc="running")
+    parser.set_defaults(**DEFAULTS)
     args = parser.parse_args(argv)
     args.grid = _grid(parser, args)
     if args.name is not None and not re.fullmatch(r"[a-z0-9_+]{1,40}", args.name):
@@ -124,7 +130,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--l2sp_head_weight", type=cli.non_negative_float, default=0.01)
     add("--smart_weight", type=cli.non_negative_float, default=1.0)
     add("--smart_radius", type=cli.positive_float, default=0.1, help="/ RMS of the embeddings")
-    add("--proximal_weight", type=cli.non_negative_float, default=0.0)
+    add("--proximal_weight", type=cli.non_negative_float, default=1.0, help="of SMART's 2nd term")
     add("--last", type=cli.positive_int, default=2, help="epochs that last_epochs averages")
     add("--soup", choices=("greedy", "uniform"), default="greedy")
 
@@ -206,9 +212,11 @@ def zero_shot(experiment: Experiment, record: Record) -> ZeroShot:
 
 def _test(experiment: Experiment, record: Record, runs: list[dict[str, Any]]) -> None:
     untested = [run for run in runs if run["test"] is None]
-    data = experiment.encode(experiment.test) if untested else None
+    options = experiment.options(record.content["chosen"])
+    data = experiment.encode(experiment.test, options) if untested else None
     for run in untested:
-        run["test"] = experiment.figures(experiment.evaluate(experiment.load(run), data))
+        result = experiment.evaluate(experiment.load(run), data, options)
+        run["test"] = experiment.figures(result)
         record.write()
 
 
@@ -293,10 +301,13 @@ def _run(experiment: Experiment, methods: tuple[str, ...]) -> None:
         record, runs = soup(experiment, runs, command())
         show(record, runs)
     best = max(runs, key=lambda run: run["dev"]["accuracy"])
-    _write_outputs(
-        experiment,
-        lambda rows: experiment.evaluate(experiment.load(best), experiment.encode(rows)),
-    )
+    options = experiment.options(best["hyperparameters"])
+
+    def predict(rows: Rows) -> Evaluation:
+        data = experiment.encode(rows, options)
+        return experiment.evaluate(experiment.load(best), data, options)
+
+    _write_outputs(experiment, predict)
 
 
 if __name__ == "__main__":

@@ -44,13 +44,20 @@ class Task:
             fewest = min(Counter(label for _, label in self.train + self.dev).values())
             if fewest < args.folds:
                 raise ValueError(
-                    f"--folds {args.folds}: a label has {fewest} sentences only; take fewer folds"
+                    f"--folds {args.folds}: a label has only {fewest} sentences; take fewer folds"
                 )
         elif args.train_share < 1.0:
-            counts = Counter(label for _, label in self.train)
-            n_kept = int(args.train_share * len(self.train))
-            if min(counts.values()) < 2 or n_kept < len(counts):
-                raise ValueError(
-                    f"--train_share {args.train_share:g} of {len(self.train)} sentences leaves a "
-                    "label none; take more"
-                )
+            for seed in args.seeds:
+                self._require_every_label(seed)
+
+    def _require_every_label(self, seed: int) -> None:
+        wanted = {label for _, label in self.train}
+        try:
+            kept = {label for _, label in self.splits(seed, None)[0]}
+        except ValueError:  # scikit-learn's: one side has too few sentences for the labels
+            kept = set()
+        if kept != wanted:
+            raise ValueError(
+                f"--train_share {self.args.train_share:g} of {len(self.train)} sentences leaves a "
+                "label none among those kept or among the rest; take another share"
+            )

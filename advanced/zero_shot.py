@@ -3,6 +3,7 @@
 No weight changes, and no seed has a say; `templates.py` and `prompting.py` say what is chosen from.
 """
 
+import argparse
 import platform
 import time
 from typing import Any
@@ -14,7 +15,6 @@ from advanced.experiment import Experiment
 from advanced.task import Rows
 from llama import load_pretrained
 from training import Evaluation
-from utils import forget_peak_memory, peak_memory_mb
 
 
 class ZeroShot:
@@ -23,6 +23,7 @@ class ZeroShot:
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
         args = experiment.args
+        self.options = argparse.Namespace(**{**vars(args), "bf16": False})  # as `choose` scores
         checkpoint, _ = experiment.checkpoint(args, experiment.train)
         self.llama = load_pretrained(checkpoint, args.attention).to(experiment.device)
 
@@ -33,12 +34,12 @@ class ZeroShot:
     def choose(self) -> dict[str, Any]:
         """Tries every template and scoring on the train split and returns the record of a run."""
         started = time.monotonic()
-        forget_peak_memory()
         experiment, tried = self.experiment, []
+        experiment.forget_peak_memory()
         labels = torch.tensor([label for _, label in experiment.train])
         for template in experiment.wanted_templates():
             model = self._model(template)
-            prompts = experiment.encode(experiment.train, template)
+            prompts = experiment.encode(experiment.train, self.options, template)
             scores = prompting.label_scores(model, prompts.examples)  # (N, n_labels)
             for scoring in prompting.SCORINGS:
                 prompting.calibrate(model, scoring, template, scores)
@@ -61,7 +62,7 @@ class ZeroShot:
             "threads": torch.get_num_threads(),
             "trainable_parameters": 0,
             "parameters": experiment.n_parameters,
-            "peak_memory_mb": round(peak_memory_mb(), 1),
+            "peak_memory_mb": experiment.peak_memory_mb(),
         }
 
     def evaluate(self, run: dict[str, Any], rows: Rows) -> Evaluation:
@@ -70,4 +71,5 @@ class ZeroShot:
         template = templates.choose_template(self.experiment.templates, name)
         model = self._model(template)
         model.bias.copy_(torch.tensor(run["bias"]))
-        return self.experiment.evaluate(model, self.experiment.encode(rows, template))
+        prompts = self.experiment.encode(rows, self.options, template)
+        return self.experiment.evaluate(model, prompts, self.options)

@@ -241,7 +241,8 @@ Assumed is:
 8. Evaluation, reading data and writing files are not counted.
 
 A cell is how many times the rows a second of one device all of them have. The last row is the
-largest power of two, 4,096 at most, whose devices have half of that each, nothing hidden.
+largest power of two, 4,096 at most, at which each device still does half of what one does alone,
+nothing hidden.
 
 {tables}
 
@@ -254,8 +255,8 @@ What follows:
   devices, whose epoch is one step; 8 have {n_steps}. That is fast, but leaves hardly a step to
   learn in, and larger batches want other learning rates (Goyal et al. 2017, arXiv 1706.02677). This
   data wants one machine.
-- Half a million tokens a step are what many devices are for. How many, the link decides: for slow
-  links already among the measured devices, for all among fast ones.
+- Half a million tokens a step are what many devices are for. How many pay depends on the link:
+  slow ones already limit devices as fast as those measured, and all of them limit fast devices.
 """
 
 ON_GPUS = "Rows of GPUs: a rank is a process of one device, gradients go through nccl."

@@ -95,7 +95,9 @@ def measure_growth(shape: str, repeats: int, threads: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = cli.ArgumentParser(description="Times naive, ours and transformers side by side.")
     parser.add_argument("--shapes", nargs="+", default=["stories42M", "mini", "stories260K"])
-    parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument(
+        "--rows", default="", help="whose name contains this; default: all but scaling"
+    )
     parser.add_argument("--repeats", type=cli.positive_int, default=5)
     parser.add_argument("--threads", type=cli.positive_int, default=2)
     parser.add_argument("--out", default=str(ROOT / "results" / "speed.json"))
@@ -112,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     with tempfile.TemporaryDirectory() as scratch:
         speed_rows = {row.name: row for row in all_rows(scratch)}
-        chosen = [name for name in (*speed_rows, *SCALING) if args.rows in name]
+        names = (*speed_rows, *SCALING) if args.rows else speed_rows
+        chosen = [name for name in names if args.rows in name]
         if not chosen:
             names = "; ".join((*speed_rows, *SCALING))
             raise ValueError(f"--rows {args.rows!r}: is in none of the names {names}")

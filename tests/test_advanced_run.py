@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import cli
-from advanced import assembly, candidates
+from advanced import assembly, candidates, wise_ft
 from advanced import experiment as experiments
 from advanced import run as composer
 from advanced.methods import METHODS
 from interrupts import Stopped
+from llama import load_pretrained
 from training import Evaluation, load_classifier
 
 TRAINED = [name for name in METHODS if name not in ("zero_shot", "prompt")]
@@ -79,7 +80,7 @@ def test_every_method_trains_leaves_its_record_and_weights_that_reproduce_it(adv
     best = max(run["dev"]["accuracy"] for run in content["runs"])
     assert f"accuracy\ndev acc :: {best:.3f}\n" in again  # of the weights, read anew
     assert len(Path("toy-dev-advanced-output.txt").read_text(encoding="utf-8").splitlines()) == 6
-    left = [path.name for path in Path("runs").glob(f"toy-{method}-*/*")]
+    left = [path.name for path in Path("runs").glob("*/*")]
     assert not [name for name in left if name.endswith((".state.pt", ".best.pt", ".epoch-1.pt"))]
 
 
@@ -104,7 +105,7 @@ def test_methods_compose_under_one_name(advanced):
     assert set(soup["ingredients"]) <= {3, 4}
 
 
-STATEFUL = ("--method=mixout", "--method=smart", "--proximal_weight=1")
+STATEFUL = ("--method=mixout", "--method=smart")
 STOPS = [  # options, and the call during which a signal comes
     *((STATEFUL, "training.take_step", n) for n in (1, 3)),
     (("--r_drop=1",), "training.take_step", 4),
@@ -212,7 +213,7 @@ GRIDS = {
     "plain": [
         *("lr=1e-2,2e-2", "batch_size=2,4", "hidden_dropout_prob=0.0,0.9"),
         *("backbone_dropout=0.0,0.5", "warmup=0.0,0.9", "layer_decay=0.1,1.0", "r_drop=0,5"),
-        *("max_grad_norm=0.01,9", "label_smoothing=0,0.5"),
+        *("max_grad_norm=0.01,9", "label_smoothing=0,0.5", "max_sentence_len=1,50"),
     ],
     "lora": ["lora_rank=1,2", "lora_alpha=1,20"],
     "adapter": ["adapter_size=2,4"],
@@ -222,6 +223,15 @@ GRIDS = {
     "pretrain": ["pretrain_epochs=1,2", "pretrain_lr=1e-4,1e-2"],
     "last_epochs": ["last=1,2", "epochs=1,2"],
 }
+
+
+@pytest.mark.parametrize("method", GRIDS)
+def test_no_option_of_a_grid_is_left_out_above(advanced, method):
+    code, _, err = advanced("--method", method, "--grid", "nonsense=1")
+    assert code == 2
+    accepted = set(err.rpartition("choose from ")[2].partition(" (see")[0].split(", "))
+    listed = {grid.partition("=")[0] for name in {method, "plain"} for grid in GRIDS[name]}
+    assert accepted == listed | {"epochs", "patience"}  # these are of how long, and tried above
 
 
 @pytest.mark.parametrize(
@@ -310,10 +320,23 @@ def test_zero_shot_chooses_template_and_scoring_on_train_and_trains_nothing(adva
     assert code == 0 and "train acc" not in again
 
 
-def test_wise_ft_ends_in_what_was_finetuned_and_begins_at_the_pretrained_backbone(advanced):
+def test_wise_ft_ends_in_what_was_finetuned_and_begins_at_the_pretrained_backbone(
+    advanced, monkeypatch
+):
+    at_zero, interpolate = [], wise_ft.interpolate
+
+    def noting(pretrained, finetuned, alpha):
+        state = interpolate(pretrained, finetuned, alpha)
+        if alpha == 0:
+            at_zero.append(state)
+        return state
+
+    monkeypatch.setattr(wise_ft, "interpolate", noting)
     assert advanced("--method", "wise_ft", "--seeds", "3")[0] == 0
     (base,), (run,) = record("plain")["runs"], record("wise_ft")["runs"]
     assert [one["alpha"] for one in run["alphas"]] == [i / 10 for i in range(11)]
+    pretrained = load_pretrained("model.pt", "causal").state_dict()
+    assert all(torch.equal(at_zero[0][f"llama.{k}"], v) for k, v in pretrained.items())
     assert run["alphas"][-1]["dev_accuracy"] == base["dev"]["accuracy"]
     assert run["dev"]["accuracy"] == max(one["dev_accuracy"] for one in run["alphas"])
 
@@ -367,8 +390,9 @@ def test_the_list_explains_each_method_in_a_line(advanced):
         (["--folds", "2", "--grid", "lr=1,2"], "then name the value"),
         (["--folds", "2", "--patience", "1"], "no --patience"),
         (["--folds", "2", "--dev_out", "toy-dev-advanced-output.txt"], "writes no outputs"),
-        (["--folds", "50"], "a label has 7 sentences only"),
-        (["--train_share", "0.01"], "take more"),
+        (["--folds", "50"], "a label has only 7 sentences"),
+        (["--train_share", "0.01"], "leaves a label none among those kept"),
+        (["--train_share", "0.99"], "or among the rest"),
         (["--method", "zero_shot", "--grid", "lr=1,2"], "trains nothing"),
         (["--method", "zero_shot", "--folds", "2"], "not trained"),
         (["--method", "prompt", "--template", "nonsense"], "no template is called"),
@@ -455,6 +479,23 @@ def test_a_soup_of_other_seeds_replaces_the_earlier(advanced):
     (mean,) = (state for path, state in weights().items() if "/toy-soup-" in path)
     for name, tensor in mean.items():
         torch.testing.assert_close(tensor, (both[0][name] + both[1][name]) / 2)
+
+
+@pytest.mark.parametrize("method", ["wise_ft", "soup"])
+def test_an_average_of_a_run_that_was_repeated_is_made_anew(advanced, monkeypatch, method):
+    options = ["--method", method, "--seeds", "3", "--epochs", "1"]
+    assert advanced(*options)[0] == 0
+    (before,) = record(method)["runs"]
+    assert advanced(*options)[0] == 0
+    assert record(method)["runs"] == [before]
+    (path,) = Path("results").glob("toy-plain-*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["runs"] = []  # as the message about lost weights asks for
+    path.write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(experiments, "seed_everything", lambda _: torch.manual_seed(99))
+    assert advanced(*options)[0] == 0
+    ((after,), (base,)) = record(method)["runs"], record("plain")["runs"]
+    assert after["of"] == [base["weights_sha256"]] != before["of"]
 
 
 def test_other_settings_under_the_same_name_are_refused(advanced):

@@ -34,6 +34,17 @@ def test_fresh_updates_change_nothing():
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
 
+def test_what_is_trained_under_autocast_is_what_merging_leaves():
+    model = classifier()
+    add_lora(model, 3, 12.0, ["w1"])
+    randomized(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = [layer.feed_forward.w1.weight for layer in model.llama.layers]
+    merge(model)
+    for weight, layer in zip(trained, model.llama.layers, strict=True):
+        assert torch.equal(weight, layer.feed_forward.w1.weight)
+
+
 @pytest.mark.parametrize("targets", [("compute_query", "compute_value"), ALL, ["w2"]])
 def test_merged_weights_are_the_sum_of_equation_3_and_leave_the_outputs(targets):
     model, rank, alpha = classifier(), 3, 12.0

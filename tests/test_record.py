@@ -43,6 +43,12 @@ def test_what_has_no_gold_labels_has_no_figures():
     assert ours == {"n_sentences": 2, "accuracy": None, "macro_f1": None}
 
 
+def test_sentences_without_a_gold_label_do_not_count():
+    ours = figures([0, 1, 0, 1], [0, -1, 1, 1], [0.5, 0.9, 0.6, 0.7], 2)
+    assert ours == figures([0, 0, 1], [0, 1, 1], [0.5, 0.6, 0.7], 2)
+    assert ours["accuracy"] == pytest.approx(2 / 3)
+
+
 def entry(seed: int, lr: float = 0.1, accuracy: float | None = 0.5) -> dict:
     hyperparameters = {"lr": lr}
     dev = {"accuracy": accuracy}
