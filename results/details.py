@@ -22,8 +22,14 @@ HOW_P = (
     "p: paired bootstrap of 10,000 resamples of sentences and of seeds against `plain` on the same "
     "split, two-sided, or McNemar's exact test where each side has one run, after Holm's "
     "correction over the methods of the column; in brackets the bootstrap's 95 % interval, "
-    "uncorrected.\n"
+    "uncorrected. It is of the test split, which chose nothing, and only where that has no gold "
+    "labels of dev, which chose epochs, learning rates and what is averaged. Seeds of both sides "
+    "are drawn apart, although some share their data or even their weights (`wise_ft`, soups), "
+    "which makes p larger; a method of one run has no spread over seeds in its interval.\n"
 )
+
+
+LARGEST = "always the split's largest class"
 
 
 def compare(study: Study, plain: Study, split: str) -> Comparison:
@@ -51,12 +57,20 @@ def compare_with_plain(group: list[Study], split: str) -> dict[str, Comparison]:
 
 
 def majority_share(group: list[Study], split: str) -> float | None:
-    """The share of the largest class, from any study of one data set with gold labels."""
+    """The share of the split's largest class, from any study of one data set with gold labels."""
     for study in group:
         counts = studies.gold_counts(study, split)
         if counts is not None:
             return float(counts.max() / counts.sum())
     return None
+
+
+def seeds_of(study: Study) -> str:
+    """How many a study has finished; of a soup how many of them it kept, such as 2 of 5."""
+    for run in study["runs"]:
+        if "ingredients" in run:
+            return f"{len(run['ingredients'])} of {len(run['seeds'])}"
+    return str(len(by_seed(study)))
 
 
 def trained_percent(of_method: list[Study]) -> str:
@@ -109,24 +123,25 @@ def _title(model: str, dataset: str, folds: int | None, share: float) -> str:
 
 def _accuracy_table(members: list[Study]) -> str:
     splits = [s for s in ("dev", "test") if any(measured(study, s) for study in members)]
+    judge = splits[-1]  # which, where there is a choice, has not chosen anything
     names = {s: "held out" if members[0]["folds"] else s for s in splits}
     head = ["method"]
     for s in splits:
         head += [names[s], f"{names[s]} macro F1", f"{names[s]} ECE"]
-    head += [f"{names[s]}, minus plain" for s in splits] + ["seeds"]
+    head += [f"{names[judge]}, minus plain", "seeds"]
     lines = [line(head), "|---" * len(head) + "|"]
     majority = [majority_share(members, s) for s in splits]
     cells = [cell for share in majority for cell in (_number(share), "", "")]
-    lines.append(line(["majority class", *cells, *("" for _ in splits), ""]))
-    differences = {s: compare_with_plain(members, s) for s in splits}
+    lines.append(line([LARGEST, *cells, "", ""]))
+    differences = compare_with_plain(members, judge)
     for study in members:
         cells = [
             mean_std(measured(study, s, key))
             for s in splits
             for key in ("accuracy", "macro_f1", "ece")
         ]
-        cells += [_difference(differences[s].get(study["method"])) for s in splits]
-        lines.append(line([study["method"], *cells, str(len(by_seed(study)))]))
+        cells.append(_difference(differences.get(study["method"])))
+        lines.append(line([study["method"], *cells, seeds_of(study)]))
     return "\n".join(lines)
 
 
@@ -144,6 +159,8 @@ def _cost_table(members: list[Study]) -> str:
         cells += [chosen, str(len(study["search"] or []))]
         seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
         cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
+        before = max(run.get("pretrain_seconds") or 0.0 for run in runs)
+        cells[-1] += f" + {before:.0f} once" if before else ""
         lines.append(line([*cells, f"{max(memory):.0f}" if memory else ""]))
     return "\n".join(lines)
 

@@ -37,7 +37,9 @@ def paired_bootstrap(
 
     A resample draws N sentences, the same for both, and seeds for each side on its own: S - 1 of
     S, which makes the variance between few seeds unbiased (Rao and Wu 1988). One seed tells
-    nothing of that variance, so there the interval is of the sentences alone. Resampling both
+    nothing of that variance, so there the interval is of the sentences alone. That seed s of one
+    side may share data or weights with seed s of the other is not used, which makes p larger where
+    it is so. Resampling both
     factors counts the noise of single answers more than once (Owen 2007, The pigeonhole
     bootstrap), so p is careful where sentences vary more than seeds; where few seeds vary much
     it is too small. Other shapes or values are a ValueError.
@@ -99,9 +101,9 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p, in the order given: the k-th smallest of m times m - k + 1, at most 1, and never
-    below one that is smaller unadjusted. Rejecting where it is <= 0.05 errs at all with
-    probability 0.05 at most."""
+    """Adjusted p, in the order given: the k-th smallest of m times m - k + 1, made non-decreasing
+    and capped at 1. Rejecting where it is <= 0.05 keeps the chance of any false rejection below
+    5 %."""
     for p in p_values:
         if not 0 <= p <= 1:
             raise ValueError(f"p value {p} is not between 0 and 1")

@@ -31,6 +31,8 @@ EVALUATION_KEYS = (
     "ece",
 )
 
+_SAME_FILES = {f"{key}_sha256" for key in ("train", "dev", "test", "pretrained_model_path")}
+
 Study = dict[str, Any]
 
 
@@ -53,6 +55,7 @@ def load(folder: Path) -> list[Study]:
         if kind in found:
             raise ValueError(f"{path}: is of the same kind as {found[kind]['file']}; keep one")
         found[kind] = study
+    _check_same_files(list(found.values()))
     _check_same_gold(list(found.values()))
     return list(found.values())
 
@@ -179,6 +182,21 @@ def _check_evaluation(evaluation: dict[str, Any], n_labels: int, place: str) -> 
             f"{place}: {n_right} right answers, {np.trace(confusion)} on the diagonal and accuracy "
             f"{evaluation['accuracy']} do not agree"
         )
+
+
+def _check_same_files(studies: list[Study]) -> None:
+    """Answers are compared sentence by sentence, so a name stands for one file in all studies."""
+    known: dict[tuple[str, str], tuple[str, str]] = {}
+    for study in studies:
+        for key, sha256 in study["files"].items():
+            owner = "model" if key == "pretrained_model_path_sha256" else "dataset"
+            if key in _SAME_FILES:
+                first, file = known.setdefault((key, study[owner]), (sha256, study["file"]))
+                if sha256 != first:
+                    raise ValueError(
+                        f"{study['file']}: {key} of {study[owner]} is {sha256[:12]}, in {file} "
+                        f"{first[:12]}; run both on the same file"
+                    )
 
 
 def _check_same_gold(studies: list[Study]) -> None:

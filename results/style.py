@@ -20,7 +20,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS, _LINES = "os^DvPX", ("-", "--", ":", "-.")
 _METHODS = (
     *("lora", "prompt", "pretrain", "smart", "wise_ft", "mixout"),
-    *("adapter", "norms", "head", "l2sp", "plain+soup", "last_epochs"),
+    *("adapter", "norms", "head", "l2sp", "soup", "last_epochs"),
     *("attention_pool", "last_mean", "layer_mix", "r_drop", "label_smoothing", "pretrain+lora"),
 )
 _FIXED = {

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import synthetic_studies as synthetic
+from conftest import ROOT
 from results import curves, figures, studies, style
 
 pytest.importorskip("matplotlib", reason="a development extra")
@@ -189,6 +190,8 @@ def test_all_figures_are_small_pngs_and_what_lacks_data_is_named(found, tmp_path
 def test_a_method_looks_the_same_everywhere_and_like_no_other(found):
     looks = [tuple(style.method_style(name).values()) for name in (*style._FIXED, *style._METHODS)]
     assert len(set(looks)) == len(looks)
+    measured = {study["method"] for study in studies.load(ROOT / "results")}
+    assert len({tuple(style.method_style(name).values()) for name in measured}) == len(measured)
     assert style.method_style("some+new") == style.method_style("some+new")
     color = style.method_style("wise_ft")["color"]
     for figure in (curves.training(found), curves.wise_ft(found)):

@@ -50,7 +50,7 @@ def mean_std(values):
 
 def test_the_table_is_mean_and_sample_deviation_over_seeds(found):
     rows = cells(report.table(found, "toy"))
-    order = ["reference, stories42M, published", "majority class", "zero_shot", "plain", "smart"]
+    order = ["reference, stories42M, published", details.LARGEST, "zero_shot", "plain", "smart"]
     assert list(rows) == [*order, "lora"]  # by SST dev
     of_sst, of_cfimdb = (one(found, dataset=name, method="lora") for name in ("sst", "cfimdb"))
     expected = [
@@ -92,7 +92,7 @@ def test_the_majority_class_is_the_largest_share_of_gold_labels(found):
     largest = max(map(sum, confusion)) / 80
     gold = synthetic.gold_labels("sst", "dev", None, 60)
     folds = np.concatenate([synthetic.gold_labels("cfimdb", "dev", i, 60) for i in range(5)])
-    row = cells(report.table(found, "toy"))["majority class"]
+    row = cells(report.table(found, "toy"))[details.LARGEST]
     assert row[1:3] == [f"{np.bincount(gold).max() / 60:.3f}", f"{largest:.3f}"]
     assert row[4] == f"{np.bincount(folds).max() / 300:.3f}"
 
@@ -116,13 +116,13 @@ def test_one_run_against_one_run_is_mcnemar(tmp_path):
     of = {s["method"]: s for s in found}
     p = significance.mcnemar(*(studies.right(of[m], "test")[0] for m in ("zero_shot", "plain")))
     assert details.compare(of["zero_shot"], of["plain"], "test").p == p
-    assert f"({p:.3f})" in cells(report.table(found, "toy"))["zero_shot"][5]
+    assert f"({p:.3f})" in cells(report.table(found, "toy"))["zero_shot"][3]
 
 
 def test_without_plain_there_is_no_difference(found):
     row = cells(report.table(found, "other"))["mixout"]
     values = [run["dev"]["accuracy"] for run in one(found, model="other")["runs"]]
-    assert row == ["100", "", "", mean_std(values), "", "", "3"]
+    assert row == ["100", mean_std(values), "", "3"]  # no column for what was not measured
     tables = report.tables(found).split("\n\n")
     assert tables == [report.table(found, "other"), report.table(found, "toy")]
 
@@ -147,12 +147,40 @@ def test_the_page_has_every_number_of_every_study(found, tmp_path):
     group = studies.select(found, model="toy", dataset="sst", folds=None, train_share=1.0)
     compared = details.compare_with_plain(group, "test")["lora"]
     interval = f"{compared.difference:+.3f} [{compared.low:+.3f}, {compared.high:+.3f}]"
-    assert cells(accuracy)["lora"][7].startswith(f"{interval} p ")
+    assert cells(accuracy)["lora"][6].startswith(f"{interval} p ")  # of test, which chose nothing
+    assert "| dev, minus plain" not in accuracy
+    assert "| dev, minus plain" in page.split("## toy, CFIMDB\n\n")[1].split("\n\n")[0]
     assert cells(cost)["lora"] == ["60,000", "1.86", "lr 0.0003", "2", "102", "403"]
     assert "(accuracy-toy.png)" in page
     assert "training-toy.png" not in page
     assert all(f"# {s['file']}\n{s['command']}" in page for s in found)
     assert page.count("McNemar") == 1
+
+
+def test_a_soup_says_how_many_runs_it_is_of(tmp_path):
+    soup = study("sst", "soup", seeds=(1,))
+    soup["runs"][0] |= {"seeds": [1, 2, 3, 4], "ingredients": [2, 4]}
+    found = studies.load(synthetic.write(tmp_path, soup, study("cfimdb", "soup", seeds=(1, 2))))
+    assert cells(report.table(found, "toy"))["soup"][-1] == "2 of 4 (CFIMDB dev 2)"
+    assert "| 2 of 4 |" in details.page(found, tmp_path)
+
+
+def test_what_pretraining_took_stands_beside_the_seconds_of_a_run(tmp_path):
+    pretrained = study("sst", "pretrain")
+    for run in pretrained["runs"]:
+        run["pretrain_seconds"] = 401.6
+    page = details.page(studies.load(synthetic.write(tmp_path, pretrained)), tmp_path)
+    assert "| 102 + 402 once |" in page
+
+
+@pytest.mark.parametrize("key", ["dev", "test", "train", "pretrained_model_path"])
+def test_studies_of_one_name_are_of_one_file(tmp_path, key):
+    first, second = study("sst", "plain"), study("sst", "lora")
+    for number, of in enumerate((first, second)):
+        of["files"][f"{key}_sha256"] = str(number) * 64
+    synthetic.write(tmp_path, first, second)
+    with pytest.raises(ValueError, match=rf"sst-plain-toy.json: {key}_sha256 of .*same file"):
+        studies.load(tmp_path)
 
 
 def test_a_resumed_run_and_a_soup_may_have_no_seconds_and_no_memory(tmp_path):
