@@ -12,10 +12,10 @@ All are functions of state dicts, after training, and what comes out costs no mo
 What differs from WiSE-FT: its CLIP has a zero-shot head, and so the line is drawn for the head,
 too. A Llama that is finetuned with a new head has none to begin the line with, so at each alpha the
 head is the finetuned one. Finetuned by a prompt, with the output layer for a head, all names are in
-both and nothing is left over. What differs from the soup paper: its runs begin with one head, here
-each seed draws its own (and LoRA its A), so that a mean of seeds lies between heads that have
-nothing in common; only prompts begin all seeds at one point. What differs from the SWA paper: the means are of an ordinary
-schedule's weights, and there are no batch statistics to be computed again.
+both and nothing is left over. What differs from the soup paper: its runs begin with one head. Here
+each seed draws its own (LoRA also its A), and only prompts begin all seeds at one point. What
+differs from the SWA paper: the means are of an ordinary schedule's weights, and there are no batch
+statistics to be computed again.
 """
 
 from collections.abc import Callable, Iterable
