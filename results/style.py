@@ -22,6 +22,8 @@ _METHODS = (
     *("lora", "prompt", "pretrain", "smart", "wise_ft", "mixout"),
     *("adapter", "norms", "head", "l2sp", "soup", "last_epochs"),
     *("attention_pool", "last_mean", "layer_mix", "r_drop", "label_smoothing", "pretrain+lora"),
+    *("wise_ft+soup", "prompt+soup", "lora+soup", "pretrain+soup", "prompt+wise_ft"),
+    *("prompt+wise_ft+soup", "layer_decay"),
 )
 _FIXED = {
     "plain": {"color": "#000000", "marker": "o", "linestyle": "-"},
