@@ -61,9 +61,9 @@ def soup(experiment: Experiment, runs: list[Run], command: str) -> Finished:
     identity["settings"]["soup"] = kind
     record = Record(experiment.results_path(after), identity, command)
     seeds = [run["seed"] for run in runs]
-    made = record.content["runs"]
-    if [one["seeds"] for one in made] == [seeds] and _is_of(made[0], runs):
-        return record, made
+    earlier = record.content["runs"]
+    if [one["seeds"] for one in earlier] == [seeds] and _is_of(earlier[0], runs):
+        return record, earlier
     record.content["runs"] = []  # a soup of other runs makes room for this one
     states = [experiment.load(run).state_dict() for run in runs]
     options = experiment.options(runs[0]["hyperparameters"])

@@ -27,9 +27,7 @@ HOW_P = (
     "are drawn apart, although some share their data or even their weights (`wise_ft`, soups), "
     "which makes p larger; a method of one run has no spread over seeds in its interval.\n"
 )
-
-
-LARGEST = "always the split's largest class"
+LARGEST = "always the split's largest class"  # the name of that row
 
 
 def compare(study: Study, plain: Study, split: str) -> Comparison:
@@ -158,9 +156,9 @@ def _cost_table(members: list[Study]) -> str:
         cells = [study["method"], f"{runs[0]['trainable_parameters']:,}", trained_percent([study])]
         cells += [chosen, str(len(study["search"] or []))]
         seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
-        cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
+        took = [f"{statistics.mean(seconds):.0f}"] if seconds else []
         before = max(run.get("pretrain_seconds") or 0.0 for run in runs)
-        cells[-1] += f" + {before:.0f} once" if before else ""
+        cells.append(" + ".join([*took, *([f"{before:.0f} once"] if before else [])]))
         lines.append(line([*cells, f"{max(memory):.0f}" if memory else ""]))
     return "\n".join(lines)
 

@@ -39,10 +39,9 @@ def paired_bootstrap(
     S, which makes the variance between few seeds unbiased (Rao and Wu 1988). One seed tells
     nothing of that variance, so there the interval is of the sentences alone. That seed s of one
     side may share data or weights with seed s of the other is not used, which makes p larger where
-    it is so. Resampling both
-    factors counts the noise of single answers more than once (Owen 2007, The pigeonhole
-    bootstrap), so p is careful where sentences vary more than seeds; where few seeds vary much
-    it is too small. Other shapes or values are a ValueError.
+    it is so. Resampling both factors counts the noise of single answers more than once (Owen 2007,
+    The pigeonhole bootstrap), so p is careful where sentences vary more than seeds; where few seeds
+    vary much it is too small. Other shapes or values are a ValueError.
     """
     a, b = _checked(a, "a", n_dimensions=2), _checked(b, "b", n_dimensions=2)
     n_sentences = a.shape[1]

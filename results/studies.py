@@ -31,7 +31,9 @@ EVALUATION_KEYS = (
     "ece",
 )
 
-_SAME_FILES = {f"{key}_sha256" for key in ("train", "dev", "test", "pretrained_model_path")}
+# Of which a study's name of its data set or model stands for one file.
+_SAME_FILES = {f"{split}_sha256": "dataset" for split in ("train", "dev", "test")}
+_SAME_FILES["pretrained_model_path_sha256"] = "model"
 
 Study = dict[str, Any]
 
@@ -188,15 +190,14 @@ def _check_same_files(studies: list[Study]) -> None:
     """Answers are compared sentence by sentence, so a name stands for one file in all studies."""
     known: dict[tuple[str, str], tuple[str, str]] = {}
     for study in studies:
-        for key, sha256 in study["files"].items():
-            owner = "model" if key == "pretrained_model_path_sha256" else "dataset"
-            if key in _SAME_FILES:
-                first, file = known.setdefault((key, study[owner]), (sha256, study["file"]))
-                if sha256 != first:
-                    raise ValueError(
-                        f"{study['file']}: {key} of {study[owner]} is {sha256[:12]}, in {file} "
-                        f"{first[:12]}; run both on the same file"
-                    )
+        for key in filter(study["files"].get, _SAME_FILES):
+            name, sha256 = study[_SAME_FILES[key]], study["files"][key]
+            first, file = known.setdefault((key, name), (sha256, study["file"]))
+            if sha256 != first:
+                raise ValueError(
+                    f"{study['file']}: {key} of {name} is {sha256[:12]}, in {file} {first[:12]}; "
+                    "run both on the same file"
+                )
 
 
 def _check_same_gold(studies: list[Study]) -> None:
