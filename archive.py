@@ -15,7 +15,7 @@ import cli
 from outputs import MAX_TEXT, TEXTS
 from sources import MAX_SOURCE, MAX_SOURCES
 
-# A submission has some 60 files and 5 MB.
+# This project has some 230 files and 4 MB.
 MAX_DIRECTORY = 8 * 2**20  # bytes of its list of files: zipfile takes 1.5 s and 200 MB for as much
 MAX_ENTRIES = 2_000
 MAX_NAME = 255  # characters of a path, what Windows unpacks

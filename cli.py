@@ -52,6 +52,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _exit_with_line(f"error: {where}{error.strerror or error}", 2, error)
     except ValueError as error:
         _exit_with_line(f"error: {error}", 2, error)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _exit_with_line(
+            "error: out of memory; make batches smaller, or sentences shorter", 2, error
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """As Python, PyTorch on a GPU, and PyTorch on a CPU say it; this file does without PyTorch."""
+    is_of_pytorch = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_of_pytorch or "can't allocate memory" in str(error)
 
 
 def standard_input() -> BinaryIO:

@@ -249,7 +249,10 @@ class Llama(LlamaPreTrainedModel):
         tied = torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
         twice = ("output.weight",) if tied else ()
         require_finite({name: weights[name] for name in weights if name not in twice})
+        if tied:
+            del weights["output.weight"]
         weights = _unshared(weights)
+        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
         model.load_state_dict(weights, assign=True)
         if tied:
             model.tok_embeddings.weight = model.output.weight
@@ -356,14 +359,14 @@ class Llama(LlamaPreTrainedModel):
 
 
 def _unshared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights; what overlaps itself or an earlier one is copied, so that an optimizer
-    steps every number once."""
-    seen: set[int] = set()
-    own = {}
-    for name, tensor in weights.items():
-        shared = tensor.data_ptr() in seen or not tensor.is_contiguous()
-        own[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
-        seen.add(tensor.data_ptr())
+    """The same weights; what overlaps itself or another one is copied, so that an optimizer steps
+    every number once."""
+    own, end = {}, 0  # of the memory that is taken
+    for name, tensor in sorted(weights.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.is_contiguous() and tensor.data_ptr() >= end:
+            own[name], end = tensor, tensor.data_ptr() + tensor.nbytes
+        else:
+            own[name] = tensor.clone(memory_format=torch.contiguous_format)
     return own
 
 

@@ -23,6 +23,7 @@ GENERATION = ("prefix", "max_new_tokens", "temperature", "top_k", "top_p", "num_
 GENERATION += ("stop_at_eos",)
 USED_BY_PREDICT = ("option", "checkpoint", "input", "sentences", "format", "tokenizer_path")
 USED_BY_PREDICT += ("batch_size", "use_gpu", "seed")
+WITH_HYPHENS = ("label_names", "pretrained_model_path")  # the assignment's other options have _
 
 
 def _data(name: str) -> dict[str, str]:
@@ -56,12 +57,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--generated_sentence_low_temp_out", default="generated-sentence-temp-0.txt")
     add("--generated_sentence_high_temp_out", default="generated-sentence-temp-1.txt")
-    add("--dev_out", help="default: <dataset>-dev-prompting-output.txt or -finetuning-")
-    add("--test_out", help="default: <dataset>-test-prompting-output.txt or -finetuning-")
+    for split in ("dev", "test"):
+        add(f"--{split}_out", help=f"default: cfimdb-{split}-prompting-output.txt or -finetuning-; "
+            "demo- where the demo data stand in")  # fmt: skip
     recipe = add_recipe_options(parser)
     recipe("--resume", action="store_true", help="go on with an interrupted run of these options")
     own = {"generate": _add_generation_options(parser), "predict": _add_predict_options(parser)}
-    args = parser.parse_intermixed_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    n_before = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_intermixed_args(argv[:n_before])  # which would lose the "--"
+    args.sentences = [*args.sentences, *argv[n_before + 1 :]]
     if args.resume and args.option != "finetune":
         parser.error("--resume goes on with a training; add --option finetune")
     for option, names in own.items():
@@ -127,7 +132,8 @@ def _require_predictable(parser: cli.ArgumentParser, args: argparse.Namespace) -
     for name in vars(args):
         if name not in USED_BY_PREDICT and _is_typed(parser, args, name):
             remedy = "; --input names the file" if name in ("train", "dev", "test") else ""
-            parser.error(f"--{name} does not go with --option predict{remedy}")
+            option = name.replace("_", "-") if name in WITH_HYPHENS else name
+            parser.error(f"--{option} does not go with --option predict{remedy}")
 
 
 def _require_free(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
@@ -190,8 +196,10 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> Callable[..., argpars
     )
     add("--layer_decay", type=cli.share, default=1.0, help="learning rate of a layer / that above")
     add("--max_grad_norm", type=cli.positive_float, help="clip gradients to this norm")
-    add("--backbone_dropout", type=cli.probability_below_one, help="inside the layers (default 0)")
-    add("--label_smoothing", type=cli.probability_below_one, default=0.0)
+    add("--backbone_dropout", type=cli.probability_below_one,
+        help="inside the layers (default: what the checkpoint records, else 0)")  # fmt: skip
+    add("--label_smoothing", type=cli.probability_below_one, default=0.0,
+        help="share of a label that is spread evenly over all of them")  # fmt: skip
     add("--r_drop", type=cli.non_negative_float, default=0.0, help="weight of R-Drop's divergence")
     add("--patience", type=cli.positive_int, help="epochs without a better dev accuracy, then end")
     add("--bf16", action="store_true", help="train in bfloat16 (weights stay float32)")
@@ -236,7 +244,7 @@ def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> bool:
 
     data, stands_in = _choose(DATA, DEMO_DATA, splits)
     if any(getattr(args, key) is not None for key in DATA):
-        data, stands_in = DATA, False
+        data, stands_in = {key: _found(path) for key, path in DATA.items()}, False
     if stands_in:
         _say_stand_in("data/cfimdb-*.txt", "data/demo-*.txt")
     for key, value in {**data, "lr": LR}.items():
@@ -255,6 +263,11 @@ def _choose(
             if all((folder / paths[key]).exists() for key in needed):
                 return {key: str(folder / path) for key, path in paths.items()}, paths is bundled
     return wanted, False
+
+
+def _found(path: str) -> str:
+    """The path in the current folder, or in the project's where it is only there."""
+    return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
 
 
 def _say_stand_in(absent: str, bundled: str) -> None:
@@ -300,6 +313,16 @@ def require_folder(outfile: str) -> None:
         raise ValueError(f"{outfile}: its folder does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{outfile}: its folder may not be written to")
+
+
+def require_different(outfiles: Sequence[str]) -> None:
+    """A ValueError where two outputs have one name."""
+    seen = set()
+    for outfile in outfiles:
+        path = Path(outfile).resolve()
+        if path in seen:
+            raise ValueError(f"{outfile}: is the name of two outputs; give each its own")
+        seen.add(path)
 
 
 def require_output_names(args: argparse.Namespace, kind: str) -> None:

@@ -95,9 +95,7 @@ def output_problems(contents: Mapping[str, bytes], references: References) -> It
 def _require_predictions(name: str, content: bytes, references: References) -> None:
     data, split, option, _ = name.split("-")
     own, mapping = f"data/{data}-{split}.txt", f"data/{data}-label-mapping.json"
-    remedy = f"write it again: python -m advanced.run --{split} {own} --{split}_out {name}"
-    if option in _OPTIONS:
-        remedy = f"write it again: run_llama.py --option {_OPTIONS[option]} --{split} {own}"
+    remedy = f"write it again: {_command(data, option)}"
     try:
         rows = _parse(name, content)
     except ValueError as error:
@@ -110,6 +108,17 @@ def _require_predictions(name: str, content: bytes, references: References) -> N
             raise ValueError(
                 f"{name}:{number}: label {label} does not exist; labels are {known}; {remedy}"
             )
+
+
+def _command(data: str, option: str) -> str:
+    """What writes the outputs of both splits."""
+    files = [f"--{split} data/{data}-{split}.txt" for split in ("train", "dev", "test")]
+    files.append(f"--label-names data/{data}-label-mapping.json")
+    files += [f"--{split}_out {data}-{split}-{option}-output.txt" for split in ("dev", "test")]
+    script = "python -m advanced.run"
+    if option in _OPTIONS:
+        script = f"run_llama.py --option {_OPTIONS[option]}"
+    return " ".join([script, *files])
 
 
 def _parse(name: str, content: bytes) -> list[tuple[str, int]]:

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -23,7 +22,14 @@ from tqdm import tqdm
 
 import cli
 from dataset import SentenceDataset, encode_examples
-from labelled import NO_GOLD_LABEL, PLACEHOLDER_SHA256, SEPARATOR, decode, parse_line
+from labelled import (
+    NO_GOLD_LABEL,
+    PLACEHOLDER_SIZE,
+    SEPARATOR,
+    are_placeholders,
+    decode,
+    parse_line,
+)
 from tokenizer import Tokenizer, open_tokenizer
 from training import (
     LlamaEmbeddingClassifier,
@@ -31,7 +37,6 @@ from training import (
     log_probs_of,
     macro_f1,
 )
-from utils import sha256_of
 
 READ_SIZE = 2**16
 LONGEST_LINE = 2**20
@@ -138,12 +143,21 @@ def open_lines(
             if is_typed(sentences, path):
                 print("one sentence a line; Ctrl-D ends", file=sys.stderr)
                 batch_size = None
-            blocks = read_blocks(file, "standard input", n_labels)
+            blocks = read_blocks(file, "standard input", n_labels, _has_placeholders(file))
         else:
-            is_placeholder = Path(path).is_file() and sha256_of(path) in PLACEHOLDER_SHA256
             file = stack.enter_context(open(path, "rb"))
-            blocks = read_blocks(file, path, n_labels, is_placeholder)
+            blocks = read_blocks(file, path, n_labels, _has_placeholders(file))
         yield blocks if batch_size is None else in_whole_batches(blocks, batch_size)
+
+
+def _has_placeholders(file: BinaryIO) -> bool:
+    """Whether its labels are known to be none. A pipe cannot be looked at twice: it is believed."""
+    if not file.seekable():
+        return False
+    start = file.tell()
+    content = file.read(PLACEHOLDER_SIZE + 1)
+    file.seek(start)
+    return are_placeholders(content)
 
 
 def is_typed(sentences: list[str], path: str | None) -> bool:

@@ -33,6 +33,7 @@ from options import (
     generates_freely,
     get_args,
     output_files,
+    require_different,
     require_folder,
     require_output_names,
 )
@@ -178,7 +179,7 @@ def _generate_freely(args: argparse.Namespace) -> None:
     """Prints `--num_samples` texts; on a terminal the first appears as it is made."""
     prefix = os.fsencode(PREFIX if args.prefix is None else args.prefix)
     if args.prefix == "-":
-        prefix = cli.standard_input().read().removesuffix(b"\n")
+        prefix = cli.standard_input().read().replace(b"\r\n", b"\n").removesuffix(b"\n")
     prefix = decode(prefix, "--prefix")
     with contextlib.redirect_stdout(sys.stderr):
         llama, tokenizer, device = _load_backbone(args)
@@ -491,6 +492,7 @@ def _run(args: argparse.Namespace, work: Callable[[], None], ranks: Ranks) -> No
     with ranks.agreed():
         for path in output_files(args):
             require_folder(path)
+        require_different(output_files(args))
     seed_everything(args.seed)
     if args.option == "finetune":
         keep_freed_memory()

@@ -18,8 +18,8 @@ RUNTIME_PACKAGES = frozenset({"torch", "numpy", "sentencepiece", "tqdm", "sklear
 _STACK = 64 * 2**20
 # Bounds on what is parsed. Of the densest source, "a" on every line, 1 MB takes 2 s of one core,
 # and a file of 256 KB takes 240 MB of memory.
-MAX_SOURCE = 256 * 2**10  # nine times the longest file of this project
-MAX_SOURCES = 2**20  # twice all files of this project, tests and benchmarks included
+MAX_SOURCE = 256 * 2**10  # five times the longest file of this project
+MAX_SOURCES = 2 * 2**20  # half as much again as all files of this project, tests included
 
 _Import = tuple[str, list[str]]  # a module's name from the root, and what may be modules within it
 

@@ -1,5 +1,6 @@
 """Train one classifier, evaluate it, keep the best of it."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -206,8 +207,10 @@ def train_classifier(
 
     Several `ranks`, which all call this alike, take equal shares of each batch and of what is
     measured: `batch_size` is that of all together, and without dropout the weights are those of one
-    process, but for rounding. `on_epoch` is called on all of them.
+    process, but for rounding. `on_epoch` is called on all of them. They take no `regularizer`.
     """
+    if regularizer is not None and ranks.size > 1:
+        raise ValueError("a regularizer is a term of the whole batch; train in one process")
     shuffle_by = torch.Generator().manual_seed(seed)
     by_length = {"similar_lengths": model.reads_lengths}
     run = _Run(
@@ -248,7 +251,7 @@ def _train(
                 place = Place(place.epoch + 1, order=shuffle_by.get_state(), history=history)
                 run.save(place)
     except Stopped as stopped:
-        with run.signals.held_back():
+        with contextlib.suppress(Stopped), run.signals.held_back():  # another one changes nothing
             run.save(place)
         stopped.is_resumable = run.keeper is not None
         raise

@@ -118,21 +118,26 @@ def _grid(parser: cli.ArgumentParser, args: argparse.Namespace) -> dict[str, lis
 
 def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("options of single methods").add_argument
-    add("--pretrain_epochs", type=cli.positive_int, default=3)
-    add("--pretrain_lr", type=cli.positive_float, default=3e-4)
+    add("--pretrain_epochs", type=cli.positive_int, default=3, help="over the train split (3)")
+    add("--pretrain_lr", type=cli.positive_float, default=3e-4, help="default 3e-4")
     add("--template", help="by its name in templates.json (default: the data set's first)")
-    add("--lora_rank", type=cli.positive_int, default=8)
-    add("--lora_alpha", type=cli.positive_float, default=16.0)
-    add("--lora_targets", nargs="+", choices=MATRICES, default=["compute_query", "compute_value"])
-    add("--adapter_size", type=cli.positive_int, default=16)
-    add("--mixout_p", type=cli.probability_below_one, default=0.5)
-    add("--l2sp_weight", type=cli.non_negative_float, default=0.01)
-    add("--l2sp_head_weight", type=cli.non_negative_float, default=0.01)
-    add("--smart_weight", type=cli.non_negative_float, default=1.0)
-    add("--smart_radius", type=cli.positive_float, default=0.1, help="/ RMS of the embeddings")
-    add("--proximal_weight", type=cli.non_negative_float, default=1.0, help="of SMART's 2nd term")
-    add("--last", type=cli.positive_int, default=2, help="epochs that last_epochs averages")
-    add("--soup", choices=("greedy", "uniform"), default="greedy")
+    add("--lora_rank", type=cli.positive_int, default=8, help="default 8")
+    add("--lora_alpha", type=cli.positive_float, default=16.0, help="alpha / rank scales BA (16)")
+    add("--lora_targets", nargs="+", choices=MATRICES, default=["compute_query", "compute_value"],
+        help="default: compute_query compute_value")  # fmt: skip
+    add("--adapter_size", type=cli.positive_int, default=16, help="width of the bottleneck (16)")
+    add("--mixout_p", type=cli.probability_below_one, default=0.5,
+        help="share of numbers put back to the pretrained ones (0.5)")  # fmt: skip
+    add("--l2sp_weight", type=cli.non_negative_float, default=0.01, help="of the Llama (0.01)")
+    add("--l2sp_head_weight", type=cli.non_negative_float, default=0.01, help="of the head (0.01)")
+    add("--smart_weight", type=cli.non_negative_float, default=1.0, help="of SMART's 1st term (1)")
+    add("--smart_radius", type=cli.positive_float, default=0.1,
+        help="/ RMS of the embeddings (0.1)")  # fmt: skip
+    add("--proximal_weight", type=cli.non_negative_float, default=1.0,
+        help="of SMART's 2nd term (1)")  # fmt: skip
+    add("--last", type=cli.positive_int, default=2, help="epochs that last_epochs averages (2)")
+    add("--soup", choices=("greedy", "uniform"), default="greedy",
+        help="add a seed where dev does not fall (greedy), or average all")  # fmt: skip
 
 
 def _seeds(text: str) -> list[int]:

@@ -19,13 +19,18 @@ was measured.
 
 """
 HOW_P = (
-    "p: paired bootstrap of 10,000 resamples of sentences and of seeds against `plain` on the same "
-    "split, two-sided, or McNemar's exact test where each side has one run, after Holm's "
-    "correction over the methods of the column; in brackets the bootstrap's 95 % interval, "
-    "uncorrected. It is of the test split, which chose nothing, and only where that has no gold "
-    "labels of dev, which chose epochs, learning rates and what is averaged. Seeds of both sides "
+    "p compares a method with `plain` on the test split, which had no part in any choice; where "
+    "that has no gold labels (CFIMDB), on dev, which chose epochs, learning rates and what is "
+    "averaged. It is of a paired bootstrap, two-sided, of 10,000 resamples of sentences and of "
+    "seeds, or of McNemar's exact test where each side has one run, corrected by Holm over the "
+    "column's methods; in brackets the bootstrap's 95 % interval, uncorrected. Seeds of both sides "
     "are drawn apart, although some share their data or even their weights (`wise_ft`, soups), "
     "which makes p larger; a method of one run has no spread over seeds in its interval.\n"
+)
+HOW_AGAIN = (
+    "The records of these runs lie beside this file, so as they stand the commands print what is "
+    "stored and train nothing; `--results_dir runs/again` runs them anew, which `--dev_out` and "
+    "`--test_out` need, too.\n"
 )
 LARGEST = "always the split's largest class"  # the name of that row
 
@@ -104,7 +109,7 @@ def page(found: list[Study], folder: Path) -> str:
         parts += [f"\n![{caption}]({name})\n\n{caption}\n" for name, caption in drawn]
     if found:
         commands = "\n".join(f"# {study['file']}\n{study['command']}" for study in found)
-        parts.append(f"\n## Commands\n\n```bash\n{commands}\n```\n")
+        parts.append(f"\n## Commands\n\n{HOW_AGAIN}\n```bash\n{commands}\n```\n")
     return "".join(parts)
 
 

@@ -167,6 +167,8 @@ def test_a_file_of_placeholder_labels_is_a_test_file_without_labels(write, monke
     monkeypatch.setattr(labelled, "PLACEHOLDER_SHA256", {hashlib.sha256(content).hexdigest()})
     assert read_sentences(path, unlabelled=True) == [("a", -1), ("b", -1)]
     assert "placeholder labels, fit for --test alone" in refusal(read_sentences, path)
+    for same in (b"0 ||| a\r\n0 ||| b\r\n", b"\xef\xbb\xbf0 ||| a\n0 ||| b"):
+        assert read_sentences(write(same), unlabelled=True) == [("a", -1), ("b", -1)]
     other = write(content + b"1 ||| c\n")
     assert read_sentences(other) == [("a", 0), ("b", 0), ("c", 1)]
 

@@ -385,6 +385,21 @@ def test_hidden_states_are_forward_without_logits(attention):
     assert len(asked) == 1  # by forward
 
 
+def test_weights_that_overlap_in_part_are_separated():
+    model = random_llama()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = [f"layers.0.attention.compute_{part}.weight" for part in ("query", "output")]
+    n = weights[names[0]].numel()
+    memory = torch.randn(n + 8)
+    for name, start in zip(names, (8, 0), strict=True):
+        weights[name] = memory[start : start + n].view_as(weights[name])
+    loaded = dict(Llama.from_weights(model.config, weights).named_parameters())
+    expected = loaded[names[1]].detach().clone()
+    with torch.no_grad():
+        loaded[names[0]].zero_()
+    assert torch.equal(loaded[names[1]], expected)
+
+
 def test_weights_are_taken_over_and_loading_draws_no_random_numbers():
     model = random_llama()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -393,6 +408,8 @@ def test_weights_are_taken_over_and_loading_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
     assert loaded.norm.weight.data_ptr() == weights["norm.weight"].data_ptr()
     assert loaded.tok_embeddings.weight is loaded.output.weight
+    embedding = weights["tok_embeddings.weight"]
+    assert loaded.tok_embeddings.weight.data_ptr() == embedding.data_ptr()
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     tokens = torch.randint(320, (2, 7))
     assert torch.equal(loaded(tokens)[1], model(tokens)[1])

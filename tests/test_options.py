@@ -124,6 +124,32 @@ def test_from_another_folder_inputs_are_found_in_the_project_and_outputs_stay_he
     assert args.dev_out == "demo-dev-prompting-output.txt"
 
 
+def test_from_another_folder_a_typed_path_does_not_hide_the_projects_other_files(
+    place, tmp_path, monkeypatch
+):
+    root = place(*OWN)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    args = options.get_args(["--option", "prompt", "--dev", "mine.txt"])
+    assert args.dev == "mine.txt"
+    assert args.test == str(root / options.DATA["test"])
+    assert args.label_names == str(root / options.DATA["label_names"])
+
+
+@pytest.mark.parametrize("sentences", [["-bad"], ["good", "--test"], ["--", "x"], ["a b", "-c d"]])
+def test_what_stands_behind_two_hyphens_is_a_sentence(place, sentences):
+    place(*OWN)
+    args = options.get_args(["--option", "predict", "--checkpoint", "x", "--", *sentences])
+    assert args.sentences == sentences
+
+
+def test_two_outputs_of_one_name_are_refused(tmp_path):
+    options.require_different([str(tmp_path / "a"), str(tmp_path / "b")])
+    with pytest.raises(ValueError, match="is the name of two outputs; give each its own"):
+        options.require_different([str(tmp_path / "a"), str(tmp_path / "b" / ".." / "a")])
+
+
 @pytest.mark.parametrize(
     "argv", [["--warmup", "1"], ["--max_grad_norm", "0"], ["--train_acc", "none"]]
 )

@@ -1,6 +1,7 @@
 """What a finetuned checkpoint says: the stream, the formats, the checkpoint's own knowledge."""
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
+import labelled
 import predict
 import run_llama
 from classifier import LlamaEmbeddingClassifier
@@ -177,13 +179,17 @@ def test_macro_f1_of_a_confusion_is_scikit_learns(pairs):
     assert macro_f1(confusion) == pytest.approx(f1_score(gold, said, average="macro"))
 
 
-def test_placeholder_labels_are_not_known(said, monkeypatch):
+@pytest.mark.parametrize("redirected", [False, True])
+def test_placeholder_labels_are_not_known(said, monkeypatch, redirected):
     write_checkpoint()
     content = b"0 ||| warm\n0 ||| bad\n"
     Path("x.txt").write_bytes(content)
-    digest = predict.sha256_of("x.txt")
-    monkeypatch.setattr(predict, "PLACEHOLDER_SHA256", PLACEHOLDER_SHA256 | {digest})
-    _, out, err = said("--input", "x.txt", "--format", "jsonl")
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(labelled, "PLACEHOLDER_SHA256", PLACEHOLDER_SHA256 | {digest})
+    with open("x.txt", encoding="utf-8") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        source = () if redirected else ("--input", "x.txt")
+        _, out, err = said(*source, "--format", "jsonl")
     assert [row["gold"] for row in as_rows(out)] == [None, None]
     assert "acc" not in err
 
@@ -456,6 +462,7 @@ def test_a_checkpoint_of_names_unknown_answers_in_numbers(said, workplace):
         (["--option", "predict", "--checkpoint", "a", "--temperature", "0"], "--temperature goes"),
         (["--option", "predict", "--checkpoint", "a", "--test", "b"], "--input names the file"),
         (["--option", "predict", "--checkpoint", "a", "--pooling", "last"], "does not go with"),
+        (["--option=predict", "--checkpoint=a", "--label-names=b"], "--label-names does not go"),
         (["--top_k", "2", "--temperature", "0"], "--top_k needs a --temperature above 0"),
         (["--top_k", "2", "--generated_sentence_low_temp_out", "a"], "for the assignment's texts"),
         (["--option", "finetune", "--top_k", "3"], "--top_k goes with --option generate"),

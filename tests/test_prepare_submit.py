@@ -14,6 +14,7 @@ import pytest
 
 import outputs
 import prepare_submit
+from archive import within_bounds
 from conftest import ROOT
 from submission import (
     FILES,
@@ -146,6 +147,13 @@ def test_folder_with_pyvenv_cfg_is_left_out_whatever_its_name(folder):
     assert packed(folder) == set(FILES)
     put(folder, {"pyvenv.cfg": "", "lib/a.py": ""})
     assert "itself a virtual environment" in problems(folder)[0]
+
+
+def test_this_project_itself_is_within_the_bounds():
+    files, _ = prepare_submit._travelers(ROOT)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    _, problems = within_bounds(sizes)
+    assert [problem for problem in problems if ".py" in problem] == []
 
 
 def test_everything_else_travels(folder):

@@ -1,6 +1,8 @@
 """The training loop against the same steps written out, and what evaluation promises."""
 
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score
 
+import training
 from classifier import LlamaEmbeddingClassifier
 from conftest import random_llama
 from dataset import Example, SentenceDataset, make_loader
+from distributed import ALONE, Ranks, Signals
+from interrupts import Stopped
 from optimizer import AdamW
+from resume import Place
 from steps import take_step
 from training import (
     Evaluation,
@@ -321,11 +327,23 @@ def test_each_layer_learns_by_the_decay_slower_than_the_one_above_it():
             assert rate[id(parameter)] == next(v for k, v in expected.items() if name.startswith(k))
 
 
-def test_layer_decay_of_one_is_plain_training():
-    models = [classifier(), classifier()]
-    for model, recipe in zip(models, (Recipe(), Recipe(layer_decay=1.0)), strict=True):
-        train(model, random_data(), recipe=recipe)
-    assert_same_weights(*models)
+def test_a_second_signal_while_the_first_one_saves_leaves_the_run_resumable():
+    run = SimpleNamespace(epochs=1, recipe=Recipe(), keeper=object(), signals=Signals(ALONE))
+
+    def stop(_place):
+        raise Stopped(signal.SIGINT)
+
+    run.epoch = stop
+    run.save = lambda _place: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped) as caught:
+        training._train(run, Place(), torch.Generator(), on_epoch=None)
+    assert caught.value.is_resumable
+    assert caught.value.signum == signal.SIGINT
+
+
+def test_several_ranks_take_no_regularizer():
+    with pytest.raises(ValueError, match="train in one process"):
+        train(classifier(), random_data(), regularizer=torch.nn.Identity(), ranks=Ranks(0, 2))
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,17 @@ def test_generators_go_on_where_a_stored_state_was_taken(tmp_path):
     assert [draw() for _ in range(3)] == draws
 
 
+def test_a_state_of_more_gpus_than_there_are_sets_those_that_there_are(monkeypatch):
+    state, was_set = random_state(), []
+    state["cuda"] = [torch.zeros(16, dtype=torch.uint8), torch.ones(16, dtype=torch.uint8)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *args: was_set.append(args))
+    set_random_state(state)
+    assert len(was_set) == 1
+    assert was_set[0][0] is state["cuda"][0] and was_set[0][1] == 0
+
+
 def test_a_sum_tells_files_apart(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
