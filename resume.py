@@ -159,15 +159,15 @@ class Keeper:
         return ValueError(f"{self.path}: is damaged, or of another version; delete it")
 
 
-def require_space(checkpoint: str | os.PathLike, n_parameters: int) -> None:
+def require_space(checkpoint: str | os.PathLike, n_parameters: int, n_kept: int = 1) -> None:
     """A ValueError, before the work, where the disk cannot hold what a run will keep.
 
-    That is the checkpoint, the state (weights and AdamW's m and v) and, until it replaces it, the
-    state's successor, all of float32 numbers.
+    That is the checkpoint, or `n_kept` of its size, the state (weights and AdamW's m and v) and,
+    until it replaces it, the state's successor, all of float32 numbers.
     """
     checkpoint = Path(checkpoint).resolve()
     held = [path for path in (checkpoint, state_path(checkpoint)) if path.is_file()]
-    needed = 4 * n_parameters * (1 + 3 + 3) - sum(path.stat().st_size for path in held)
+    needed = 4 * n_parameters * (n_kept + 3 + 3) - sum(path.stat().st_size for path in held)
     free = shutil.disk_usage(checkpoint.parent).free
     if free < needed:
         raise ValueError(

@@ -154,7 +154,7 @@ def parameter_groups(model: nn.Module, lr: float, layer_decay: float = 1.0) -> l
 
     It is `lr` for the final norm and the head, lr * layer_decay for the topmost layer, and falls by
     that factor with each layer down to the embedding (Howard and Ruder 2018, arXiv 1801.06146,
-    section 3.2).
+    section 3.2). An output layer is a head, unless it is the embedding (tied).
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if layer_decay == 1.0:
@@ -163,7 +163,7 @@ def parameter_groups(model: nn.Module, lr: float, layer_decay: float = 1.0) -> l
     by_distance: dict[int, list[nn.Parameter]] = {}
     for name, parameter in trained:
         layer = re.match(r"llama\.layers\.(\d+)\.", name)
-        at_bottom = name.startswith(("llama.tok_embeddings.", "llama.output."))
+        at_bottom = parameter is model.llama.tok_embeddings.weight
         height = int(layer[1]) + 1 if layer else (0 if at_bottom else n_layers + 1)
         by_distance.setdefault(n_layers + 1 - height, []).append(parameter)
     return [

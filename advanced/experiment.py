@@ -60,6 +60,7 @@ OPTIONS_OF = {
     "l2sp": ("l2sp_weight", "l2sp_head_weight"),
     "smart": ("smart_weight", "smart_radius", "proximal_weight"),
     "last_epochs": ("last",),
+    "soup": ("soup",),
 }
 RECIPE = tuple(f.name for f in fields(Recipe) if f.name != "running_train_acc")
 SETTINGS = (
@@ -67,6 +68,11 @@ SETTINGS = (
     *("max_sentence_len", *RECIPE),
 )
 FILES = ("train", "dev", "test", "label_names", "pretrained_model_path", "tokenizer_path")
+
+
+def _draws(model: nn.Module) -> bool:
+    """Whether its dropout makes two passes in training differ."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
 class Experiment(Task):
@@ -216,6 +222,13 @@ class Experiment(Task):
         """A ValueError now where the model could not be made, not after hours of other work."""
         options = self.options(hyperparameters)
         model = self.build(options.pretrained_model_path, options)
+        if options.r_drop and not self.has("mixout") and not _draws(model):
+            raise ValueError(
+                "--r_drop compares two passes, which are the same without dropout; give it "
+                "--backbone_dropout" + ("" if self.has("prompt") else " or --hidden_dropout_prob")
+            )
+        if self.has("last_epochs") and options.last > options.epochs:
+            raise ValueError(f"--last {options.last}: there are only {options.epochs} epochs")
         assembly.prepare(self.methods, model, options)
 
     def wanted_templates(self) -> list[templates.Template]:
@@ -253,7 +266,9 @@ class Experiment(Task):
         self, path: Path, hyperparameters: dict[str, Any], seed: int, fold: int | None
     ) -> dict[str, Any]:
         options = self.options(hyperparameters)
-        require_space(path, self.n_parameters)
+        n_kept = max(self._n_last(options, fold), 1)
+        n_teachers = 1 if self.has("smart") and options.proximal_weight else 0
+        require_space(path, self.n_parameters, n_kept + 2 * n_teachers)
         train, dev = self.splits(seed, fold)
         checkpoint, pretrain_seconds = self.checkpoint(options, train)
         started = time.monotonic()

@@ -19,7 +19,7 @@ METHODS = {
     "smart": "a penalty on what small changes of the embeddings, and of a step, do to the output",
     "last_epochs": "the mean of the weights of the last epochs instead of the best epoch's",
     "wise_ft": "pretrained and finetuned weights interpolated, the share chosen on dev",
-    "soup": "the mean of the weights that the seeds end in",
+    "soup": "the mean of the weights of those seeds that together raise dev accuracy, or of all",
 }
 READERS = ("prompt", "attention_pool", "last_mean", "layer_mix")
 PARTIAL = ("lora", "adapter", "norms", "head")
@@ -38,13 +38,14 @@ def compose(names: Sequence[str]) -> tuple[str, ...]:
         rivals = [name for name in chosen if name in group]
         if len(rivals) > 1:
             raise ValueError(f"{' and '.join(rivals)} do not combine: each {what}")
-    frozen = [name for name in chosen if name in PARTIAL]
-    toward = [name for name in chosen if name in ("mixout", "l2sp")]
-    if frozen and toward:
-        raise ValueError(
-            f"{toward[0]} and {frozen[0]} do not combine: {toward[0]} pulls weights back to the "
-            f"pretrained ones, which {frozen[0]} never leaves"
-        )
+    for name, partners, why in (
+        ("mixout", PARTIAL, "leaves the matrices, which it mixes, as they were pretrained"),
+        ("l2sp", ("lora", "head"), "trains none of the pretrained weights, which it holds"),
+        ("wise_ft", ("head",), "trains none of the weights, which it interpolates"),
+    ):
+        rivals = [partner for partner in partners if {partner, name} <= set(chosen)]
+        if rivals:
+            raise ValueError(f"{name} and {rivals[0]} do not combine: {rivals[0]} {why}")
     if {"prompt", "head"} <= set(chosen):
         raise ValueError("prompt and head do not combine: a prompt has no head to train")
     if {"prompt", "smart"} <= set(chosen):

@@ -72,6 +72,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**DEFAULTS)
     args = parser.parse_args(argv)
     args.grid = _grid(parser, args)
+    _require_used(parser, args)
     if args.name is not None and not re.fullmatch(r"[a-z0-9_+]{1,40}", args.name):
         parser.error(f"--name {args.name!r}: write it in letters a-z, digits, _ and +")
     if args.folds:
@@ -94,10 +95,22 @@ def _require_no_choice_by_a_fold(parser: cli.ArgumentParser, args: argparse.Name
         parser.error(f"--folds and {chosen[0]}: that chooses, or is not trained; leave out --folds")
 
 
+def _require_used(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """A usage error for an option of a method that was not chosen."""
+    methods = args.method or ["plain"]
+    used = {key for name in methods for key in OPTIONS_OF.get(name, ())}
+    for name, keys in OPTIONS_OF.items():
+        for key in keys:
+            if key not in used and getattr(args, key) != parser.get_default(key):
+                parser.error(f"--{key} is an option of --method {name}, which was not chosen")
+
+
 def _grid(parser: cli.ArgumentParser, args: argparse.Namespace) -> dict[str, list[Any]]:
     """--grid lr=1e-4,3e-4 as {"lr": [1e-4, 3e-4]}, each value checked as that of its option."""
     methods = args.method or ["plain"]
     known = {"lr", *SETTINGS, *(key for name in methods for key in OPTIONS_OF.get(name, ()))}
+    if "prompt" in methods:
+        known.remove("hidden_dropout_prob")  # of the head that a prompt does not have
     numbers = {action.dest: action.type for action in parser._actions if action.type and
                action.nargs is None and action.dest in known}  # fmt: skip
     grid: dict[str, list[Any]] = {}

@@ -24,7 +24,9 @@ class ZeroShot:
         self.experiment = experiment
         args = experiment.args
         self.options = argparse.Namespace(**{**vars(args), "bf16": False})  # as `choose` scores
-        checkpoint, _ = experiment.checkpoint(args, experiment.train)
+        self.llama = load_pretrained(args.pretrained_model_path, args.attention)
+        self._model(experiment.wanted_templates()[0])  # or a line before hours of `pretrain`
+        checkpoint, self.pretrain_seconds = experiment.checkpoint(args, experiment.train)
         self.llama = load_pretrained(checkpoint, args.attention).to(experiment.device)
 
     def _model(self, template: templates.Template) -> prompting.PromptClassifier:
@@ -59,6 +61,7 @@ class ZeroShot:
             "history": [],
             "best_epoch": None,
             "seconds": round(time.monotonic() - started, 1),
+            "pretrain_seconds": self.pretrain_seconds,
             "threads": torch.get_num_threads(),
             "trainable_parameters": 0,
             "parameters": experiment.n_parameters,

@@ -15,7 +15,8 @@ Written by `python -m results.report` from the JSON files beside it; edits are l
 standard deviation) over seeds; `plain` is the baseline. A number is of the weights that the method
 ends in: usually the best epoch's on dev, in cross-validation the last epoch's. Macro F1 and ECE
 (expected calibration error, ten bins) of folds are the folds' mean. A cell is empty where nothing
-was measured.
+was measured. Seconds and memory are of runs on different processors, in float32 or, where the
+command has it, bfloat16: they say how much a run takes, not which of two methods takes less.
 
 """
 HOW_P = (

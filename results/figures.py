@@ -30,12 +30,10 @@ def accuracy(found: list[Study]) -> "Figure | None":
     n_rows = max(len(one.members) for one in shown)
     figure, axes = style.panels(len(shown), 3.4, 1.2 + 0.24 * n_rows)
     for panel, one in zip(axes, shown, strict=True):
-        others = [s for s in one.members if s["method"] not in studies.FIRST]
-        order = [*[s for s in one.members if s not in others], *others]
-        for place, study in enumerate(order):
+        for place, study in enumerate(one.members):
             _dot(panel, study["method"], one.values(study), place)
-        names = [study["method"] for study in order]
-        panel.set_yticks(range(len(order)), names, fontsize=9)
+        names = [study["method"] for study in one.members]
+        panel.set_yticks(range(len(names)), names, fontsize=9)
         panel.set_ylim(n_rows - 0.5, -0.5)
         _mark_references(panel, one, names)
         panel.set_title(one.title, fontsize=10)
@@ -89,7 +87,8 @@ def confusion(found: list[Study]) -> "Figure | None":
     pairs = []
     for one in style.last_splits(found):
         compared = style.leading(one)[:2]
-        pairs += [(one, study) for study in compared if len(compared) == 2]
+        if one.named("plain") and len(compared) == 2:
+            pairs += [(one, study) for study in compared]
     if not pairs:
         return None
     figure, axes = style.panels(len(pairs), 4.2, 3.9, n_rows=len(pairs) // 2)

@@ -17,6 +17,7 @@ KEYS = (
     *("dataset", "method", "model", "train_share", "folds", "n_labels", "command", "settings"),
     *("files", "search", "chosen", "runs"),
 )
+_KINDS = {"runs": list, "files": dict, "settings": dict, "chosen": dict | None}
 RUN_KEYS = (
     *("seed", "fold", "hyperparameters", "versions", "history", "best_epoch", "dev", "test"),
     *("seconds", "threads", "trainable_parameters", "parameters", "peak_memory_mb"),
@@ -52,6 +53,9 @@ def load(folder: Path) -> list[Study]:
             _check(study)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        except (TypeError, AttributeError, KeyError) as error:  # a list for a number, and the like
+            remedy = "delete it or run it again"
+            raise ValueError(f"{path}: is not of a study's form ({error}); {remedy}") from error
         study["file"] = path.name
         kind = tuple(study[key] for key in ("dataset", "method", "model", "train_share", "folds"))
         if kind in found:
@@ -134,6 +138,9 @@ def ranked(studies: list[Study], split: str = "dev") -> list[Study]:
 
 def _check(study: Study) -> None:
     _require(study, KEYS, "study")
+    for key, kind in _KINDS.items():
+        if not isinstance(study[key], kind):
+            raise ValueError(f"its {key} are of another type; run `advanced.run` again")
     seen = set()
     for run in study["runs"]:
         _require(run, RUN_KEYS, "run")

@@ -83,7 +83,7 @@ def leading(shown: Shown) -> list[Study]:
 
 
 def method_style(method: str) -> dict[str, str]:
-    """Color, marker and line of a method, the same in every figure; an unknown name has its own."""
+    """Color, marker and line of a method, the same in all figures; unknown names may share one."""
     if method in _FIXED:
         return _FIXED[method]
     known = method in _METHODS

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from advanced import assembly, candidates, wise_ft
 from advanced import experiment as experiments
 from advanced import run as composer
 from advanced.methods import METHODS
+from conftest import random_llama
 from interrupts import Stopped
 from llama import load_pretrained
 from training import Evaluation, load_classifier
 
-TRAINED = [name for name in METHODS if name not in ("zero_shot", "prompt")]
 DATA = [
     *("--train", "toy-train.txt", "--dev", "toy-dev.txt", "--test", "toy-test.txt"),
     *("--label-names", "labels.json", "--pretrained-model-path", "model.pt"),
@@ -63,7 +64,9 @@ def weights(folder: Path = Path("runs")) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "zero_shot"])
 def test_every_method_trains_leaves_its_record_and_weights_that_reproduce_it(advanced, method):
-    options = ["--lora_rank", "2", "--adapter_size", "4", "--pretrain_epochs", "1", "--last", "1"]
+    small = {"lora": ["--lora_rank", "2"], "adapter": ["--adapter_size", "4"]}
+    small |= {"pretrain": ["--pretrain_epochs", "1"], "last_epochs": ["--last", "1"]}
+    options = small.get(method, [])
     code, _, err = advanced("--method", method, "--seeds", "3,4", *options)
     assert code == 0, err
     content = record(method)
@@ -86,7 +89,7 @@ def test_every_method_trains_leaves_its_record_and_weights_that_reproduce_it(adv
 
 @pytest.mark.parametrize("method", ["plain", "lora", "mixout", "head", "pretrain"])
 def test_what_is_merged_is_a_checkpoint_of_run_llama(advanced, method):
-    advanced("--method", method, "--seeds", "3", "--lora_rank", "2")
+    assert advanced("--method", method, "--seeds", "3")[0] == 0
     (path,) = Path("runs").glob(f"toy-{method}-*/seed-3*.pt")
     model, saved = load_classifier(path)
     assert saved["label_names"] == ["bad", "good"] and model.pooling == "mean"
@@ -121,7 +124,7 @@ STOPS = [  # options, and the call during which a signal comes
 def test_a_run_stopped_anywhere_goes_on_to_the_same_weights_and_record(
     advanced, monkeypatch, options, target, n_th
 ):
-    options = [*options, "--seeds=3", "--epochs=3", "--lora_rank=2"]
+    options = [*options, "--seeds=3", "--epochs=3"]
     assert advanced(*options, "--runs_dir=whole", "--results_dir=whole-results")[0] == 0
     whole, calls = pkgutil.resolve_name(target), []
 
@@ -221,7 +224,7 @@ GRIDS = {
     "l2sp": ["l2sp_weight=0,9", "l2sp_head_weight=0,9"],
     "smart": ["smart_weight=0,90", "smart_radius=0.1,5", "proximal_weight=0,90"],
     "pretrain": ["pretrain_epochs=1,2", "pretrain_lr=1e-4,1e-2"],
-    "last_epochs": ["last=1,2", "epochs=1,2"],
+    "last_epochs": ["last=1,2", "epochs=2,3"],
 }
 
 
@@ -348,6 +351,33 @@ def test_a_soup_of_one_is_that_one(advanced):
     assert run["dev"] == base["dev"] and run["test"] == base["test"]
 
 
+def test_zero_shot_without_a_mask_is_refused_before_the_pretraining(advanced, monkeypatch):
+    monkeypatch.setattr(experiments, "continue_on", lambda *given, **named: pytest.fail("began"))
+    methods = ["--method", "pretrain", "--method", "zero_shot"]
+    code, _, err = advanced(*methods, "--attention", "full")
+    assert code == 2 and "attention='full' cannot prompt" in err
+
+
+def test_what_pretraining_took_is_said_of_zero_shot_too(advanced, monkeypatch):
+    monkeypatch.setattr(experiments, "continue_on", lambda *given, **named: ("model.pt", 7.04))
+    code, _, err = advanced("--method", "pretrain", "--method", "zero_shot")
+    assert code == 0, err
+    assert record("zero_shot+pretrain")["runs"][0]["pretrain_seconds"] == 7.0
+
+
+@pytest.mark.parametrize("method", ["norms", "adapter"])
+def test_l2sp_holds_the_pretrained_gains_that_some_methods_train(method):
+    options = composer.get_args(["--method", method, "--method", "l2sp"])
+    config = SimpleNamespace(num_labels=2, option="finetune", hidden_dropout_prob=0.0)
+    model = assembly.build([method], random_llama(), config, None, None, options.adapter_size)
+    penalty = assembly.prepare([method, "l2sp"], model, options)
+    before = penalty(model, None, None)
+    with torch.no_grad():
+        model.llama.norm.weight.add_(1.0)
+    expected = options.l2sp_weight / 2 * model.llama.config.dim
+    assert (penalty(model, None, None) - before).item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_regularizers_together_are_their_sum():
     class Term(torch.nn.Module):
         def __init__(self, value):
@@ -400,6 +430,12 @@ def test_the_list_explains_each_method_in_a_line(advanced):
         (["--name", "A name"], "letters a-z"),
         (["--dev_out", "absent/toy-dev-advanced-output.txt"], "folder does not exist"),
         (["--method", "lora", "--lora_rank", "999"], "rank"),
+        (["--lora_rank", "2"], "--lora_rank is an option of --method lora, which was not chosen"),
+        (["--method", "lora", "--soup", "uniform"], "an option of --method soup"),
+        (["--method", "last_epochs", "--last", "3"], "--last 3: there are only 2 epochs"),
+        (["--r_drop", "1", "--hidden_dropout_prob", "0"], "or --hidden_dropout_prob"),
+        (["--method", "prompt", "--r_drop", "1"], "give it --backbone_dropout\n"),
+        (["--method", "prompt", "--grid", "hidden_dropout_prob=0,0.3"], "choose from"),
         (["--method", "attention_pool", "--pooling", "position"], "position"),
     ],
 )

@@ -82,6 +82,10 @@ def test_lines_stand_at_plain_and_at_the_published_and_zero_shot_is_written(foun
     assert "published 0.800" in panel_of(figures.accuracy(found), "CFIMDB dev").get_xlabel()
 
 
+def test_without_plain_no_two_methods_are_shown_as_the_baseline_and_the_best(found):
+    assert figures.confusion([study for study in found if study["method"] != "plain"]) is None
+
+
 def test_a_confusion_matrix_has_rows_of_one_and_counts_summed_over_seeds(found):
     figure = figures.confusion(found)
     titles = [panel.get_title() for panel in figure.axes]
@@ -192,7 +196,8 @@ def test_a_method_looks_the_same_everywhere_and_like_no_other(found):
     assert len(set(looks)) == len(looks)
     measured = {study["method"] for study in studies.load(ROOT / "results")}
     assert len({tuple(style.method_style(name).values()) for name in measured}) == len(measured)
-    assert style.method_style("some+new") == style.method_style("some+new")
+    expected = {"color": "#D55E00", "marker": "v", "linestyle": "--"}
+    assert style.method_style("some+new") == expected  # in every process, unlike `hash`
     color = style.method_style("wise_ft")["color"]
     for figure in (curves.training(found), curves.wise_ft(found)):
         lines = [line for panel in figure.axes for line in panel.lines]

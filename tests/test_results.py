@@ -234,6 +234,11 @@ def put_in_test(key, value):
         (put_in_test("right", "2" * 80), "80 answers of 0 or 1"),
         (put_in_test("right", "1" * 80), "80 right answers"),
         (put_in_test("accuracy", 0.99), r"accuracy 0\.99 do not agree"),
+        (put("runs", None), "its runs are of another type"),
+        (put("files", [1]), "its files are of another type"),
+        (put("chosen", [1]), "its chosen are of another type"),
+        (put("runs", [1]), "not of a study's form"),
+        (put_in_run("hyperparameters", [1]), "not of a study's form"),
     ],
 )
 def test_a_file_that_lacks_or_contradicts_is_named_in_one_line(tmp_path, spoil, words):

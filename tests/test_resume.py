@@ -431,6 +431,9 @@ def test_too_little_room_is_said_before_the_training(run, workplace, monkeypatch
     assert code == 2 and "0 MB free, training needs" in error and "make room" in error
     assert "train loss" not in said
     require_space(workplace / "x.pt", 100_000 // 28)
+    require_space(workplace / "x.pt", 100_000 // 44, n_kept=5)
+    with pytest.raises(ValueError, match="make room"):
+        require_space(workplace / "x.pt", 100_000 // 28, n_kept=2)
     with pytest.raises(ValueError, match="make room"):
         require_space(workplace / "x.pt", 100_000 // 28 + 1)
 

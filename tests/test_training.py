@@ -327,6 +327,16 @@ def test_each_layer_learns_by_the_decay_slower_than_the_one_above_it():
             assert rate[id(parameter)] == next(v for k, v in expected.items() if name.startswith(k))
 
 
+def test_an_untied_output_layer_is_a_head_and_learns_as_fast():
+    model = classifier()
+    llama = model.llama
+    llama.output.weight = torch.nn.Parameter(llama.output.weight.detach().clone())
+    groups = parameter_groups(model, 1.0, layer_decay=0.5)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rate[id(llama.output.weight)] == 1.0
+    assert rate[id(llama.tok_embeddings.weight)] == 0.5 ** (llama.config.n_layers + 1)
+
+
 def test_a_second_signal_while_the_first_one_saves_leaves_the_run_resumable():
     run = SimpleNamespace(epochs=1, recipe=Recipe(), keeper=object(), signals=Signals(ALONE))
 
