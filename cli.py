@@ -74,8 +74,13 @@ def standard_input() -> BinaryIO:
 
 
 def resume_command(option: str | None = "--resume") -> str:
-    """The command that this process was started by, with the option that goes on, if need be."""
+    """The command that this process was started by, with the option that goes on, if need be.
+
+    torchrun starts `python -u SCRIPT ...`; the dots stand for torchrun's own options.
+    """
     command = sys.orig_argv
+    if "TORCHELASTIC_RUN_ID" in os.environ and command[1:2] == ["-u"]:
+        command = ["torchrun", "...", *command[2:]]
     return shlex.join(command if option is None or option in command else [*command, option])
 
 

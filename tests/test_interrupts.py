@@ -84,6 +84,9 @@ def test_the_line_names_the_command_to_go_on_with_where_there_is_one(
     assert capsys.readouterr().err == f"a b.py: terminated{go_on}\n"
     monkeypatch.setattr(sys, "orig_argv", ["python", "a.py", "--resume"])
     assert cli.resume_command() == "python a.py --resume"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "-m", "a", "--lr", "1"])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert cli.resume_command() == "torchrun ... -m a --lr 1 --resume"
 
 
 def test_a_script_without_anything_to_save_ends_with_a_line(tmp_path):
