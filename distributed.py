@@ -192,7 +192,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def exchanging(self, wrapped: nn.Module, is_last: bool = True) -> Iterator[None]:
-        """The context of a pass forward and back: gradients are exchanged in the last of a step."""
+        """The context of a pass forward and back: gradients are exchanged in the last of a step,
+        those of a model that is cut in each."""
         if self.size == 1:
             yield
             return
@@ -200,9 +201,8 @@ class Ranks:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(_peers())
-            if not isinstance(wrapped, DistributedDataParallel):  # fully_shard's
-                wrapped.set_requires_gradient_sync(is_last)
-            elif not is_last:
+            # A model that is cut exchanges in each pass, or every rank would hold a whole gradient.
+            if isinstance(wrapped, DistributedDataParallel) and not is_last:
                 stack.enter_context(wrapped.no_sync())
             yield
 

@@ -5,6 +5,7 @@ document is written as the two characters \\n. Documents are joined by bos.
 """
 
 import gzip
+import hashlib
 import lzma
 import os
 import re
@@ -120,6 +121,14 @@ def windows(stream: np.ndarray, seq_len: int, start: int, count: int) -> torch.T
     return torch.from_numpy(stream[offsets + np.arange(seq_len + 1)].astype(np.int64))
 
 
+def digest_of(encoded: list[np.ndarray]) -> str:
+    """The sha256 of the tokens of all documents."""
+    digest = hashlib.sha256()
+    for document in encoded:
+        digest.update(document.tobytes())
+    return digest.hexdigest()
+
+
 class TokenStream:
     """Batches of windows over documents that are shuffled anew each epoch, from a position on.
 
@@ -149,13 +158,17 @@ class TokenStream:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.documents))
         return np.concatenate([self.documents[i] for i in order])
 
-    def next_batch(self, n_rows: int) -> torch.Tensor:
-        """(n_rows, seq_len + 1): inputs are all but the last column, targets all but the first."""
+    def require(self, n_rows: int) -> None:
+        """A ValueError where the text is shorter than a batch."""
         if n_rows > self.n_windows:
             raise ValueError(
                 f"the text has {self.n_windows} windows of {self.seq_len} tokens, a batch takes "
                 f"{n_rows}; give more --text or a smaller --batch_tokens"
             )
+
+    def next_batch(self, n_rows: int) -> torch.Tensor:
+        """(n_rows, seq_len + 1): inputs are all but the last column, targets all but the first."""
+        self.require(n_rows)
         if self.window + n_rows > self.n_windows:
             self.epoch, self.window = self.epoch + 1, 0
             self.stream = self._shuffled()

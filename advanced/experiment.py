@@ -21,7 +21,7 @@ from torch import nn
 import run_llama
 from advanced import assembly, partial, prompting, templates, wise_ft
 from advanced.candidates import Candidates
-from advanced.pretrain import continue_on
+from advanced.continued import continue_on
 from advanced.record import figures
 from advanced.task import Rows, Task
 from checkpoint import load_torch_file

@@ -22,7 +22,7 @@ from advanced.corpus import TokenStream, encode_documents, windows
 from checkpoint import load_torch_file, require_finite
 from config import LlamaConfig
 from distributed import ALONE, Ranks, Signals
-from interrupts import Stopped, held_back
+from interrupts import Stopped
 from llama import Llama
 from optimizer import AdamW
 from resume import DIVERGED, require_same_settings
@@ -91,6 +91,9 @@ def make_optimizers(
             )
         )
     return optimizers
+
+
+FILES = ("state.pt", "model.pt", "tokenizer.model", "history.csv")  # of a run, in its folder
 
 
 class Run:
@@ -199,10 +202,10 @@ class Run:
                 writer.writeheader()
                 writer.writerows(self.history)
 
-    def evaluate(self, lr_factor: float, batch_size: int) -> str:
+    def evaluate(self, lr_factor: float, n_rows: int, signals: Signals) -> str:
         """Measures every held-out set, adds a row to the history and puts it in words."""
-        measured = self.measure(batch_size)
-        with held_back():
+        measured = self.measure(n_rows)
+        with signals.held_back():
             train_loss = self.loss_sum.item() / self.n_losses
             self.loss_sum.zero_()
             self.n_losses = 0
@@ -218,9 +221,10 @@ class Run:
         begin = f"step {self.step}, {n_tokens:,} tokens, {self.seconds / 60:.1f} minutes"
         return f"{begin}; train loss {train_loss:.3f}; {in_words(measured)}"
 
-    def measure(self, batch_size: int) -> dict[str, float]:
-        """nats per token and bits per byte of every held-out set, by "name unit"."""
-        values = {}
+    def measure(self, n_rows: int) -> dict[str, float]:
+        """nats per token and bits per byte of every held-out set, by "name unit", in passes of as
+        many windows as training takes of a step's `n_rows`."""
+        values, batch_size = {}, self.micro_rows or -(-n_rows // self.ranks.size)
         for heldout in self.heldout:
             nats, bits = heldout.measure(self.model, batch_size, self.ranks)
             values[f"{heldout.name} nats/token"] = round(nats, 4)
@@ -298,7 +302,7 @@ def _take_steps(
         signals.heed()
         bar.update()
         if to_evaluate:
-            bar.write(run.evaluate(factor, n_rows), file=sys.stdout)
+            bar.write(run.evaluate(factor, n_rows, signals), file=sys.stdout)
             sys.stdout.flush()
             evaluated = time.monotonic()
         if to_save:
@@ -307,7 +311,7 @@ def _take_steps(
             saved = time.monotonic()
     bar.close()
     if run.n_losses:
-        print(run.evaluate(factor, n_rows))
+        print(run.evaluate(factor, n_rows, signals))
     with signals.held_back():
         run.save()
 

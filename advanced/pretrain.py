@@ -1,9 +1,5 @@
 """Language-model training of a Llama, from scratch or continued from a checkpoint.
 
-L = -1/N sum_t log p(x_t | x_<t) over the text's windows of tokens. `continue_on` is continued
-pretraining on a task's own sentences before finetuning (Gururangan et al. 2020, arXiv 2004.10964,
-section 4): labels are not read, the model keeps its shape, attention is causal.
-
     python -m advanced.pretrain --text reviews.txt.xz stories.txt.xz --out DIR --minutes 60
 
 writes DIR/model.pt, DIR/tokenizer.model, DIR/history.csv, and DIR/state.pt, from which `--resume`
@@ -13,12 +9,10 @@ learning rate follows the clock, so such a run is never repeated exactly; with `
 
 import argparse
 import contextlib
-import hashlib
-import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import cli
@@ -26,26 +20,20 @@ import distributed
 from advanced import sharding
 from advanced.corpus import (
     TokenStream,
+    digest_of,
     encode_documents,
     read_documents,
     split_heldout,
     train_tokenizer,
     without_overlap,
 )
-from advanced.language_model import (
-    HeldOut,
-    Run,
-    in_words,
-    make_optimizers,
-    save_model,
-    train,
-)
+from advanced.language_model import FILES, HeldOut, Run, in_words, make_optimizers, train
 from config import LlamaConfig
 from distributed import Ranks
 from llama import Llama, load_pretrained
 from locks import sole_writer
 from tokenizer import Tokenizer, find_tokenizer_model
-from utils import atomic_write, keep_freed_memory, pick_device, seed_everything, sha256_of
+from utils import atomic_write, keep_freed_memory, pick_device, seed_everything
 
 SHAPE = {
     "dim": 192,
@@ -56,7 +44,6 @@ SHAPE = {
     "vocab_size": 4096,
     "max_seq_len": 1024,
 }
-FILES = ("state.pt", "model.pt", "tokenizer.model", "history.csv")  # of a run, in its folder
 # What is not compared between a run and its resumption: the budget, which may be given anew and
 # stretches the rest of the schedule; paths, because the hash of the tokens tells texts apart; what
 # does not touch the weights; and use_gpu, because the device itself is compared.
@@ -130,27 +117,38 @@ def load_corpus(args: argparse.Namespace) -> tuple[list[str], dict[str, list[str
     """(training documents, held-out documents of each file by its name)."""
     evaluation = [text for path in args.exclude for text in read_documents(path)]
     evaluation = [text.partition(" ||| ")[2] or text for text in evaluation]
-    train_texts, heldout = [], {}
+    splits, heldout = {}, {}
     for path in dict.fromkeys(args.text):
         documents = read_documents(path)
-        n_read = len(documents)
+        n_dropped = len(documents)
         if evaluation:
             documents = without_overlap(documents, evaluation, args.exclude_words)
+        n_dropped -= len(documents)
+        if len(documents) < 2:
+            raise ValueError(
+                f"{path}: has {len(documents)} documents, one a line, after {n_dropped} were "
+                "dropped for overlap; one has to be held out and one to be left"
+            )
         try:
             kept, held = split_heldout(documents, args.heldout)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; lower --heldout") from error
-        twins = set(held)
-        kept = [text for text in kept if text not in twins]  # what occurs twice is held out whole
         name = Path(path).name.split(".")[0]
         if name in heldout:
             raise ValueError(f"--text: two files are called {name}; rename one")
         heldout[name] = held
+        splits[path] = kept, len(documents), n_dropped
+    twins = {text for held in heldout.values() for text in held}
+    train_texts = []
+    for path, (kept, n_left, n_dropped) in splits.items():
+        others = [text for text in kept if text not in twins]  # what occurs twice is held out whole
+        if not others:
+            raise ValueError(f"{path}: all its documents are held out, or equal to one that is")
         repeats = args.text.count(path)
-        train_texts += kept * repeats
+        train_texts += others * repeats
         print(
-            f"{path}: {n_read:,} documents, {n_read - len(documents)} dropped for overlap, "
-            f"{len(held)} held out, {len(kept):,} to train on {repeats} times an epoch"
+            f"{path}: {n_left + n_dropped:,} documents, {n_dropped} dropped for overlap, "
+            f"{n_left - len(kept)} held out, {len(others):,} to train on {repeats} times an epoch"
         )
     return train_texts, heldout
 
@@ -201,62 +199,6 @@ def make_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Llama:
     return model
 
 
-def continue_on(
-    sentences: list[str],
-    heldout: list[str],
-    checkpoint: str,
-    tokenizer: Tokenizer,
-    folder: Path,
-    *,
-    epochs: int,
-    lr: float,
-    seed: int,
-    device: torch.device,
-    bf16: bool = False,
-) -> tuple[Path, float]:
-    """Reads the sentences `epochs` times: (path of the model that has read them, seconds).
-
-    `heldout` sentences are measured alone. `folder` is the run's own: what is finished there is not
-    done again, what was interrupted goes on, and the traces of another run are a ValueError.
-    """
-    model = load_pretrained(checkpoint, attention="causal").to(device)
-    seed_everything(seed)
-    encoded = encode_documents(tokenizer, sentences)
-    n_tokens = sum(map(len, encoded))
-    seq_len = min(128, model.config.max_seq_len, n_tokens - 1)  # a few sentences are a window, too
-    n_rows = min(16, (n_tokens - 1) // seq_len)
-    settings = {"batch_tokens": n_rows * seq_len, "seq_len": seq_len, "warmup": 20}
-    settings |= {"decay_from": 0.0, "max_grad_norm": 1.0, "lr": lr, "epochs": epochs, "seed": seed}
-    settings |= {"bf16": bf16, "device": device.type, "text_sha256": _digest(encoded)}
-    settings |= {"model_sha256": sha256_of(checkpoint)}
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Run(
-        folder,
-        model,
-        make_optimizers(model, "adamw", lr, muon_lr=0.0, weight_decay=0.1),
-        TokenStream(encoded, seq_len, seed),
-        [HeldOut("held out", heldout, tokenizer, seq_len)],
-        settings,
-    )
-    with sole_writer(*(folder / name for name in FILES)):
-        if (folder / "state.pt").exists():
-            run.load()
-        if run.step * settings["batch_tokens"] < epochs * n_tokens:
-            run.budget["tokens"] = epochs * n_tokens
-            print(f"before: {in_words(run.measure(n_rows))}", flush=True)
-            train(run, device, eval_minutes=math.inf, save_minutes=5.0)
-        else:  # the last save may have been cut off between the state and the model
-            save_model(folder / "model.pt", run.model, half=False)
-    return folder / "model.pt", run.seconds
-
-
-def _digest(encoded: list[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for document in encoded:
-        digest.update(document.tobytes())
-    return digest.hexdigest()
-
-
 def main(argv: list[str] | None = None) -> None:
     with distributed.silent_but_first():
         args = get_args(argv)
@@ -278,9 +220,33 @@ def _main(args: argparse.Namespace, ranks: Ranks) -> None:
         _pretrain(args, Path(args.out), device, bf16, ranks)
 
 
+@contextlib.contextmanager
+def _taken_back(path: Path) -> Iterator[None]:
+    """After an error in this context the file is gone, which would bar the next command's way."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def _pretrain(
     args: argparse.Namespace, folder: Path, device: torch.device, bf16: bool, ranks: Ranks
 ) -> None:
+    begins = ranks.is_first and not args.resume
+    with _taken_back(folder / "tokenizer.model") if begins else contextlib.nullcontext():
+        run = _prepare(args, folder, device, bf16, ranks)
+    if args.init and not args.resume:
+        before = run.measure(args.batch_tokens // args.seq_len)
+        print(f"before: {in_words(before)}", flush=True)
+    train(run, device, args.eval_minutes, args.save_minutes)
+    print(f"wrote {folder / 'model.pt'}, {folder / 'tokenizer.model'}, {folder / 'history.csv'}")
+
+
+def _prepare(
+    args: argparse.Namespace, folder: Path, device: torch.device, bf16: bool, ranks: Ranks
+) -> Run:
+    """The run of `args` at its first step, saved, or where the one to be resumed stands."""
     with ranks.agreed():
         texts, heldout_texts = load_corpus(args)
         if ranks.is_first:
@@ -297,7 +263,9 @@ def _pretrain(
     n_tokens = sum(map(len, encoded))
     keep_freed_memory()
     settings = {key: value for key, value in vars(args).items() if key not in _NOT_COMPARED}
-    settings |= {"text_sha256": _digest(encoded), "bf16": bf16, "device": device.type}
+    settings |= {"text_sha256": digest_of(encoded), "bf16": bf16, "device": device.type}
+    settings |= {"heldout_names": list(heldout_texts)}  # which the history's columns carry
+    settings |= {f"model_{key}": value for key, value in model.config.to_dict().items()}
     ranks.require_same({**settings, **{key: vars(args)[key] for key in ("tokens", "minutes")}})
     run = Run(
         folder,
@@ -318,6 +286,8 @@ def _pretrain(
         run.budget["tokens"] = n_tokens
     for key, given in (("tokens", args.tokens), ("minutes", args.minutes)):
         run.budget[key] = given or run.budget[key]
+    with ranks.agreed():
+        run.stream.require(args.batch_tokens // args.seq_len)
     if not args.resume:
         run.save()  # so that a kill at any time leaves something to resume
     print(
@@ -326,11 +296,7 @@ def _pretrain(
         f"{sum(p.numel() for p in model.parameters()):,}, text: {n_tokens:,} tokens",
         flush=True,
     )
-    if args.init and not args.resume:
-        before = run.measure(args.batch_tokens // args.seq_len)
-        print(f"before: {in_words(before)}", flush=True)
-    train(run, device, args.eval_minutes, args.save_minutes)
-    print(f"wrote {folder / 'model.pt'}, {folder / 'tokenizer.model'}, {folder / 'history.csv'}")
+    return run
 
 
 if __name__ == "__main__":

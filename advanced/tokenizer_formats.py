@@ -99,11 +99,16 @@ def tokenizer_bin(tokenizer: Tokenizer) -> bytes:
 
 
 def unknown_to_llama2c(tokenizer: Tokenizer) -> str | None:
-    """For what run.c may split a text otherwise; None where it has the same rules."""
+    """For what run.c may split a text otherwise; None where it has the same rules.
+
+    It has the numbers 1 and 2 for beginning and end, and those from 3 on for the bytes.
+    """
     try:
         adds_space, is_trimmed = _require_plain(tokenizer)
     except ValueError as error:
         return str(error)
+    if (tokenizer.bos_id, tokenizer.eos_id, tokenizer.sp_model.piece_to_id("<0x00>")) != (1, 2, 3):
+        return "other numbers for beginning, end or bytes"
     if not adds_space:
         return "no space before a text"
     return "extra spaces taken out" if is_trimmed else None

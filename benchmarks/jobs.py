@@ -29,7 +29,6 @@ from training import evaluate, train_classifier
 from utils import keep_freed_memory, save_torch_file
 
 Job = Callable[[Any], Any]  # a point of a curve (None elsewhere) -> what the work gave
-Maker = Callable[..., Job]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "stories42M": {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "vocab_size": 32000},

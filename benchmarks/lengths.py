@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+import cli
 from dataset import encode_examples
 from labelled import read_sentences
 from tokenizer import Tokenizer
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -21,11 +21,13 @@ def plot(content: dict[str, Any], stem: Path) -> list[str]:
     except ImportError as error:
         raise ValueError("matplotlib is missing; `bash setup.sh --dev` installs it") from error
     matplotlib.use("Agg")
-    written = [str(stem.with_suffix(".png"))]
-    _plot_speedups(content["rows"], written[0])
+    written = []
+    if content["rows"]:
+        written.append(str(stem.with_suffix(".png")))
+        _plot_speedups(content["rows"], written[-1])
     if content["growth"]:
         written.append(str(stem.with_name("growth.png")))
-        _plot_growth(content["growth"], written[1])
+        _plot_growth(content["growth"], written[-1])
     return written
 
 

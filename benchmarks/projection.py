@@ -251,8 +251,8 @@ What follows:
 - Where the batch stays at the assignment's 80 sentences, devices beyond 80 have no work, 64 take no
   less than two sentences' time, and the update, which every device makes in full, weighs the more
   the fewer rows each has. (Pretraining with `--shard` shares the update, too; that was not timed.)
-- Where every device has 80 sentences of its own, SST's {n_sentences:,} are enough for {most_each}
-  devices, whose epoch is one step; 8 have {n_steps}. That is fast, but leaves hardly a step to
+- Where every device has 80 sentences of its own, SST's {n_sentences:,} are one step of {most_each}
+  devices, and {n_steps} of 8. That is fast, but leaves hardly a step to
   learn in, and larger batches want other learning rates (Goyal et al. 2017, arXiv 1706.02677). This
   data wants one machine.
 - Half a million tokens a step are what many devices are for. How many pay depends on the link:
@@ -295,7 +295,7 @@ def page(rows: list[Measured]) -> str:
         fast_tbytes=FASTER["fast"][1] * moved / 1e12,
         tables=tables(ours, LINKS),
         n_sentences=SST_SENTENCES,
-        most_each=SST_SENTENCES // 80,
+        most_each=math.ceil(SST_SENTENCES / 80),
         n_steps=math.ceil(SST_SENTENCES / (80 * DEVICES[0])),
     )
 

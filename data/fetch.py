@@ -13,6 +13,7 @@ missing only because the network, or the folder, did not have them; 130 stopped 
 """
 
 import argparse
+import contextlib
 import hashlib
 import http.client
 import json
@@ -23,11 +24,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 from urllib.parse import urlsplit
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 try:
     from tqdm import tqdm
@@ -320,6 +326,26 @@ def complain(message: str) -> None:
     print(f"fetch.py: {line}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Of two at work in one folder the second is refused: both would write the same .part files."""
+    if fcntl is None:  # Windows, which lets nobody rename a file that another one has open
+        yield
+        return
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(f"{root}: another fetch.py is at work there; wait for it") from error
+    except OSError:  # a file system that has no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         complain(f"error: {message} (see --help)")
@@ -351,7 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown := set(args.names) - assets.keys():
             raise ValueError(f"{min(unknown)}: not in {args.manifest}; it has {', '.join(assets)}")
         chosen = [asset for asset in assets.values() if not args.names or asset.name in args.names]
-        return place_all(chosen, args.root, args.assets_from)
+        with alone(args.root):
+            return place_all(chosen, args.root, args.assets_from)
     except KeyboardInterrupt:
         complain("interrupted; run it again to go on")
         return 130

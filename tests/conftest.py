@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from hypothesis import settings
 
 import cli
 import run_llama
 from config import LlamaConfig
 from llama import Llama
 from tokenizer import Tokenizer
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

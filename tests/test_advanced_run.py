@@ -274,7 +274,7 @@ def test_folds_hold_out_every_sentence_once_whatever_the_seed(advanced, monkeypa
         return train, dev
 
     monkeypatch.setattr(experiments.Experiment, "splits", spy)
-    code, _, err = advanced("--folds", "4", "--seeds", "3,4", "--epochs", "1")
+    code, _, err = advanced("--folds", "4", "--seeds", "3,4")
     assert code == 0, err
     assert len(held) == 8
     assert [held[3, fold] for fold in range(4)] == [held[4, fold] for fold in range(4)]
@@ -283,7 +283,7 @@ def test_folds_hold_out_every_sentence_once_whatever_the_seed(advanced, monkeypa
         (seed, fold) for seed in (3, 4) for fold in range(4)
     ]
     for run in content["runs"]:
-        assert run["test"] is None
+        assert run["test"] is None and run["best_epoch"] is None
         assert run["dev"]["accuracy"] == run["history"][-1]["dev_accuracy"]
     n_held = [sum(map(sum, run["dev"]["confusion"])) for run in content["runs"][:4]]
     assert sum(n_held) == 8 + 6 and max(n_held) - min(n_held) <= 1
@@ -308,7 +308,9 @@ def test_a_share_keeps_as_much_of_each_label_and_is_drawn_by_the_seed(advanced, 
 
 
 def test_zero_shot_chooses_template_and_scoring_on_train_and_trains_nothing(advanced):
-    shutil.copyfile("toy-train.txt", "toy-dev.txt")
+    rows = Path("toy-train.txt").read_text(encoding="utf-8").splitlines()
+    flipped = [f"{1 - int(row[0])}{row[1:]}" for row in rows]
+    Path("toy-dev.txt").write_text("\n".join(flipped), encoding="utf-8")
     code, out, err = advanced("--method", "zero_shot", "--dev_out", "toy-dev-advanced-output.txt")
     assert code == 0, err
     (run,) = record("zero_shot")["runs"]
@@ -316,9 +318,10 @@ def test_zero_shot_chooses_template_and_scoring_on_train_and_trains_nothing(adva
     chosen = next(one for one in run["tried"] if one["train_accuracy"] == best)
     assert {key: chosen[key] for key in ("template", "scoring")} == run["hyperparameters"]
     assert run["trainable_parameters"] == 0 and run["history"] == []
-    # Here dev is train: the accuracy that chose is that of the whole way once more.
-    assert run["dev"]["accuracy"] == pytest.approx(best)
-    assert f"dev acc :: {best:.3f}\n" in out
+    # Here dev is train with the other labels: what is best on train is worst on dev.
+    assert best > 0.5
+    assert run["dev"]["accuracy"] == pytest.approx(1 - best)
+    assert f"dev acc :: {1 - best:.3f}\n" in out
     code, again, _ = advanced("--method", "zero_shot")
     assert code == 0 and "train acc" not in again
 
@@ -342,6 +345,45 @@ def test_wise_ft_ends_in_what_was_finetuned_and_begins_at_the_pretrained_backbon
     assert all(torch.equal(at_zero[0][f"llama.{k}"], v) for k, v in pretrained.items())
     assert run["alphas"][-1]["dev_accuracy"] == base["dev"]["accuracy"]
     assert run["dev"]["accuracy"] == max(one["dev_accuracy"] for one in run["alphas"])
+
+
+def test_averages_are_chosen_on_dev_and_look_at_test_once(advanced, monkeypatch):
+    assert advanced("--seeds=3,4")[0] == 0
+    seen, evaluate = [], experiments.Experiment.evaluate
+
+    def spy(self, model, data, options):
+        seen.append(len(data))
+        return evaluate(self, model, data, options)
+
+    monkeypatch.setattr(experiments.Experiment, "evaluate", spy)
+    assert advanced("--method=soup", "--seeds=3,4")[0] == 0
+    assert seen == [6] * 3 + [6, 4]  # 2 n - 1 scores; then the soup, on dev and on test
+    seen.clear()
+    assert advanced("--method=wise_ft", "--seeds=3")[0] == 0
+    assert seen == [6] * len(wise_ft.ALPHAS) + [6, 4]
+
+
+def test_of_equal_alphas_the_one_nearer_to_the_finetuned_weights_counts(advanced, monkeypatch):
+    assert advanced("--seeds=3")[0] == 0
+    same = Evaluation(0.5, 0.5, [0] * 6, [0, 1] * 3, [""] * 6, [0.5] * 6)
+    monkeypatch.setattr(experiments.Experiment, "evaluate", lambda *_: same)
+    assert advanced("--method=wise_ft", "--seeds=3")[0] == 0
+    assert record("wise_ft")["runs"][0]["alpha"] == 1.0
+
+
+def test_what_is_shown_is_mean_and_sample_deviation(capsys):
+    runs = [{"dev": {"accuracy": a}, "test": None} for a in (0.5, 0.6, 0.7)]
+    composer.show(SimpleNamespace(path="r"), runs)
+    assert capsys.readouterr().out == "dev acc :: 0.600 (0.100), 3 runs\nwrote r\n"
+
+
+@pytest.mark.parametrize("method", ["prompt", "zero_shot"])
+def test_a_long_sentence_leaves_room_for_a_label_of_several_tokens(advanced, method):
+    Path("labels.json").write_text('["bad xyz", "good"]', encoding="utf-8")
+    Path("toy-dev.txt").write_text(f"0 ||| {'a good film ' * 99}\n1 ||| warm\n", encoding="utf-8")
+    code, _, err = advanced("--method", method, "--seeds=3", "--epochs=1")
+    assert code == 0, err
+    assert "1 of 2 sentences do not fit" in err
 
 
 def test_a_soup_of_one_is_that_one(advanced):

@@ -6,7 +6,6 @@ import stat
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 from copy import copy
 from pathlib import Path
@@ -138,7 +137,7 @@ def test_members_that_share_their_bytes_are_bounded_by_what_they_unpack_to(n_unp
     assert n_unpacked[0] == 0
 
 
-def test_members_that_unpack_to_nothing_are_bounded_by_their_packed_size():
+def test_members_that_unpack_to_nothing_are_bounded_by_their_packed_size(n_unpacked):
     zip_of({})
     empty_blocks = b"\x00\x00\x00\xff\xff" * 10_000_000
     with zipfile.ZipFile("made.zip", "a") as made:
@@ -148,14 +147,13 @@ def test_members_that_unpack_to_nothing_are_bounded_by_their_packed_size():
         for i in range(1000):
             made.filelist.append(copy(info))
             made.filelist[-1].filename = f"{ID}/a{i}"
-    start = time.process_time()
     assert problems()[0].startswith("1,001 files of 50,050,000,000 bytes in all were not read;")
-    assert time.process_time() - start < 2
+    assert n_unpacked[0] == 0
 
 
 def test_python_files_have_a_bound_in_all_too(n_unpacked):
-    zip_of({f"a{i}.py": "#" * 250_000 for i in range(5)})
-    assert problems()[0].startswith("5 .py files of 1,250,000 bytes in all were not read;")
+    zip_of({f"a{i}.py": "#" * 250_000 for i in range(9)})
+    assert problems()[0].startswith("9 .py files of 2,250,000 bytes in all were not read;")
     assert n_unpacked[0] == 0
 
 

@@ -496,6 +496,12 @@ def test_similar_lengths_give_every_example_once_an_epoch_in_another_order_each(
     assert epochs[0] != batches_of(loader_of(lengths, seed=1))
 
 
+def test_which_sentences_meet_changes_from_epoch_to_epoch():
+    loader = loader_of(range(1, 1001))  # no two are of one length
+    epochs = [{frozenset(batch) for batch in batches_of(loader)} for _ in range(2)]
+    assert len(epochs[0] & epochs[1]) < 125  # of 250
+
+
 def test_similar_lengths_pad_little_where_random_order_pads_much():
     lengths = [1 + i * 37 % 50 for i in range(1000)]
     padded = sum(batch["token_ids"].numel() for batch in loader_of(lengths, batch_size=8))

@@ -3,6 +3,8 @@
 A rank is made to differ, to be late or to die by a script that looks at its RANK.
 """
 
+import contextlib
+import itertools
 import os
 import random
 import re
@@ -114,6 +116,10 @@ def train_all(out: str) -> None:
             )
             torch.manual_seed(2)
             model = LlamaEmbeddingClassifier(config, llama).double()
+            n_passes = itertools.count()
+            model.classifier_head.register_forward_hook(  # so R-Drop's two passes differ
+                lambda head, _in, out, n=n_passes: out * 1.5 ** (head.training and next(n) % 2)
+            )
             history = train_classifier(
                 model, data, data, epochs=2, batch_size=batch_size, lr=1e-3, seed=3,
                 device=torch.device("cpu"), on_epoch=lambda *_: None, ranks=ranks,
@@ -226,6 +232,17 @@ def test_alone_nothing_is_exchanged_or_changed(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
+def test_ranks_draw_other_numbers_and_the_first_one_those_of_a_single_process():
+    draws = []
+    for rank in range(3):
+        torch.manual_seed(7)
+        Ranks(rank, 3).seed_apart(7)
+        draws.append(tuple(torch.rand(4).tolist()))
+    torch.manual_seed(7)
+    assert draws[0] == tuple(torch.rand(4).tolist())
+    assert len(set(draws)) == 3
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -296,9 +313,12 @@ def test_two_nodes_on_this_machine(job, workplace):
 
 
 def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
+    """Below those that the system hands out, so that none does so before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as listening:
+            listening.bind(("127.0.0.1", port))
+            return port
 
 
 # ---------------------------------------------------------------- faults

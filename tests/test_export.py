@@ -22,7 +22,7 @@ from advanced.components import AttentionPooling
 from advanced.lora import add_lora, merge
 from advanced.prompting import PromptClassifier
 from advanced.safetensors_file import read_safetensors, write_safetensors
-from advanced.tokenizer_formats import tokenizer_json
+from advanced.tokenizer_formats import tokenizer_json, unknown_to_llama2c
 from checkpoint import read_checkpoint
 from classifier import LlamaEmbeddingClassifier
 from conftest import (
@@ -463,6 +463,16 @@ def test_a_bin_says_what_it_has_no_place_for(place, call, changes, named):
             f"{path}: has {named}, which llama2.c does not know; it may split a text otherwise",
         ][: 3 if named else 2]
     )
+
+
+def test_numbers_that_run_c_does_not_have_are_named(tmp_path):
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": 3}
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    for numbers in ({}, {"pad_id": 3}, ids):
+        options = {"vocab_size": 270, **plain, **numbers}
+        path = train_sentencepiece(tmp_path, "a good film\n" * 9, **options)
+        said = unknown_to_llama2c(Tokenizer(tokenizer_model=path))
+        assert said == ("other numbers for beginning, end or bytes" if numbers else None)
 
 
 # ---------------------------------------------------------------- finetuned checkpoints

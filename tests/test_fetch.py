@@ -257,6 +257,15 @@ def test_a_file_that_is_right_is_not_asked_for_again(server, root, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "ok       data/file.bin"
 
 
+def test_of_two_at_work_in_one_folder_the_second_is_refused(server, root, capsys):
+    pytest.importorskip("fcntl")
+    with fetch.alone(root):
+        assert run(root, entry(server.url + "ranges")) == 2
+    (line,) = error_lines(capsys)
+    assert "another fetch.py is at work there; wait for it" in line
+    assert run(root, entry(server.url + "ranges")) == 0
+
+
 @pytest.mark.parametrize("content", [b"mine", b"\1" + BODY[1:], b""])
 @pytest.mark.parametrize("from_folder", [True, False])
 def test_a_file_that_differs_is_left_as_it_is(content, from_folder, server, root, capsys):

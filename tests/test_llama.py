@@ -277,10 +277,17 @@ def test_default_hidden_size_is_two_thirds_of_four_dim_rounded_up(dim, multiple_
 
 
 def test_attention_scores_are_scaled_dot_products():
-    attention = Attention(LlamaConfig(dim=32, n_heads=4, n_kv_heads=4, attention="causal"))
-    q, k, v = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(attention.compute_query_key_value_scores(q, k, v), expected)
+    attention = Attention(LlamaConfig(dim=32, n_heads=4, n_kv_heads=2, attention="causal"))
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 5, 8, generator=rng, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 5, 8, generator=rng, dtype=torch.float64)
+    expected = np.empty(q.shape)
+    for head in range(4):
+        scores = q[:, head].numpy() @ k[:, head // 2].numpy().transpose(0, 2, 1) / np.sqrt(8)
+        scores = np.where(np.tril(np.ones((5, 5), dtype=bool)), scores, -np.inf)
+        expected[:, head] = oracle.softmax(scores) @ v[:, head // 2].numpy()
+    ours = attention.compute_query_key_value_scores(q, k, v)
+    np.testing.assert_allclose(ours.numpy(), expected, atol=1e-12)
 
 
 def test_attention_drops_weights_and_keeps_their_expectation():

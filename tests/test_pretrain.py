@@ -4,10 +4,12 @@ import csv
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from advanced import language_model, pretrain
 from advanced.corpus import read_documents
 from advanced.language_model import HeldOut, lm_loss, make_optimizers
 from checkpoint import load_torch_file
-from conftest import ROOT, random_llama, save_llama, shared_asset
+from conftest import ROOT, random_llama, save_llama, shared_asset, train_tokenizer
 from llama import Llama, load_pretrained
 from optimizer import AdamW
 from tokenizer import Tokenizer
@@ -185,6 +187,22 @@ def test_the_history_rises_by_steps_follows_the_schedule_and_ends_with_what_the_
     assert measured == pytest.approx(last, abs=2e-4)
 
 
+@pytest.mark.parametrize(("micro_tokens", "n_rows"), [(None, 4), (32, 2), (8, 1)])
+def test_a_measurement_takes_no_more_windows_at_once_than_training(
+    call, monkeypatch, micro_tokens, n_rows
+):
+    seen, measure = [], HeldOut.measure
+
+    def spy(self, model, batch_size, ranks):
+        seen.append(batch_size)
+        return measure(self, model, batch_size, ranks)
+
+    monkeypatch.setattr(HeldOut, "measure", spy)
+    micro = ["--micro_tokens", micro_tokens] if micro_tokens else []
+    assert call("--tokens", 128, *micro)[0] == 0
+    assert set(seen) == {n_rows}
+
+
 def test_half_precision_rounds_the_same_weights_into_half_the_file(call, tmp_path, finished):
     assert call("--tokens", 2500, "--half")[0] == 0
     half, full = weights_of(tmp_path / "out"), weights_of(finished)
@@ -210,6 +228,16 @@ def test_documents_that_share_words_with_an_excluded_file_are_not_read(call, tmp
     n_same = read_documents(tales).count(read_documents(tales)[7])
     options = ["--exclude", tmp_path / "test.txt", "--exclude_words", 15, "--tokens", 64]
     assert f"{n_same} dropped for overlap" in call(*options)[1]
+
+
+def test_a_document_that_occurs_twice_is_held_out_whole_of_all_files(tmp_path):
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text("\n".join(["same", *map(str, range(8)), "same"]), encoding="utf-8")
+    other.write_text("held\n8\nsame\n9\n", encoding="utf-8")
+    args = Namespace(text=[str(one), str(other)], exclude=[], exclude_words=9, heldout=1)
+    kept, held = pretrain.load_corpus(args)
+    assert held == {"one": ["same"], "other": ["held"]}
+    assert kept == [*map(str, range(10))]
 
 
 def test_minutes_end_a_run_that_tokens_alone_would_not(call, tmp_path):
@@ -407,6 +435,44 @@ def test_errors_are_one_line(call, options, words):
     code, _, error = call(*options)
     assert code == 2 and words in error
     assert error.count("\n") == 1 and error.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["one"], "has 1 documents, one a line, after 0 were dropped for overlap"),
+        (["one"] * 50, "all its documents are held out, or equal to one that is"),
+    ],
+)
+def test_a_text_that_leaves_nothing_to_train_on_is_named(call, tmp_path, lines, words):
+    (tmp_path / "few.txt").write_text("\n".join(lines), encoding="utf-8")
+    code, _, error = call("--text", tmp_path / "few.txt")
+    assert code == 2 and f"few.txt: {words}" in error and error.count("\n") == 1
+
+
+def test_a_run_that_cannot_begin_leaves_its_folder_to_the_next_command(call, tmp_path):
+    assert call("--batch_tokens", 640_000)[0] == 2
+    assert [*(tmp_path / "out").iterdir()] == []
+    save_llama(random_llama(vocab_size=100, attention="causal"), tmp_path / "init.pt")
+    tokenizer = train_tokenizer(tmp_path)
+    code, _, error = call("--init", tmp_path / "init.pt", "--tokenizer_path", tokenizer)
+    assert code == 2 and "100" in error
+    assert [*(tmp_path / "out").iterdir()] == []
+    assert call("--tokens", 64)[0] == 0
+
+
+def test_a_run_is_resumed_under_the_names_and_on_the_model_that_it_began_with(
+    call, tmp_path, tales, tokenizer_file
+):
+    init = save_llama(random_llama(n_heads=4, n_kv_heads=4), tmp_path / "init.pt")
+    options = ["--init", init, "--tokenizer_path", tokenizer_file, "--tokens"]
+    assert call(*options, 64)[0] == 0
+    shutil.copyfile(tales, tmp_path / "moved.txt")
+    code, _, error = call(*options, 128, "--resume", "--text", tmp_path / "moved.txt")
+    assert code == 2 and "heldout_names: ['tales'] there, ['moved'] here" in error
+    save_llama(random_llama(n_heads=8, n_kv_heads=8), tmp_path / "init.pt")  # the same tensors
+    code, _, error = call(*options, 128, "--resume")
+    assert code == 2 and "model_n_heads: 4 there, 8 here" in error
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "history.csv", "model.pt"])

@@ -356,7 +356,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_what_was_good(
     assert where in error
     assert any(repr(line.split(" ||| ")[1]) in error for line in lines(workplace / "toy-train.txt"))
     assert load_torch_file(workplace / "finetune-toy-2-0.001.state.pt")["place"]["epoch"] == 1
-    assert load_torch_file(workplace / "finetune-toy-2-0.001.pt")["model"].keys()
+    kept = load_torch_file(workplace / "finetune-toy-2-0.001.pt")["model"]
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
     assert len(good) == (workplace / "finetune-toy-2-0.001.pt").stat().st_size
 
 

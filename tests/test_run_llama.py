@@ -17,7 +17,6 @@ from conftest import ROOT, random_llama, save_llama, shared_asset
 from distributed import ALONE
 from labelled import PLACEHOLDER_SHA256, read_sentences
 from optimizer import AdamW
-from tokenizer import Tokenizer
 
 DEFAULTS = {
     "train": "data/cfimdb-train.txt",
@@ -85,15 +84,6 @@ def test_generate_writes_the_printed_continuations_of_the_assignments_prefix(run
         assert f"Temperature is {temperature}\n{text}\n---------------\n" in out
         assert f"Wrote generated sentence to {path}." in out
     assert "device: cpu, attention: full, model: model.pt, parameters: 33,440" in out
-
-
-def test_generate_makes_75_new_tokens_and_temperature_0_is_the_argmax(run, workplace):
-    run("generate")
-    tokenizer = Tokenizer(tokenizer_model="tokenizer.model")
-    model = run_llama.load_pretrained("model.pt")
-    idx = torch.tensor([tokenizer.encode(run_llama.PREFIX, bos=True, eos=False)])
-    expected = tokenizer.decode(model.generate(idx, 75, 0.0)[0].tolist())
-    assert Path("generated-sentence-temp-0.txt").read_text(encoding="utf-8") == expected
 
 
 def test_generate_is_reproducible_for_a_seed(run):
@@ -210,23 +200,6 @@ def test_prompt_asks_as_the_assignment_writes_it():
     assert run_llama.prompt_suffix(["a", "b", "c", "d"]) == (
         "Is this movie a, b, c, or d? This movie is "
     )
-
-
-@pytest.mark.parametrize(("attention", "trailing_space"), [("full", True), ("causal", False)])
-def test_prompt_predicts_by_hand_computed_scores(run, attention, trailing_space):
-    run("prompt", "--attention", attention, "--batch_size", "1")
-    tokenizer = Tokenizer(tokenizer_model="tokenizer.model")
-    model = run_llama.load_pretrained("model.pt", attention=attention)
-    question = "Is this movie bad or good? This movie is" + " " * trailing_space
-    label_ids = [tokenizer.encode(name, bos=False, eos=False)[0] for name in ("bad", "good")]
-    expected = []
-    for sentence, _ in read_sentences("toy-dev.txt"):
-        ids = tokenizer.encode(f"{sentence} {question}", bos=True, eos=False)
-        with torch.no_grad():
-            logits, _ = model(torch.tensor([ids]))
-        prediction = int(logits[0, -1, label_ids].argmax())
-        expected.append(f"{prediction} ||| {sentence}")
-    assert lines_of("toy-dev-prompting-output.txt") == expected
 
 
 def test_prompts_longer_than_the_model_are_cut_with_one_counted_warning(run, workplace):
@@ -496,6 +469,17 @@ def test_assignment_data_functions_work_together(args, tokenizer):
     assert batch["token_ids"][0, : len(expected)].tolist() == expected
     assert (batch["token_ids"][0, len(expected) :] == tokenizer.pad_id).all()
     assert set(batch) == {"token_ids", "labels", "lengths", "sents"}
+
+
+def test_assignment_data_functions_take_what_the_assignments_do(args, tokenizer):
+    Path("gap.txt").write_text("0 ||| A Film\n2 ||| Fine\n", encoding="utf-8")
+    data, n_labels = run_llama.create_data("gap.txt", tokenizer, "train", lower=True)
+    assert (n_labels, data[0].sentence) == (3, "a film")
+    Path("unknown.txt").write_text("-1 ||| a\n", encoding="utf-8")
+    assert run_llama.create_data("unknown.txt", tokenizer, "test")[0].label == -1
+    args.max_sentence_len = 2
+    dataset = run_llama.LlamaDataset([("this film is bad", 0)], args)
+    assert len(dataset[0].tokens) == 3  # two, and the beginning
 
 
 def test_assignment_train_test_and_save_work_on_its_args(args, tokenizer, capsys):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,12 +113,18 @@ def test_training_gets_what_the_command_line_says(run, monkeypatch):
     calls, train_classifier = [], run_llama.train_classifier
 
     def recording(model, train_data, dev_data, **options):
-        calls.append({**options, "hidden_dropout_prob": model.dropout.p})
+        of_model = {"hidden_dropout_prob": model.dropout.p}
+        of_model["backbone_dropout"] = model.llama.config.dropout
+        calls.append({**options, **asdict(options["recipe"]), **of_model})
         return train_classifier(model, train_data, dev_data, **options)
 
     monkeypatch.setattr(run_llama, "train_classifier", recording)
     said = {"epochs": 2, "batch_size": 3, "lr": 0.01, "seed": 5, "hidden_dropout_prob": 0.25}
-    assert run("finetune", *(word for k, v in said.items() for word in (f"--{k}", str(v))))[0] == 0
+    said |= {"warmup": 0.2, "lr_decay": "cosine", "layer_decay": 0.9, "max_grad_norm": 3.0}
+    said |= {"label_smoothing": 0.1, "r_drop": 0.5, "patience": 7, "backbone_dropout": 0.05}
+    words = [word for key, value in said.items() for word in (f"--{key}", str(value))]
+    assert run("finetune", *words, "--train_acc", "running", "--bf16")[0] == 0
+    said |= {"running_train_acc": True, "bf16": True}
     assert [{key: call[key] for key in said} for call in calls] == [said]
 
 
@@ -171,7 +178,7 @@ def test_train_files_of_one_name_in_two_folders_have_checkpoints_of_their_own(
 # ---------------------------------------------------------------- how it ends
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(getattr(os, "geteuid", int)() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_to_is_one_line_before_the_work(run, workplace):
     (workplace / "locked").mkdir(mode=0o555)
     code, out, err = run("generate", "--generated_sentence_low_temp_out", "locked/out.txt")

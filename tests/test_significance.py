@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -125,14 +124,6 @@ def test_the_same_seed_gives_the_same_numbers_and_another_other_ones():
     first = paired_bootstrap(a, b, 300, seed=1)
     assert paired_bootstrap(a, b, 300, seed=1) == first
     assert paired_bootstrap(a, b, 300, seed=2) != first
-
-
-def test_the_largest_comparison_takes_about_a_second_at_most():
-    rng = np.random.default_rng(7)
-    a, b = answers(rng, (5, 2210)), answers(rng, (5, 2210))
-    started = time.process_time()
-    paired_bootstrap(a, b)
-    assert time.process_time() - started < 3.0  # 0.4 alone on a core
 
 
 @pytest.mark.parametrize(
