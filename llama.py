@@ -120,7 +120,7 @@ class Attention(nn.Module):
         grouped = query.shape[1] != key.shape[1]
         if grouped and query.device.type != "cpu":  # elsewhere few fused kernels know groups
             n_rep = query.shape[1] // key.shape[1]
-            key, value = (t.repeat_interleave(n_rep, dim=1) for t in (key, value))
+            key, value = repeat_heads(key, n_rep), repeat_heads(value, n_rep)
             grouped = False
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout_p, is_causal=whole, enable_gqa=grouped
@@ -368,6 +368,11 @@ def _unshared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             own[name] = tensor.clone(memory_format=torch.contiguous_format)
     return own
+
+
+def repeat_heads(states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """(B, K, S, D) -> (B, K * n_rep, S, D), whose head h is a copy of head h // n_rep."""
+    return states.repeat_interleave(n_rep, dim=1)
 
 
 def last_real(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

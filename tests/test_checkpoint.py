@@ -1,7 +1,6 @@
 """Every weight file that occurs in the wild loads exactly, and every other one is named."""
 
 import contextlib
-import os
 import pickle
 import re
 import struct
@@ -18,7 +17,7 @@ from checkpoint import load_torch_file, read_checkpoint
 from config import LlamaConfig
 from conftest import ROOT, random_llama, save_llama, shared_asset
 from fuzz import bounded_memory
-from hostile import bomb, legacy_file, repacked, text, torch_file
+from hostile import MADE, MakesFolder, bomb, legacy_file, repacked, text, torch_file
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
 from utils import atomic_write
@@ -494,24 +493,15 @@ def test_a_message_lists_at_most_fifty_names_and_cuts_them(path):
     assert len(refusal(path)) < 1000
 
 
-class MakesFolder:
-    """Unpickling it runs os.mkdir."""
-
-    def __init__(self, folder: Path):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_nothing_in_a_file_is_executed(path, tmp_path, form):
-    folder = tmp_path / "made-by-the-checkpoint"
+def test_nothing_in_a_file_is_executed(path, tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(MADE)
     model = random_llama()
     content = {"model": model.state_dict(), "model_args": args_of(model)}
-    content["optimizer"] = MakesFolder(folder)
+    content["optimizer"] = MakesFolder()
     if form == "pickle":
-        path.write_bytes(pickle.dumps(MakesFolder(folder), protocol=2))
+        path.write_bytes(pickle.dumps(MakesFolder(), protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     for read in (load_pretrained, read_checkpoint, load_torch_file):

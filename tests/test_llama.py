@@ -19,6 +19,7 @@ from llama import (
     LlamaLayer,
     RMSNorm,
     _SiLUGate,
+    repeat_heads,
     require_exactly,
 )
 
@@ -288,6 +289,9 @@ def test_attention_scores_are_scaled_dot_products():
         expected[:, head] = oracle.softmax(scores) @ v[:, head // 2].numpy()
     ours = attention.compute_query_key_value_scores(q, k, v)
     np.testing.assert_allclose(ours.numpy(), expected, atol=1e-12)
+    # As it is computed elsewhere than on a CPU.
+    ungrouped = attention.compute_query_key_value_scores(q, repeat_heads(k, 2), repeat_heads(v, 2))
+    np.testing.assert_allclose(ungrouped.numpy(), expected, atol=1e-12)
 
 
 def test_attention_drops_weights_and_keeps_their_expectation():

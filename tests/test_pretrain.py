@@ -1,6 +1,7 @@
 """Language-model training: the objective by the oracle, a run by its files, resumption by bits."""
 
 import csv
+import itertools
 import math
 import os
 import random
@@ -12,6 +13,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -240,7 +242,9 @@ def test_a_document_that_occurs_twice_is_held_out_whole_of_all_files(tmp_path):
     assert kept == [*map(str, range(10))]
 
 
-def test_minutes_end_a_run_that_tokens_alone_would_not(call, tmp_path):
+def test_minutes_end_a_run_that_tokens_alone_would_not(call, tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=itertools.count(0.0, 0.1).__next__)  # s, each time it is read
+    monkeypatch.setattr(language_model, "time", clock)
     assert call("--tokens", "100M", "--minutes", 0.02)[0] == 0
     state = load_torch_file(tmp_path / "out" / "state.pt")
     assert 0 < state["step"] < 100e6 / 64
