@@ -157,7 +157,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_weights_and_record(
     assert not list(Path("runs").glob("*/*.state.pt"))
 
 
-@pytest.mark.parametrize("target", ["advanced.pretrain.train", "advanced.averages._measured"])
+@pytest.mark.parametrize("target", ["advanced.continued.train", "advanced.averages._measured"])
 def test_a_stop_before_or_after_the_training_costs_what_was_not_finished(
     advanced, monkeypatch, target
 ):
