@@ -27,6 +27,13 @@ def place(tmp_path, monkeypatch):
     return make
 
 
+@pytest.fixture
+def elsewhere(place, tmp_path, monkeypatch):
+    """Makes another folder the current one."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+
 def paths_of(args):
     return {key: getattr(args, key) for key in ("pretrained_model_path", *DATA)}
 
@@ -112,25 +119,17 @@ def test_without_bundled_files_the_defaults_are_the_assignments(place, capsys):
 
 
 def test_from_another_folder_inputs_are_found_in_the_project_and_outputs_stay_here(
-    place, tmp_path, monkeypatch
+    place, elsewhere
 ):
     root = place(*BUNDLED)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
     args = options.get_args(["--option", "prompt"])
     assert args.pretrained_model_path == str(root / options.MINI_MODEL)
     assert args.dev == str(root / options.DEMO_DATA["dev"])
     assert args.dev_out == "demo-dev-prompting-output.txt"
 
 
-def test_from_another_folder_a_typed_path_does_not_hide_the_projects_other_files(
-    place, tmp_path, monkeypatch
-):
+def test_from_another_folder_a_typed_path_does_not_hide_the_projects_other_files(place, elsewhere):
     root = place(*OWN)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
     args = options.get_args(["--option", "prompt", "--dev", "mine.txt"])
     assert args.dev == "mine.txt"
     assert args.test == str(root / options.DATA["test"])
