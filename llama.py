@@ -247,10 +247,9 @@ class Llama(LlamaPreTrainedModel):
         require_exactly(model, weights)
         weights = {name: tensor.float() for name, tensor in weights.items()}
         tied = torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
-        twice = ("output.weight",) if tied else ()
-        require_finite({name: weights[name] for name in weights if name not in twice})
-        if tied:
+        if tied:  # looked through once, and one memory
             del weights["output.weight"]
+        require_finite(weights)
         weights = _unshared(weights)
         weights.setdefault("output.weight", weights["tok_embeddings.weight"])
         model.load_state_dict(weights, assign=True)

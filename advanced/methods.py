@@ -24,6 +24,19 @@ METHODS = {
 READERS = ("prompt", "attention_pool", "last_mean", "layer_mix")
 PARTIAL = ("lora", "adapter", "norms", "head")
 
+CLASHES = (  # a method, those that it does not combine with, and why
+    ("mixout", PARTIAL, "{rival} leaves the matrices, which it mixes, as they were pretrained"),
+    ("l2sp", ("lora", "head"), "{rival} trains none of the pretrained weights, which it holds"),
+    ("wise_ft", ("head",), "{rival} trains none of the weights, which it interpolates"),
+    ("prompt", ("head",), "a prompt has no head to train"),
+    (
+        "prompt",
+        ("smart",),
+        "a label of several tokens takes passes of several lengths, and smart perturbs one",
+    ),
+    ("adapter", ("wise_ft",), "adapters have no pretrained counterpart"),
+)
+
 
 def compose(names: Sequence[str]) -> tuple[str, ...]:
     """The methods in their order of action; ValueError says in a line why they do not combine."""
@@ -38,23 +51,8 @@ def compose(names: Sequence[str]) -> tuple[str, ...]:
         rivals = [name for name in chosen if name in group]
         if len(rivals) > 1:
             raise ValueError(f"{' and '.join(rivals)} do not combine: each {what}")
-    for name, partners, why in (
-        ("mixout", PARTIAL, "leaves the matrices, which it mixes, as they were pretrained"),
-        ("l2sp", ("lora", "head"), "trains none of the pretrained weights, which it holds"),
-        ("wise_ft", ("head",), "trains none of the weights, which it interpolates"),
-    ):
-        rivals = [partner for partner in partners if {partner, name} <= set(chosen)]
-        if rivals:
-            raise ValueError(f"{name} and {rivals[0]} do not combine: {rivals[0]} {why}")
-    if {"prompt", "head"} <= set(chosen):
-        raise ValueError("prompt and head do not combine: a prompt has no head to train")
-    if {"prompt", "smart"} <= set(chosen):
-        raise ValueError(
-            "prompt and smart do not combine: a label of several tokens takes passes of several "
-            "lengths, and smart perturbs one"
-        )
-    if {"adapter", "wise_ft"} <= set(chosen):
-        raise ValueError(
-            "adapter and wise_ft do not combine: adapters have no pretrained counterpart"
-        )
+    for name, rivals, why in CLASHES:
+        for rival in rivals:
+            if {name, rival} <= set(chosen):
+                raise ValueError(f"{name} and {rival} do not combine: {why.format(rival=rival)}")
     return chosen

@@ -120,10 +120,10 @@ def load_corpus(args: argparse.Namespace) -> tuple[list[str], dict[str, list[str
     splits, heldout = {}, {}
     for path in dict.fromkeys(args.text):
         documents = read_documents(path)
-        n_dropped = len(documents)
+        n_read = len(documents)
         if evaluation:
             documents = without_overlap(documents, evaluation, args.exclude_words)
-        n_dropped -= len(documents)
+        n_dropped = n_read - len(documents)
         if len(documents) < 2:
             raise ValueError(
                 f"{path}: has {len(documents)} documents, one a line, after {n_dropped} were "
@@ -137,19 +137,17 @@ def load_corpus(args: argparse.Namespace) -> tuple[list[str], dict[str, list[str
         if name in heldout:
             raise ValueError(f"--text: two files are called {name}; rename one")
         heldout[name] = held
-        splits[path] = kept, len(documents), n_dropped
+        counts = f"{n_read:,} documents, {n_dropped} dropped for overlap, {len(held)} held out"
+        splits[path] = kept, counts
     twins = {text for held in heldout.values() for text in held}
     train_texts = []
-    for path, (kept, n_left, n_dropped) in splits.items():
+    for path, (kept, counts) in splits.items():
         others = [text for text in kept if text not in twins]  # what occurs twice is held out whole
         if not others:
             raise ValueError(f"{path}: all its documents are held out, or equal to one that is")
         repeats = args.text.count(path)
         train_texts += others * repeats
-        print(
-            f"{path}: {n_left + n_dropped:,} documents, {n_dropped} dropped for overlap, "
-            f"{n_left - len(kept)} held out, {len(others):,} to train on {repeats} times an epoch"
-        )
+        print(f"{path}: {counts}, {len(others):,} to train on {repeats} times an epoch")
     return train_texts, heldout
 
 

@@ -3,7 +3,6 @@
 python -m benchmarks.profile "generate, causal" [--shape stories42M] [--contender ours]
 """
 
-import importlib.util
 import tempfile
 
 import torch
@@ -12,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import cli
 from benchmarks import jobs
 from benchmarks.rows import all_rows
+from benchmarks.run import require_packages
 
 N_LINES = 12
 
@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--contender", default="ours")
     parser.add_argument("--threads", type=cli.positive_int, default=2)
     args = parser.parse_args(argv)
-    if args.contender == "transformers" and importlib.util.find_spec("transformers") is None:
-        raise ValueError("transformers is missing; `bash setup.sh --dev` installs it")
+    if args.contender == "transformers":
+        require_packages("transformers")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         rows = {row.name: row for row in all_rows(scratch) if row.maker != "start_up"}

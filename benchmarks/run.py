@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--ranks {args.ranks}: one needs a thread, and --threads is fewer")
         is_speed = any(name in speed_rows for name in chosen)
         if is_speed or args.plot:
-            _require_packages()
+            require_packages("transformers", "matplotlib")
         rates = _rates(args) if is_speed else {}
         for shape, name in itertools.product(args.shapes, chosen):
             if name in SCALING:
@@ -145,8 +145,9 @@ def main(argv: list[str] | None = None) -> None:
         print("wrote", *plot(content, out.with_suffix("")))
 
 
-def _require_packages() -> None:
-    for package in ("transformers", "matplotlib"):
+def require_packages(*packages: str) -> None:
+    """A ValueError that names the first development package which is absent."""
+    for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is missing; `bash setup.sh --dev` installs it")
 
