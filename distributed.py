@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from interrupts import Stopped, held_back
+from interrupts import Stopped, held_back, ignore_all
 from utils import differences
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each
@@ -327,12 +327,16 @@ def _part() -> None:
 
 @contextlib.contextmanager
 def _peers() -> Iterator[None]:
-    """Here the errors of the exchange are a PeerLostError: gloo's are told apart by their text."""
+    """Here the errors of the exchange are a PeerLostError: gloo's are told apart by their text.
+
+    torchrun then sends SIGTERM to those who are left, which may come before they have said so.
+    """
     import torch.distributed as dist
 
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
+            ignore_all()
             raise PeerLostError(str(error)) from error
         raise

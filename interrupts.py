@@ -31,7 +31,8 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """A signal that is ignored (as `nohup` does) stays ignored; only a main thread has handlers."""
+    """A signal that is ignored (as `nohup` does) stays ignored, and so does one that `ignore_all`
+    took in this context; only a main thread has handlers."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
@@ -41,7 +42,15 @@ def _handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[
         yield
     finally:
         for signum, old in before.items():
-            signal.signal(signum, old)
+            if signal.getsignal(signum) is handler:
+                signal.signal(signum, old)
+
+
+def ignore_all() -> None:
+    """From here on this process ends by a reason of its own, which no signal hides."""
+    if threading.current_thread() is threading.main_thread():
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
 
 
 def raised() -> AbstractContextManager[None]:

@@ -365,6 +365,37 @@ def test_a_killed_rank_ends_the_job_with_nothing_in_pieces_and_other_ranks_go_on
     assert len(outputs()) == 2
 
 
+# One process, to which torchrun's SIGTERM comes while it is about to say that another was lost.
+LOST = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import cli, distributed
+def main():
+    with distributed.joined(use_gpu=False):
+        try:
+            with distributed._peers():
+                raise RuntimeError("[gloo] Connection closed by peer")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+cli.run(main)
+"""
+
+
+def test_the_signal_that_follows_a_lost_rank_does_not_hide_it():
+    where = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    result = subprocess.run(
+        [sys.executable, "-c", LOST.format(root=str(ROOT))],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=LIMIT,
+        env={**environment(), **where, "MASTER_PORT": str(free_port())},
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "another process of this run ended" in result.stderr
+    assert "terminated" not in result.stderr
+
+
 def test_a_signal_to_one_rank_stops_all_and_resumed_they_end_in_the_same_weights(job, workplace):
     assert finish(job(2)).returncode == 0  # with dropout, of other masks on each rank
     expected, written = weights(), outputs()
