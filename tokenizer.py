@@ -88,7 +88,8 @@ def open_tokenizer(
     if path is None and "tokenizer_path" in saved:
         recorded = saved["tokenizer_path"]
         folders = (Path(), Path(checkpoint).parent, TOKENIZER_MODEL.parent)
-        found = [folder / recorded for folder in folders if (folder / recorded).is_file()]
+        places = [folder / recorded for folder in folders]
+        found = [place for place in places if os.path.isfile(place)]  # False if too long
         same = [place for place in found if sha256_of(place) == saved.get("tokenizer_sha256")]
         path = next(iter([*same, *found]), None)
         if path is None:

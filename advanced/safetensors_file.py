@@ -91,7 +91,7 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{index}: has no weight_map from names to files")
     names = sorted(set(places.values()))
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != name or not os.path.isfile(folder / name):  # False if too long
             raise ValueError(f"{index}: {shown(name)} is no file in its folder")
     tensors = {}
     for name in names:

@@ -2,6 +2,7 @@
 
 from fuzz import Target
 from fuzz_fetch import SERVERS, act_manifest, act_server, act_submission, manifests, submissions
+from fuzz_hf import act_hf, hf_files
 from fuzz_models import BOMBS, act_classifier, act_model, bin_files, classifier_files, model_files
 from fuzz_shared import guarded, named
 from fuzz_text import DATA, LABELS, act_data, act_labels, act_tokenizer, tokenizer_files
@@ -29,6 +30,7 @@ TARGETS = {
         Target("bomb", BOMBS, guarded(act_model), share=0.25),
         Target("bin", bin_files(), guarded(act_model), names=("logits",), share=2),
         Target("classifier", classifier_files(), guarded(act_classifier)),
+        Target("hf", hf_files(), guarded(act_hf), outputs=("out.pt",), names=(".: ",)),
         Target("tokenizer", tokenizer_files(), guarded(act_tokenizer), share=2),
         Target("submission", submissions(), act_submission, codes=(0, 1, 2)),
         Target(

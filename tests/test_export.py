@@ -788,6 +788,7 @@ def shard(folder: Path) -> dict[str, str]:
         ({"model.norm.weight": "../m.pt"}, "'../m.pt' is no file in its folder"),
         ({"model.norm.weight": ".."}, "'..' is no file in its folder"),
         ({"model.norm.weight": ""}, "'' is no file in its folder"),
+        ({"model.norm.weight": "a" * 5000}, "aaa' is no file in its folder"),
         ({"model.norm.weight": 3}, "index.json: has no weight_map from names to files"),
         ({"more": "part-0.safetensors"}, "index.json differ in more"),
         ({"model.norm.weight": None}, "index.json differ in model.norm.weight"),

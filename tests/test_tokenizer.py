@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizer as tokenizer_module
 from conftest import shared_asset, train_sentencepiece
 from hostile import sentencepiece_model
-from tokenizer import TOKENIZER_MODEL, Tokenizer, find_tokenizer_model
+from tokenizer import TOKENIZER_MODEL, Tokenizer, find_tokenizer_model, open_tokenizer
 
 TEXTS = [
     "this movie is good",
@@ -189,6 +189,14 @@ def test_a_checkpoint_takes_the_tokenizer_beside_it_or_else_the_one_at_the_root(
     assert find_tokenizer_model(str(tmp_path / "model.pt")) == expected
     monkeypatch.chdir(tmp_path)
     assert find_tokenizer_model("model.pt") == expected
+
+
+@pytest.mark.parametrize("recorded", ["a" * 5000, "gone.model", ""])
+def test_a_recorded_tokenizer_that_cannot_be_a_file_is_named_on_a_short_line(tmp_path, recorded):
+    with pytest.raises(ValueError) as caught:
+        open_tokenizer(tmp_path / "kept.pt", {"tokenizer_path": recorded})
+    assert "is not there any more" in str(caught.value)
+    assert len(str(caught.value)) < len(str(tmp_path)) + 300
 
 
 def test_a_folder_is_no_tokenizer(tmp_path):
