@@ -7,7 +7,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from config import shown
-from utils import sha256_of
+from utils import is_file, sha256_of
 
 TOKENIZER_MODEL = Path(__file__).resolve().parent / "tokenizer.model"
 
@@ -88,8 +88,7 @@ def open_tokenizer(
     if path is None and "tokenizer_path" in saved:
         recorded = saved["tokenizer_path"]
         folders = (Path(), Path(checkpoint).parent, TOKENIZER_MODEL.parent)
-        places = [folder / recorded for folder in folders]
-        found = [place for place in places if os.path.isfile(place)]  # False if too long
+        found = [folder / recorded for folder in folders if is_file(folder / recorded)]
         same = [place for place in found if sha256_of(place) == saved.get("tokenizer_sha256")]
         path = next(iter([*same, *found]), None)
         if path is None:

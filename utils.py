@@ -109,6 +109,11 @@ def has_no_content(path: str | os.PathLike) -> bool:
     return is_device or (path.exists() and not path.is_file() and not path.is_dir())
 
 
+def is_file(path: str | os.PathLike) -> bool:
+    """False also of a name, from a file, that is longer than any a system takes."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises an OSError there
+
+
 def hidden_neighbor(path: Path, ending: str) -> Path:
     """A neighbor for temporary use, named after `path`; file systems bound a name's length."""
     name = path.name

@@ -22,7 +22,7 @@ import torch
 import cli
 from checkpoint import listed
 from config import shown
-from utils import atomic_write
+from utils import atomic_write, is_file
 
 # A header of 1,000 tensors has 2**17 bytes; in Python's memory this many become 100 MB at most.
 MAX_JSON = 2**22
@@ -91,7 +91,7 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{index}: has no weight_map from names to files")
     names = sorted(set(places.values()))
     for name in names:
-        if Path(name).name != name or not os.path.isfile(folder / name):  # False if too long
+        if Path(name).name != name or not is_file(folder / name):
             raise ValueError(f"{index}: {shown(name)} is no file in its folder")
     tensors = {}
     for name in names:
