@@ -2,6 +2,7 @@
 does no harm."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -54,10 +55,12 @@ def ignore_all() -> None:
 
 
 def raised() -> AbstractContextManager[None]:
-    """In this context a signal raises `Stopped` at once."""
+    """In this context a signal raises `Stopped` at once; while one is on its way out, another
+    changes nothing: torchrun sends SIGTERM to those who already heed a Ctrl-C."""
 
     def stop(signum: int, _frame: FrameType | None) -> None:
-        raise Stopped(signum)
+        if not isinstance(sys.exc_info()[1], Stopped):
+            raise Stopped(signum)
 
     return _handled_by(stop)
 

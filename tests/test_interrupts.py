@@ -21,6 +21,20 @@ def test_a_signal_is_raised_with_its_exit_code(signum, code):
     assert isinstance(stopped.value, KeyboardInterrupt)  # no `except Exception` swallows it
 
 
+def test_a_second_signal_changes_nothing_while_the_first_is_on_its_way_out():
+    done = []
+    with pytest.raises(Stopped) as stopped, raised():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except Stopped as first:
+            first.is_resumable = True
+            raise
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append(True)
+    assert (done, stopped.value.exit_code, stopped.value.is_resumable) == ([True], 130, True)
+
+
 def test_a_signal_waits_until_what_is_held_back_is_done():
     done = []
     with pytest.raises(Stopped) as stopped, raised():
