@@ -23,8 +23,11 @@ LABELS = {"sst": ("awful", "bad", "average", "good", "excellent"), "cfimdb": ("b
 
 
 def accuracy(found: list[Study]) -> "Figure | None":
-    """A dot with a bar for each method, plain and its like above, then the best on dev first."""
-    shown = style.splits(found)
+    """A dot with a bar for each method, plain and its like above, then the best on dev first.
+
+    A split on which one method alone was measured has nothing to compare, and stays in the tables.
+    """
+    shown = [one for one in style.splits(found) if len(one.members) > 1]
     if not shown:
         return None
     n_rows = max(len(one.members) for one in shown)
@@ -158,7 +161,7 @@ FIGURES = {
     "accuracy": Drawing(
         accuracy,
         "Accuracy of each method, mean and standard deviation over seeds.",
-        "a finished run",
+        "two methods on a split",
     ),
     "confusion": Drawing(
         confusion,

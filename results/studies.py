@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-FIRST = ("zero_shot", "assignment", "masked", "plain")  # what the other methods are read against
+# What the other methods are read against.
+FIRST = ("zero_shot", "assignment", "masked", "plain", "plain_fp32")
 KEYS = (
     *("dataset", "method", "model", "train_share", "folds", "n_labels", "command", "settings"),
     *("files", "search", "chosen", "runs"),

@@ -27,6 +27,7 @@ _METHODS = (
 )
 _FIXED = {
     "plain": {"color": "#000000", "marker": "o", "linestyle": "-"},
+    "plain_fp32": {"color": "#333333", "marker": "v", "linestyle": "--"},
     "zero_shot": {"color": "#999999", "marker": "s", "linestyle": ":"},
     "assignment": {"color": "#777777", "marker": "^", "linestyle": "--"},
     "masked": {"color": "#555555", "marker": "D", "linestyle": "-."},

@@ -81,10 +81,10 @@ def forge(name: str, text: bytes = b"x", path: str = "made.zip", **claims) -> No
 )
 def test_a_member_with_a_wild_claim_is_named_with_it(claims, expected, n_unpacked):
     forge(f"{ID}/notes.txt", b"x" * 50, **claims)
-    first, *others = reversed(problems())
-    assert first.startswith(f"{ID}/notes.txt: {expected}")
+    *others, line = problems()
+    assert line.startswith(f"{ID}/notes.txt: {expected}")
     if claims == {"header_offset": 3}:  # within the first member, which newer Pythons refuse, too
-        others = [line for line in others if "corrupt or unreadable (Overlapped" not in line]
+        others = [other for other in others if "corrupt or unreadable (Overlapped" not in other]
     assert not others
     assert n_unpacked[0] <= sum(map(len, map(str.encode, FILES.values()))) + 50
 

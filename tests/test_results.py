@@ -293,7 +293,7 @@ def test_the_command_writes_the_readmes_and_the_page(found, tmp_path, monkeypatc
 
 def test_the_command_draws_where_it_is_asked_to(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="a development extra")
-    synthetic.write(tmp_path, study("sst", "plain"))
+    synthetic.write(tmp_path, study("sst", "plain"), study("sst", "lora"))
     monkeypatch.setattr(report, "FOLDER", tmp_path)
     monkeypatch.setattr(report, "READMES", ())
     report.main(["--plot"])
