@@ -99,8 +99,8 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
             raise
         # Not torch's own words: they advise to load it without weights_only.
         raise ValueError(
-            f"{path}: cannot be read as a checkpoint: it is damaged, or holds more than tensors "
-            "and plain data (none of it was executed)"
+            f"{path}: cannot be read as a checkpoint: it is no torch file, or damaged, or holds "
+            "more than tensors and plain data (none of it was executed)"
         ) from error
     if bomb is not None:
         raise ValueError(f"{path}: {bomb}; no checkpoint is compressed, download it again")

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a check failed; 2 usage or input error; 130 stopped by Ctr
 """
 
 import argparse
+import importlib.util
 import math
 import os
 import shlex
@@ -64,6 +65,13 @@ def _is_out_of_memory(error: Exception) -> bool:
     """As Python, PyTorch on a GPU, and PyTorch on a CPU say it; this file does without PyTorch."""
     is_of_pytorch = type(error).__name__ == "OutOfMemoryError"
     return isinstance(error, MemoryError) or is_of_pytorch or "can't allocate memory" in str(error)
+
+
+def require_packages(*packages: str, or_else: str = "") -> None:
+    """A ValueError that names the first development package which is absent, and the remedy."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is missing; `bash setup.sh --dev` installs it{or_else}")
 
 
 def standard_input() -> BinaryIO:

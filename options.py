@@ -232,8 +232,8 @@ def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> bool:
 
     The bundled model stands in where --pretrained-model-path was not typed and stories42M.pt is
     absent, the demo data where none of the data paths was typed and a file of CFIMDB among the
-    `splits` that are read is absent. A line on standard error says so. What was typed is never
-    replaced.
+    `splits` that are read is absent. A line on standard error says so, and which of the
+    assignment's files are read beside typed ones. What was typed is never replaced.
     """
     model, stands_in = _choose({"model": MODEL}, {"model": MINI_MODEL}, ["model"])
     if args.pretrained_model_path is None:
@@ -245,6 +245,7 @@ def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> bool:
     data, stands_in = _choose(DATA, DEMO_DATA, splits)
     if any(getattr(args, key) is not None for key in DATA):
         data, stands_in = {key: _found(path) for key, path in DATA.items()}, False
+        _say_not_given(args, data, splits)
     if stands_in:
         _say_stand_in("data/cfimdb-*.txt", "data/demo-*.txt")
     for key, value in {**data, "lr": LR}.items():
@@ -276,6 +277,18 @@ def _say_stand_in(absent: str, bundled: str) -> None:
         "`bash setup.sh` downloads the assignment's own",
         file=sys.stderr,
     )
+
+
+def _say_not_given(args: argparse.Namespace, data: dict[str, str], splits: Sequence[str]) -> None:
+    """Typed data are seldom meant to be measured on another data set, or by its label names."""
+    read = [*splits, "label_names"] if splits else []
+    taken = [key for key in read if getattr(args, key) is None]
+    if taken:
+        listed = ", ".join(f"--{key.replace('_', '-')} {data[key]}" for key in taken)
+        print(
+            f"{Path(sys.argv[0]).name}: not given and so the assignment's: {listed}",
+            file=sys.stderr,
+        )
 
 
 def checkpoint_path(args: argparse.Namespace) -> str:

@@ -489,10 +489,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace, work: Callable[[], None], ranks: Ranks) -> None:
+    outputs = output_files(args)
     with ranks.agreed():
-        for path in output_files(args):
+        for path in outputs:
             require_folder(path)
-        require_different(output_files(args))
+        require_different(outputs)
     seed_everything(args.seed)
     if args.option == "finetune":
         keep_freed_memory()
@@ -500,7 +501,7 @@ def _run(args: argparse.Namespace, work: Callable[[], None], ranks: Ranks) -> No
     with contextlib.ExitStack() as held:
         with ranks.agreed():
             if ranks.is_first:
-                held.enter_context(sole_writer(*output_files(args)))
+                held.enter_context(sole_writer(*outputs))
         work()
 
 

@@ -54,28 +54,14 @@ def add_adapters(model: nn.Module, size: int) -> None:
     if not isinstance(size, int) or not 1 <= size <= dim:
         raise ValueError(f"size={size} of the adapters is no bottleneck: choose one in 1..{dim}")
     if any(isinstance(module, Adapter) for module in model.llama.modules()):
-        raise ValueError("the Llama has adapters already: call remove_adapters first")
+        raise ValueError("the Llama has adapters already")
     model.llama.requires_grad_(False)
     for module in model.llama.modules():
         if isinstance(module, RMSNorm):
             module.requires_grad_(True)
     for sub_layer in _sub_layers(model):
         sub_layer.adapter = Adapter(dim, size, like=model.llama.norm.weight)
-        sub_layer.adapter.handle = sub_layer.register_forward_hook(_add_adapter)
-
-
-def remove_adapters(model: nn.Module) -> None:
-    """Takes hooks and adapters away: the plain model with its names, and with its norms as trained.
-
-    All weights of `model.llama` are trainable again. ValueError if there are no adapters.
-    """
-    adapted = [module for module in _sub_layers(model) if hasattr(module, "adapter")]
-    if not adapted:
-        raise ValueError("the Llama has no adapters: call add_adapters before remove_adapters")
-    for sub_layer in adapted:
-        sub_layer.adapter.handle.remove()
-        del sub_layer.adapter
-    model.llama.requires_grad_(True)
+        sub_layer.register_forward_hook(_add_adapter)
 
 
 def _sub_layers(model: nn.Module) -> list[nn.Module]:

@@ -57,8 +57,14 @@ def prepare(
     if "l2sp" in methods:
         terms.append(L2SP(model, options.l2sp_weight, options.l2sp_head_weight))
     if "smart" in methods:
-        smart = {"weight": options.smart_weight, "radius": options.smart_radius}
-        terms.append(Smart(model, **smart, proximal_weight=options.proximal_weight))
+        smart = Smart(
+            model,
+            weight=options.smart_weight,
+            radius=options.smart_radius,
+            proximal_weight=options.proximal_weight,
+            batch_size=options.batch_size,
+        )
+        terms.append(smart)
     return Together(*terms) if terms else None
 
 

@@ -23,6 +23,8 @@ def toward_pretrained(experiment: Experiment, runs: list[Run], command: str) -> 
     """
     identity = _identity(experiment, "wise_ft")
     record = Record(experiment.results_path("wise_ft"), identity, command)
+    if record.content["chosen"] not in (None, runs[0]["hyperparameters"]):
+        record.content["runs"] = []  # of runs that another choice has replaced
     done = []
     for run in runs:
         found = record.find("runs", run["hyperparameters"], run["seed"], run["fold"])
@@ -93,9 +95,8 @@ def _identity(experiment: Experiment, after: str) -> dict[str, Any]:
 
 
 def _is_of(made: Run, runs: list[Run]) -> bool:
-    """Whether an average is of these runs' weights; records before it was noted are believed."""
-    wanted = [run["weights_sha256"] for run in runs]
-    return made.get("of", wanted) == wanted
+    """Whether an average is of these runs' weights."""
+    return made.get("of") == [run["weights_sha256"] for run in runs]
 
 
 def _measured(experiment: Experiment, model: nn.Module, runs: list[Run], after: str) -> Run:

@@ -55,7 +55,9 @@ def continue_on(
     n_tokens = sum(map(len, encoded))
     seq_len = min(128, model.config.max_seq_len, n_tokens - 1)  # a few sentences are a window, too
     n_rows = min(16, (n_tokens - 1) // seq_len)
-    settings = {"batch_tokens": n_rows * seq_len, "seq_len": seq_len, "warmup": 20}
+    n_steps = math.ceil(epochs * n_tokens / (n_rows * seq_len))
+    settings = {"batch_tokens": n_rows * seq_len, "seq_len": seq_len}
+    settings["warmup"] = min(20, n_steps // 10)
     settings |= {"decay_from": 0.0, "max_grad_norm": 1.0, "lr": lr, "epochs": epochs, "seed": seed}
     settings |= {"bf16": bf16, "device": device.type, "text_sha256": digest_of(encoded)}
     settings |= {"model_sha256": sha256_of(checkpoint)}

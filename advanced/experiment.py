@@ -157,8 +157,8 @@ class Experiment(Task):
             examples, n_cut = encode_examples(rows, self.tokenizer, **room)
         if n_cut:
             print(
-                f"warning: {n_cut} of {len(rows)} sentences do not fit the model's {self.room} "
-                "positions and lose their end",
+                f"warning: {n_cut} of {len(rows)} sentences do not fit the {room['max_tokens']} "
+                "positions that the model has for them and lose their end",
                 file=sys.stderr,
             )
         return SentenceDataset(examples, self.tokenizer.pad_id)
@@ -169,9 +169,9 @@ class Experiment(Task):
         """The pretrained weights, which have read the training sentences if `pretrain` says so, and
         the seconds that took.
 
-        That is done once, by a seed of its own, for all seeds: their spread is of the finetuning
-        alone. What is measured meanwhile is the bits per byte of dev, of which folds train on a
-        part.
+        That is done once, by a seed of its own, for all runs on one train split: the spread over
+        seeds is of the finetuning alone, but with --train_share, whose split each seed draws. What
+        is measured meanwhile is the bits per byte of dev, of which folds train on a part.
         """
         args = self.args
         if not self.has("pretrain"):
@@ -246,7 +246,8 @@ class Experiment(Task):
     def weights_path(
         self, hyperparameters: dict[str, Any], seed: int, fold: int | None, after: str = ""
     ) -> Path:
-        varied = "".join(f"-{key}-{value}" for key, value in hyperparameters.items())
+        in_order = sorted(hyperparameters.items(), key=lambda item: (item[0] != "lr", item[0]))
+        varied = "".join(f"-{key}-{value}" for key, value in in_order)
         folder = Path(self.args.runs_dir) / self._stem(self.name_with(after))
         return folder / f"seed-{seed}{'' if fold is None else f'-fold-{fold}'}{varied}.pt"
 

@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out is not None:
         require_folder(args.out)
         if _is_picture(args.out):
-            picture.require_matplotlib()
+            cli.require_packages("matplotlib", or_else=", or name a .html")
     explain_one, names = None, []
     if args.checkpoint is not None:
         predictor = load_predictor(args.checkpoint, args.tokenizer_path, pick_device(args.use_gpu))

@@ -23,12 +23,13 @@ from torch import nn
 
 
 class L2SP(nn.Module):
-    """weight / 2 ||w - w0||^2 + head_weight / 2 ||v||^2, v being what lies outside the Llama.
+    """weight / 2 ||w - w0||^2 + head_weight / 2 ||v||^2.
 
-    w are the parameters of `model.llama` that are trainable, and w0 the weights they have, when
-    this is built. w0 is not saved: a run that is resumed builds this on the pretrained model,
-    before its state is loaded. ValueError for a weight that is no number of at least 0, and where
-    all of the Llama is frozen.
+    w are the pretrained parameters of `model.llama` that are trainable, and w0 the weights they
+    have, when this is built; v are all others that are: the head, adapters, and what reads the
+    states. w0 is not saved: a run that is resumed builds this on the pretrained model, before its
+    state is loaded. ValueError for a weight that is no number of at least 0, and where all of the
+    pretrained is frozen.
     """
 
     def __init__(self, model: nn.Module, weight: float, head_weight: float):
@@ -38,7 +39,8 @@ class L2SP(nn.Module):
                 raise ValueError(f"L2-SP's {name}={value} is not a number of at least 0")
         self.weight = weight
         self.head_weight = head_weight
-        self.names = [name for name, p in model.llama.named_parameters() if p.requires_grad]
+        trained = [name for name, p in model.llama.named_parameters() if p.requires_grad]
+        self.names = [name for name in trained if ".adapter." not in name]
         if not self.names:
             raise ValueError("L2-SP holds what is trained, but model.llama is frozen; finetune it")
         for i, name in enumerate(self.names):  # a buffer's own name has no dots
@@ -54,10 +56,10 @@ class L2SP(nn.Module):
             )
             for i, name in enumerate(self.names)
         ]
-        head = [
+        held = {f"llama.{name}" for name in self.names}
+        new = [
             parameter.square().sum()
             for name, parameter in model.named_parameters()
-            if not name.startswith("llama.")
+            if parameter.requires_grad and name not in held
         ]
-        pretrained, new = sum(squares), sum(head)
-        return self.weight / 2 * pretrained + self.head_weight / 2 * new
+        return self.weight / 2 * sum(squares) + self.head_weight / 2 * sum(new)

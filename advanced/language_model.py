@@ -30,6 +30,8 @@ from steps import learning_rate_factor, precision, take_step
 from tokenizer import Tokenizer
 from utils import atomic_write, random_state, save_torch_file, set_random_state
 
+FILES = ("state.pt", "model.pt", "tokenizer.model", "history.csv")  # of a run, in its folder
+
 
 def lm_loss(model: Llama, batch: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Cross-entropy in nats of windows (B, T + 1); a target of -100 does not count."""
@@ -91,9 +93,6 @@ def make_optimizers(
             )
         )
     return optimizers
-
-
-FILES = ("state.pt", "model.pt", "tokenizer.model", "history.csv")  # of a run, in its folder
 
 
 class Run:

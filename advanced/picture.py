@@ -43,15 +43,6 @@ class Placed(NamedTuple):
     width: float
 
 
-def require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "matplotlib is missing; `bash setup.sh --dev` installs it, or name a .html"
-        ) from error
-
-
 def write_picture(path: str, explanations: list[Explanation], title: str) -> None:
     """Letters that its font lacks are boxes; a line on standard error says so."""
     with warnings.catch_warnings(record=True) as caught:

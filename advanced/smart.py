@@ -39,8 +39,9 @@ class Smart(nn.Module):
     """Both terms, as a `regularizer` of `training.train_classifier`; a weight of 0 drops its own.
 
     Build it on the pretrained model, after what changes the model's modules and before a run's
-    state is loaded. `teacher` is theta~, a copy of the model that is saved with the run.
-    ValueError for a number that is out of range.
+    state is loaded. `teacher` is theta~, a copy of the model that is saved with the run. With
+    `batch_size` a short batch, the last of an epoch, weighs as much less as it does in the training
+    loop's loss. ValueError for a number that is out of range.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Smart(nn.Module):
         n_steps: int = 1,
         proximal_weight: float = 1.0,
         momentum: float = 0.99,
+        batch_size: int | None = None,
     ):
         super().__init__()
         weights = {"weight": weight, "proximal_weight": proximal_weight}
@@ -66,6 +68,7 @@ class Smart(nn.Module):
             raise ValueError(f"SMART's momentum={momentum} is not a number in [0, 1)")
         self.weight, self.proximal_weight, self.momentum = weight, proximal_weight, momentum
         self.n_steps = n_steps
+        self.batch_size = batch_size
         self.radius = (
             radius * model.llama.tok_embeddings.weight.detach().square().mean().sqrt().item()
         )
@@ -91,7 +94,7 @@ class Smart(nn.Module):
                     average.lerp_(now, 1.0 - self.momentum)
                 followed = again(self.teacher.eval())
             penalty = penalty + self.proximal_weight * symmetric_kl(clean, followed)
-        return penalty
+        return penalty * (len(clean) / (self.batch_size or len(clean)))
 
     def _search(
         self, model: nn.Module, clean: torch.Tensor, again: Again, like: torch.Tensor

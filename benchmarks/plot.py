@@ -16,10 +16,9 @@ COLORS = {"naive": "#888888", "ours": "#c0392b", "transformers": "#2c6fbb"}
 
 def plot(content: dict[str, Any], stem: Path) -> list[str]:
     """Writes STEM.png and, where growth was timed, growth.png beside it; returns their names."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("matplotlib is missing; `bash setup.sh --dev` installs it") from error
+    cli.require_packages("matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
     written = []
     if content["rows"]:

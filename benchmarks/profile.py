@@ -11,7 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 import cli
 from benchmarks import jobs
 from benchmarks.rows import all_rows
-from benchmarks.run import require_packages
 
 N_LINES = 12
 
@@ -24,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=cli.positive_int, default=2)
     args = parser.parse_args(argv)
     if args.contender == "transformers":
-        require_packages("transformers")
+        cli.require_packages("transformers")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         rows = {row.name: row for row in all_rows(scratch) if row.maker != "start_up"}

@@ -11,7 +11,6 @@ packages.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import shlex
@@ -124,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--ranks {args.ranks}: one needs a thread, and --threads is fewer")
         is_speed = any(name in speed_rows for name in chosen)
         if is_speed or args.plot:
-            require_packages("transformers", "matplotlib")
+            cli.require_packages("transformers", "matplotlib")
         rates = _rates(args) if is_speed else {}
         for shape, name in itertools.product(args.shapes, chosen):
             if name in SCALING:
@@ -143,13 +142,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {args.out}")
     if args.plot:
         print("wrote", *plot(content, out.with_suffix("")))
-
-
-def require_packages(*packages: str) -> None:
-    """A ValueError that names the first development package which is absent."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is missing; `bash setup.sh --dev` installs it")
 
 
 def _rates(args: argparse.Namespace) -> dict[str, float]:

@@ -26,12 +26,15 @@ HOW_P = (
     "seeds, or of McNemar's exact test where each side has one run, corrected by Holm over the "
     "column's methods; in brackets the bootstrap's 95 % interval, uncorrected. Seeds of both sides "
     "are drawn apart, although some share their data or even their weights (`wise_ft`, soups), "
-    "which makes p larger; a method of one run has no spread over seeds in its interval.\n"
+    "which makes p larger. A soup is one run, whose spread over other sets of seeds is not known, "
+    "so its p is too small. A bootstrap's p over m methods is m / 10,001 at least. In "
+    "cross-validation the learning rate is what dev had chosen, whose sentences are among those of "
+    "the folds.\n"
 )
 HOW_AGAIN = (
     "The records of these runs lie beside this file, so as they stand the commands print what is "
-    "stored and train nothing; `--results_dir runs/again` runs them anew, which `--dev_out` and "
-    "`--test_out` need, too.\n"
+    "stored and train nothing; `--results_dir runs/again --runs_dir runs/again` runs them anew, "
+    "which `--dev_out` and `--test_out` need, too.\n"
 )
 LARGEST = "always the split's largest class"  # the name of that row
 
@@ -122,7 +125,7 @@ def _group_order(group: tuple) -> tuple:
 def _title(model: str, dataset: str, folds: int | None, share: float) -> str:
     title = f"{model}, {style.dataset_name(dataset)}"
     title += f", {folds}-fold cross-validation" if folds else ""
-    return title + (f", {share:.0%} of the training data" if share != 1 else "")
+    return title + (f", {100 * share:.3g}% of the training data" if share != 1 else "")
 
 
 def _accuracy_table(members: list[Study]) -> str:
@@ -164,7 +167,9 @@ def _cost_table(members: list[Study]) -> str:
         seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
         took = [f"{statistics.mean(seconds):.0f}"] if seconds else []
         before = max(run.get("pretrain_seconds") or 0.0 for run in runs)
-        cells.append(" + ".join([*took, *([f"{before:.0f} once"] if before else [])]))
+        is_shared = study["train_share"] == 1 and not study["folds"]  # else each has its own split
+        often = "once" if is_shared else "each"
+        cells.append(" + ".join([*took, *([f"{before:.0f} {often}"] if before else [])]))
         lines.append(line([*cells, f"{max(memory):.0f}" if memory else ""]))
     return "\n".join(lines)
 

@@ -209,13 +209,15 @@ def captions(found: list[Study]) -> dict[str, str]:
 
 
 def draw_all(found: list[Study], folder: Path) -> Iterator[str]:
-    """Writes every figure that has data into `folder` and yields a line for each."""
+    """Writes every figure that has data into `folder`, deletes an earlier one that has none any
+    more, and yields a line for each."""
     for model in sorted({study["model"] for study in found}):
         finished = [study for study in studies.select(found, model=model) if by_seed(study)]
         for name, drawing in FIGURES.items():
             path = folder / f"{name}-{model}.png"
             figure = drawing.draw(finished)
             if figure is None:
+                path.unlink(missing_ok=True)
                 yield f"{path.name}: skipped, needs {drawing.needs}"
             else:
                 style.save(figure, path)

@@ -28,10 +28,9 @@ def read_history(path: str) -> dict[str, list[float]]:
 
 def draw(history: dict[str, list[float]], path: Path) -> None:
     """A PNG with a line for every held-out set."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("matplotlib is missing; `bash setup.sh --dev` installs it") from error
+    cli.require_packages("matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

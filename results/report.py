@@ -37,7 +37,7 @@ def table(found: list[Study], model: str) -> str:
     """A row for each method of `model` on all training data; a cell is empty where not measured,
     and what no method was measured by has no column."""
     found = select(found, model=model, train_share=1.0)
-    columns = [column for column in COLUMNS if _cell_values(found, column)]
+    columns = [c for c in COLUMNS if any(_cell_values([study], c) for study in found)]
     names = [name for name, *_ in columns]
     head = [f"{model}, mean (std) over seeds", "trained %", *names]
     head += ["SST test, minus plain (p)", "seeds"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+import cli
 from results import studies
 from results.studies import Study, measured, select
 from utils import atomic_write
@@ -111,10 +112,9 @@ def panels(
     n_panels: int, width: float, height: float, n_rows: int = 1
 ) -> tuple["Figure", list["Axes"]]:
     """A figure of panels side by side, sizes in inches; apart from pyplot and its global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is missing; `bash setup.sh --dev` installs it") from error
+    cli.require_packages("matplotlib")
+    from matplotlib.figure import Figure
+
     n_columns = n_panels // n_rows
     figure = Figure(figsize=(width * n_columns, height * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, n_columns, squeeze=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from advanced.adapter import Adapter, add_adapters, remove_adapters
+from advanced.adapter import Adapter, add_adapters
 from conftest import TOKENS, log_probs, random_llama, randomize
 from test_training import classifier, random_data, train
 
@@ -113,31 +113,7 @@ def test_a_deep_copy_says_the_same_by_adapters_of_its_own():
             if ".adapter." in name:
                 parameter.zero_()
     assert torch.equal(log_probs(model), before)
-    remove_adapters(twin)
     assert torch.equal(log_probs(twin), log_probs(classifier()))
-    assert torch.equal(log_probs(model), before)
-    remove_adapters(model)
-    assert torch.equal(log_probs(model), log_probs(classifier()))
-
-
-def test_removal_leaves_the_plain_model_with_its_names_and_trained_norms():
-    model = classifier()
-    names, before = list(model.state_dict()), log_probs(model)
-    add_adapters(model, 4)
-    assert len(model.state_dict()) == len(names) + 4 * 4
-    randomized(model)
-    remove_adapters(model)
-    assert list(model.state_dict()) == names
-    assert torch.equal(log_probs(model), before)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-    add_adapters(model, 4)
-    with torch.no_grad():
-        model.llama.layers[0].ffn_norm.weight.mul_(2.0)
-    scaled = log_probs(model)
-    remove_adapters(model)
-    assert not torch.equal(scaled, before)
-    assert torch.equal(log_probs(model), scaled)
 
 
 def test_saved_adapters_load_into_a_model_that_has_them():
@@ -161,16 +137,14 @@ def test_cached_generation_is_the_one_that_reads_all_again():
     assert torch.equal(cached, ids)
 
 
-def test_what_cannot_be_added_or_removed_is_refused_and_changes_nothing():
+def test_what_cannot_be_added_is_refused_and_changes_nothing():
     model = classifier()
     names = list(model.state_dict())
     for size in (0, 33, 4.0):
         with pytest.raises(ValueError, match=rf"size={size} .*1\.\.32"):
             add_adapters(model, size)
-    with pytest.raises(ValueError, match="call add_adapters"):
-        remove_adapters(model)
     assert list(model.state_dict()) == names
     assert all(parameter.requires_grad for parameter in model.parameters())
     add_adapters(model, 4)
-    with pytest.raises(ValueError, match="call remove_adapters first"):
+    with pytest.raises(ValueError, match="has adapters already"):
         add_adapters(model, 4)

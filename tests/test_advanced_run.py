@@ -383,7 +383,8 @@ def test_a_long_sentence_leaves_room_for_a_label_of_several_tokens(advanced, met
     Path("toy-dev.txt").write_text(f"0 ||| {'a good film ' * 99}\n1 ||| warm\n", encoding="utf-8")
     code, _, err = advanced("--method", method, "--seeds=3", "--epochs=1")
     assert code == 0, err
-    assert "1 of 2 sentences do not fit" in err
+    places = int(re.search("1 of 2 sentences do not fit the ([0-9]+) positions", err)[1])
+    assert places < load_pretrained("model.pt").config.max_seq_len  # the label takes its own
 
 
 def test_a_soup_of_one_is_that_one(advanced):
@@ -417,6 +418,19 @@ def test_l2sp_holds_the_pretrained_gains_that_some_methods_train(method):
     with torch.no_grad():
         model.llama.norm.weight.add_(1.0)
     expected = options.l2sp_weight / 2 * model.llama.config.dim
+    assert (penalty(model, None, None) - before).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_l2sp_takes_adapters_for_new():
+    options = composer.get_args(["--method", "adapter", "--method", "l2sp"])
+    config = SimpleNamespace(num_labels=2, option="finetune", hidden_dropout_prob=0.0)
+    model = assembly.build(["adapter"], random_llama(), config, None, None, options.adapter_size)
+    penalty = assembly.prepare(["adapter", "l2sp"], model, options)
+    before = penalty(model, None, None)
+    bias = model.llama.layers[0].attention.adapter.up.bias  # begins at 0
+    with torch.no_grad():
+        bias.add_(1.0)
+    expected = options.l2sp_head_weight / 2 * bias.numel()
     assert (penalty(model, None, None) - before).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -574,6 +588,39 @@ def test_an_average_of_a_run_that_was_repeated_is_made_anew(advanced, monkeypatc
     assert advanced(*options)[0] == 0
     ((after,), (base,)) = record(method)["runs"], record("plain")["runs"]
     assert after["of"] == [base["weights_sha256"]] != before["of"]
+
+
+def test_where_another_value_is_chosen_the_averages_of_the_earlier_are_gone(advanced):
+    options = ["--method=wise_ft", "--epochs=1", "--grid", "lr=1e-2,2e-2"]
+    assert advanced(*options, "--seeds=3,4")[0] == 0
+    chosen = record("plain")["chosen"]
+    (path,) = Path("results").glob("toy-plain-*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content |= {"runs": [], "chosen": {"lr": 2e-2 if chosen == {"lr": 1e-2} else 1e-2}}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert advanced(*options, "--seeds=3")[0] == 0
+    content = record("wise_ft")
+    assert [run["seed"] for run in content["runs"]] == [3]
+    assert content["runs"][0]["hyperparameters"] == content["chosen"] != chosen
+
+
+def test_an_average_that_does_not_say_of_what_is_made_anew(advanced):
+    assert advanced("--method=wise_ft", "--epochs=1", "--seeds=3")[0] == 0
+    (path,) = Path("results").glob("toy-wise_ft-*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["runs"][0]["of"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert advanced("--method=wise_ft", "--epochs=1", "--seeds=3")[0] == 0
+    assert "of" in record("wise_ft")["runs"][0]
+
+
+def test_the_order_of_a_grid_does_not_name_other_weights(advanced):
+    grids = [["lr=1e-2", "epochs=1"], ["epochs=1", "lr=1e-2"]]
+    for grid, runs in zip(grids, ("one", "two"), strict=True):
+        options = ["--seeds=3", f"--runs_dir={runs}", f"--results_dir={runs}-results"]
+        assert advanced("--grid", *grid, *options)[0] == 0
+    one, two = (weights(Path(runs)).keys() for runs in ("one", "two"))
+    assert [path.removeprefix("one") for path in one] == [path.removeprefix("two") for path in two]
 
 
 def test_other_settings_under_the_same_name_are_refused(advanced):

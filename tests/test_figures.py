@@ -194,6 +194,7 @@ def test_all_figures_are_small_pngs_and_what_lacks_data_is_named(found, tmp_path
     lines = list(figures.draw_all(alone, tmp_path))
     skipped = {line.partition("-toy.png: skipped, needs ")[0] for line in lines}
     assert skipped == set(figures.FIGURES)
+    assert not list(tmp_path.glob("*.png"))  # the earlier ones would show what is measured no more
     assert list(figures.draw_all([], tmp_path)) == []
 
 

@@ -80,6 +80,21 @@ def test_prompting_needs_no_training_file(place, capsys):
     assert options.get_args(["--option", "finetune"]).dev == options.DEMO_DATA["dev"]
 
 
+@pytest.mark.parametrize(
+    ("option", "taken"),
+    [
+        ("finetune", "--test data/cfimdb-test.txt, --label-names data/cfimdb-label-mapping.json"),
+        ("prompt", "--test data/cfimdb-test.txt, --label-names data/cfimdb-label-mapping.json"),
+        ("generate", None),
+    ],
+)
+def test_what_stands_beside_a_typed_path_is_said(place, capsys, option, taken):
+    place(*OWN)
+    options.get_args(["--option", option, "--train", "own.txt", "--dev", "own.txt"])
+    line = f"not given and so the assignment's: {taken}\n" if taken else ""
+    assert capsys.readouterr().err.partition(": ")[2] == line
+
+
 def test_what_was_typed_is_never_replaced(place):
     """Each subset of the paths is typed, all of them naming files that do not exist."""
     place(*BUNDLED)

@@ -70,6 +70,21 @@ def test_the_table_is_mean_and_sample_deviation_over_seeds(found):
     assert len({line.count("|") for line in report.table(found, "toy").splitlines()}) == 1
 
 
+@pytest.mark.parametrize("unfinished", ["test", "runs"])
+def test_a_study_under_way_takes_no_column_from_the_others(tmp_path, unfinished):
+    first = study("sst", "adapter", 0.5)
+    for run in first["runs"]:
+        run["test"] = None  # which is looked at when all training is done
+    if unfinished == "runs":
+        first["runs"] = []
+    found = studies.load(synthetic.write(tmp_path, first, study("sst", "plain", 0.5)))
+    assert found[0]["method"] == "adapter"
+    table = report.table(found, "toy")
+    assert "| SST dev | SST test |" in table.splitlines()[0]
+    runs = one(found, method="plain")["runs"]
+    assert cells(table)["plain"][2] == mean_std([run["test"]["accuracy"] for run in runs])
+
+
 def test_folds_are_pooled_for_each_seed(found):
     folds = one(found, folds=5)
     n_right = dict.fromkeys((1, 2), 0)
@@ -174,6 +189,10 @@ def test_what_pretraining_took_stands_beside_the_seconds_of_a_run(tmp_path):
         run["pretrain_seconds"] = 401.6
     page = details.page(studies.load(synthetic.write(tmp_path, pretrained)), tmp_path)
     assert "| 102 + 402 once |" in page
+    pretrained["train_share"] = 0.025  # drawn by each seed, so that each reads sentences of its own
+    page = details.page(studies.load(synthetic.write(tmp_path, pretrained)), tmp_path)
+    assert "| 102 + 402 each |" in page
+    assert "## toy, SST, 2.5% of the training data" in page
 
 
 @pytest.mark.parametrize("key", ["dev", "test", "train", "pretrained_model_path"])

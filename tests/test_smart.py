@@ -198,6 +198,19 @@ def test_the_proximal_term_is_the_divergence_from_the_teacher_times_its_weight()
     torch.testing.assert_close(model.classifier_head.weight.grad, expected_gradient)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
+def test_a_short_last_batch_weighs_as_much_less_as_in_the_loss(weights):
+    model, values = classifier(), []
+    smarts = [
+        Smart(model, weight=weights[0], proximal_weight=weights[1], batch_size=size)
+        for size in (None, len(TOKENS), 4 * len(TOKENS))
+    ]
+    moved(model)
+    values = [call(smart, model).item() for smart in smarts]
+    assert values[0] == values[1] > 0.0
+    assert values[2] == pytest.approx(values[0] / 4)
+
+
 def test_the_teacher_is_the_moving_average_of_the_weights_of_each_call():
     model, beta = classifier().double(), 0.9
     smart = Smart(model, weight=0.0, momentum=beta)
