@@ -172,12 +172,24 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 1)
 
 
+def return_freed_memory() -> None:
+    """Gives what the C library keeps of freed memory back to the system; without effect where that
+    is not glibc.
+
+    Batches of many lengths leave holes that fit no later batch: of CFIMDB's a process of the
+    bundled model came to hold 4 GB, three quarters of it free.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def forget_peak_memory() -> None:
     """Linux: the most memory held is what is held now. Elsewhere the peak keeps the building's."""
     gc.collect()
+    return_freed_memory()  # which would count as held
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what is free and kept would count as held
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 

@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 import utils
 from checkpoint import load_torch_file
+from conftest import ROOT
 from utils import (
     allow_tf32,
     atomic_write,
@@ -133,3 +136,35 @@ def test_cuda_may_multiply_in_tf32_and_a_cpu_is_left_alone():
         assert torch.equal(a @ a, exact)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and glibc is Linux's")
+def test_freed_memory_that_lies_between_what_is_held_goes_back():
+    program = """
+import ctypes, pathlib
+import utils
+
+def held_mb():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
+
+libc = ctypes.CDLL(None)
+if not hasattr(libc, "malloc_trim"):
+    raise SystemExit(3)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+blocks = [libc.malloc(64 * 1024) for _ in range(1600)]  # 100 MB, each too small for a mapping
+for block in blocks:
+    ctypes.memset(block, 1, 64 * 1024)
+for block in blocks[:-1]:  # the last one stays, at the top
+    libc.free(block)
+before = held_mb()
+utils.return_freed_memory()
+print(before - held_mb())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+    if done.returncode == 3:
+        pytest.skip("not glibc")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 80
