@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Published with the assignment for stories42M.pt, finetuned, mean of ten seeds.
-PUBLISHED = {("sst", "dev"): 0.414, ("sst", "test"): 0.418, ("cfimdb", "dev"): 0.800}
 LABELS = {"sst": ("awful", "bad", "average", "good", "excellent"), "cfimdb": ("bad", "good")}
 
 
@@ -78,7 +76,9 @@ def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     kind = (one.members[0]["dataset"], one.split)
-    published = None if one.members[0]["folds"] else PUBLISHED.get(kind)
+    published = None
+    if kind in studies.PUBLISHED and not one.members[0]["folds"]:
+        published, _ = studies.PUBLISHED[kind]
     if published is not None and low <= published <= high:
         panel.axvline(published, color="#777777", linestyle="--", label="published, stories42M")
     elif published is not None:

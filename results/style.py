@@ -31,6 +31,7 @@ _FIXED = {
     "plain_fp32": {"color": "#333333", "marker": "v", "linestyle": "--"},
     "zero_shot": {"color": "#999999", "marker": "s", "linestyle": ":"},
     "assignment": {"color": "#777777", "marker": "^", "linestyle": "--"},
+    "full_last": {"color": "#888888", "marker": "P", "linestyle": "-."},
     "masked": {"color": "#555555", "marker": "D", "linestyle": "-."},
 }
 N_LINES = 5  # methods in a figure whose lines would otherwise cover each other
