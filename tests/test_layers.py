@@ -1,4 +1,4 @@
-"""The layer rule of structure.md: a module imports only from the layers above its own."""
+"""The layer rule of structure.md: a module imports only from layers of smaller numbers."""
 
 import ast
 import sys

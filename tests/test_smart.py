@@ -200,7 +200,7 @@ def test_the_proximal_term_is_the_divergence_from_the_teacher_times_its_weight()
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
 def test_a_short_last_batch_weighs_as_much_less_as_in_the_loss(weights):
-    model, values = classifier(), []
+    model = classifier()
     smarts = [
         Smart(model, weight=weights[0], proximal_weight=weights[1], batch_size=size)
         for size in (None, len(TOKENS), 4 * len(TOKENS))

@@ -141,11 +141,12 @@ def test_cuda_may_multiply_in_tf32_and_a_cpu_is_left_alone():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and glibc is Linux's")
 def test_freed_memory_that_lies_between_what_is_held_goes_back():
     program = """
-import ctypes, pathlib
+import ctypes, os, pathlib
 import utils
 
 def held_mb():
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 libc = ctypes.CDLL(None)
 if not hasattr(libc, "malloc_trim"):
