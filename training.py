@@ -30,7 +30,7 @@ from steps import learning_rate_factor, precision, symmetric_kl, take_step
 from tokenizer import Tokenizer
 from utils import return_freed_memory, save_torch_file, sha256_of
 
-RETURN_EVERY = 10  # steps, between which the C library keeps what is freed for the next one
+RETURN_EVERY = 50  # steps, between which the C library keeps what is freed for the next one
 
 
 @dataclass(frozen=True)
