@@ -272,10 +272,9 @@ def _found(path: str) -> str:
 
 
 def _say_stand_in(absent: str, bundled: str) -> None:
-    print(
-        f"{Path(sys.argv[0]).name}: {absent} not found, using the bundled {bundled}; "
-        "`bash setup.sh` downloads the assignment's own",
-        file=sys.stderr,
+    _say(
+        f"{absent} not found, using the bundled {bundled}; `bash setup.sh` downloads the "
+        "assignment's own"
     )
 
 
@@ -285,10 +284,11 @@ def _say_not_given(args: argparse.Namespace, data: dict[str, str], splits: Seque
     taken = [key for key in read if getattr(args, key) is None]
     if taken:
         listed = ", ".join(f"--{key.replace('_', '-')} {data[key]}" for key in taken)
-        print(
-            f"{Path(sys.argv[0]).name}: not given and so the assignment's: {listed}",
-            file=sys.stderr,
-        )
+        _say(f"not given and so the assignment's: {listed}")
+
+
+def _say(line: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
 def checkpoint_path(args: argparse.Namespace) -> str:

@@ -75,14 +75,11 @@ def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
             ha=align, va="center", fontsize=8, color="#555555",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
-    kind = (one.members[0]["dataset"], one.split)
-    published = None
-    if kind in studies.PUBLISHED and not one.members[0]["folds"]:
-        published, _ = studies.PUBLISHED[kind]
-    if published is not None and low <= published <= high:
-        panel.axvline(published, color="#777777", linestyle="--", label="published, stories42M")
-    elif published is not None:
-        panel.set_xlabel(f"accuracy\n(published {published:.3f}, off the axis)", fontsize=9)
+    known = studies.published(one.members[0]["dataset"], one.members[0]["folds"], one.split)
+    if known is not None and low <= known[0] <= high:
+        panel.axvline(known[0], color="#777777", linestyle="--", label="published, stories42M")
+    elif known is not None:
+        panel.set_xlabel(f"accuracy\n(published {known[0]:.3f}, off the axis)", fontsize=9)
 
 
 def confusion(found: list[Study]) -> "Figure | None":

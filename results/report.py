@@ -76,7 +76,7 @@ def _cell_values(of_method: list[Study], column: tuple) -> list[float]:
 
 def _published(column: tuple) -> str:
     _, dataset, folds, split = column
-    known = None if folds else studies.PUBLISHED.get((dataset, split))
+    known = studies.published(dataset, folds, split)
     return "" if known is None else f"{known[0]:.3f} ({known[1]:.3f})"
 
 

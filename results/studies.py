@@ -98,6 +98,11 @@ def unfinished(study: Study) -> Iterator[str]:
         )
 
 
+def published(dataset: str, folds: int | None, split: str) -> tuple[float, float] | None:
+    """Of PUBLISHED, where nothing is of folds."""
+    return None if folds else PUBLISHED.get((dataset, split))
+
+
 def measured(study: Study, split: str, key: str = "accuracy") -> list[float]:
     """A value for each finished seed; of folds the mean, weighted by their sentences. Empty where
     a split has no gold labels or was not evaluated."""
