@@ -154,6 +154,7 @@ class LlamaEmbeddingClassifier(_Classifier):
         return model.eval()
 
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T), real tokens (B,) of right-padded rows -> log-probabilities (B, n_labels)."""
         lengths = self._real_lengths(lengths)
         hidden = self.llama.hidden_states(input_ids, lengths)  # (B, T, dim)
         scores = self.classifier_head(self.dropout(self.pool(hidden, lengths)))

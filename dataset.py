@@ -31,9 +31,11 @@ def encode_examples(
     """
     n_suffix = len(tokenizer.encode(suffix, bos=False, eos=False)) if suffix else 0
     if max_tokens < n_suffix + 2:  # bos and one token of the sentence
+        if not suffix:
+            raise ValueError(f"a model of {max_tokens} positions has no room for a sentence")
         raise ValueError(
-            f"a question of {n_suffix} tokens leaves the sentence no room in the model's "
-            f"{max_tokens} positions; shorten the label names"
+            f"a question of {n_suffix} tokens leaves the sentence no room in the {max_tokens} "
+            "positions that the model has for it; shorten the label names"
         )
 
     def cut(ids: list[int], length: int) -> list[int]:

@@ -298,6 +298,8 @@ def _meet(use_gpu: bool) -> torch.device:
 
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     device = torch.device("cpu")
+    if use_gpu and torch.backends.mps.is_available():
+        raise ValueError("--use_gpu: Apple's MPS serves one process; start it without torchrun")
     if use_gpu and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if device.index >= torch.cuda.device_count():

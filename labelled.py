@@ -112,11 +112,11 @@ def parse_line(
 ) -> tuple[str, int]:
     """(sentence, label) of one line, as `read_sentences` says; `place` begins its errors, and `by`
     is what the number of labels is from."""
-    shown = repr(line if len(line) <= 60 else line[:57] + "...")
+    cut = repr(line if len(line) <= 60 else line[:57] + "...")
     # The space stands for one that an editor took from the end of a line without a sentence.
     label_text, separator, sentence = f"{line} ".partition(SEPARATOR)
     if not separator:
-        raise ValueError(f"{place}: {shown} has no separator; write 'label{SEPARATOR}sentence'")
+        raise ValueError(f"{place}: {cut} has no separator; write 'label{SEPARATOR}sentence'")
     label_text, sentence = label_text.strip(), sentence.strip()
     if not re.fullmatch(r"-?[0-9]{1,9}", label_text):
         raise ValueError(
@@ -129,5 +129,5 @@ def parse_line(
         known = "0, 1, 2, ..." if n_labels is None else f"0 to {n_labels - 1} by {by}"
         raise ValueError(f"{place}: label {label} does not exist; labels are {known}")
     if not sentence:
-        raise ValueError(f"{place}: {shown} has an empty sentence; write one or delete the line")
+        raise ValueError(f"{place}: {cut} has an empty sentence; write one or delete the line")
     return sentence, label

@@ -133,6 +133,11 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer_id: int = 0,
     ) -> torch.Tensor:
+        """x (B, T, dim) -> (B, T, dim), before the residual.
+
+        key_mask (B, S) is True where a key may be read. With a cache the S keys are those it holds
+        for layer `layer_id` and these T, which it takes; without, S is T.
+        """
         B, T, _ = x.shape
         query = self.compute_query(x).view(B, T, self.n_heads, self.head_dim)  # (B, T, H, D)
         key = self.compute_key(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, D)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from utils import has_no_content, hidden_neighbor
+from utils import has_no_content, hidden_neighbor, real_path
 
 try:
     import fcntl
@@ -29,7 +29,7 @@ def sole_writer(*paths: str | os.PathLike) -> Iterator[None]:
     nor does what it was writing, which is removed. What has no content is shared.
     """
     with contextlib.ExitStack() as held:
-        for path in dict.fromkeys(Path(p).resolve() for p in paths if not has_no_content(p)):
+        for path in dict.fromkeys(real_path(p) for p in paths if not has_no_content(p)):
             held.enter_context(_locked(path))
             remove_leftovers(path)
         yield
@@ -37,7 +37,7 @@ def sole_writer(*paths: str | os.PathLike) -> Iterator[None]:
 
 def remove_leftovers(path: str | os.PathLike) -> None:
     """Removes what killed processes were writing for `path`; call it as its sole writer."""
-    begin = hidden_neighbor(Path(path).resolve(), "")
+    begin = hidden_neighbor(real_path(path), "")
     for neighbor in list(begin.parent.iterdir()):
         if re.fullmatch(re.escape(begin.name) + r"[0-9]+\.tmp", neighbor.name):
             neighbor.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import cli
 from config import ATTENTION_MODES, POOLINGS
 from resume import state_path
+from utils import has_no_content, real_path
 
 ROOT = Path(__file__).resolve().parent
 SPLITS_READ_BY = {
@@ -38,7 +39,8 @@ LR, MINI_LR = 2e-5, 5e-4  # 13 times smaller, the bundled model needs greater st
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses and prints the options; a usage error is one line and exit code 2.
+    """Parses the options, and prints them but where the output is for other programs (predict, and
+    texts of one's own); a usage error is one line and exit code 2.
 
     Where a default's file is absent its bundled counterpart stands in (see `fill_defaults`).
     """
@@ -70,7 +72,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume and args.option != "finetune":
         parser.error("--resume goes on with a training; add --option finetune")
     for option, names in own.items():
-        typed = [name for name in names if _is_typed(parser, args, name)]
+        typed = [name for name in names if _is_changed(parser, args, name)]
         if typed and option != args.option:
             what = f"--{typed[0]}"
             if typed[0] == "sentences":
@@ -89,7 +91,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _is_typed(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:
+def _is_changed(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:
     """Whether an option has another value than its default."""
     value, default = getattr(args, name), parser.get_default(name)
     return value != [] and (type(value) is not type(default) or value != default)
@@ -130,7 +132,7 @@ def _require_predictable(parser: cli.ArgumentParser, args: argparse.Namespace) -
     if args.input is not None and args.sentences:
         parser.error("--input and sentences exclude each other")
     for name in vars(args):
-        if name not in USED_BY_PREDICT and _is_typed(parser, args, name):
+        if name not in USED_BY_PREDICT and _is_changed(parser, args, name):
             remedy = "; --input names the file" if name in ("train", "dev", "test") else ""
             option = name.replace("_", "-") if name in WITH_HYPHENS else name
             parser.error(f"--{option} does not go with --option predict{remedy}")
@@ -139,7 +141,7 @@ def _require_predictable(parser: cli.ArgumentParser, args: argparse.Namespace) -
 def _require_free(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
     """A usage error for what texts of one's own have no use for."""
     for name in ("generated_sentence_low_temp_out", "generated_sentence_high_temp_out"):
-        if _is_typed(parser, args, name):
+        if _is_changed(parser, args, name):
             parser.error(f"--{name} is for the assignment's texts; leave it out")
     if args.temperature == 0:
         for name in ("top_k", "top_p", "num_samples"):
@@ -262,7 +264,11 @@ def _choose(
     for paths in (wanted, bundled):
         for folder in (Path(), ROOT):
             if all((folder / paths[key]).exists() for key in needed):
-                return {key: str(folder / path) for key, path in paths.items()}, paths is bundled
+                found = {  # a folder of splits alone has the project's label names
+                    key: str(folder / path) if (folder / path).exists() else _found(path)
+                    for key, path in paths.items()
+                }
+                return found, paths is bundled
     return wanted, False
 
 
@@ -299,7 +305,7 @@ def checkpoint_path(args: argparse.Namespace) -> str:
 
 def dataset_name(train: str) -> str:
     """data/sst-train.txt or sst/train.txt -> sst"""
-    path = Path(train).resolve()
+    path = real_path(train)
     name = path.parent.name if path.stem == "train" else path.stem.removesuffix("-train")
     return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name)  # no name on Windows has these
 
@@ -317,22 +323,36 @@ def output_files(args: argparse.Namespace) -> list[str]:
     return [checkpoint, str(state_path(checkpoint)), *predictions]
 
 
+def input_files(args: argparse.Namespace) -> list[str | None]:
+    """The files that the option reads, None where one is yet to be found."""
+    splits = SPLITS_READ_BY[args.option]
+    data = [*splits, "label_names"] if splits else []
+    return [getattr(args, key) for key in (*data, "pretrained_model_path", "tokenizer_path")]
+
+
 def require_folder(outfile: str) -> None:
     """A ValueError before the work, not after it, where `outfile` cannot be written."""
-    folder = Path(outfile).resolve().parent
     if not outfile or Path(outfile).is_dir():
         raise ValueError(f"{outfile!r}: is no name for an output file")
+    if has_no_content(outfile):  # opened as it is, with no neighbor
+        return
+    folder = real_path(outfile).parent
     if not folder.is_dir():
         raise ValueError(f"{outfile}: its folder does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{outfile}: its folder may not be written to")
 
 
-def require_different(outfiles: Sequence[str]) -> None:
-    """A ValueError where two outputs have one name."""
+def require_different(outfiles: Sequence[str], inputs: Sequence[str | None]) -> None:
+    """A ValueError where two outputs have one name, or one would replace an input."""
+    read = {real_path(path) for path in inputs if path is not None}
     seen = set()
     for outfile in outfiles:
-        path = Path(outfile).resolve()
+        path = real_path(outfile)
+        if has_no_content(path):
+            continue
+        if path in read:
+            raise ValueError(f"{outfile}: is an input, and would be replaced; name another output")
         if path in seen:
             raise ValueError(f"{outfile}: is the name of two outputs; give each its own")
         seen.add(path)

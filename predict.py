@@ -170,9 +170,9 @@ def read_blocks(
 ) -> Iterator[list[Line]]:
     """The lines but blank ones, as many at a time as one read finds.
 
-    A file is labelled if its first line reads `label ||| sentence`; then all its lines must. Labels
-    that are placeholders, as those of the published cfimdb-test.txt, are not known. Raises
-    ValueError naming file, line and value.
+    A file is labelled if its first line reads `label ||| sentence`; then all its lines must, and
+    else none may. Labels that are placeholders, as those of the published cfimdb-test.txt, are not
+    known. Raises ValueError naming file, line and value.
     """
     is_labelled = None
     for numbered in _numbered_lines(file, name):
@@ -180,11 +180,18 @@ def read_blocks(
         for number, text in numbered:
             if not text.strip():
                 continue
+            has_label = _IS_LABELLED.match(f"{text} ") is not None  # see `parse_line` for the space
             if is_labelled is None:
-                is_labelled = _IS_LABELLED.match(text) is not None
+                is_labelled = has_label
+            place = f"{name}:{number}"
+            if has_label and not is_labelled:
+                raise ValueError(
+                    f"{place}: reads 'label{SEPARATOR}sentence' and the first line does not; label "
+                    "every line or none"
+                )
             sentence, gold = text.strip(), None
             if is_labelled:
-                place, by = f"{name}:{number}", "the checkpoint"
+                by = "the checkpoint"
                 sentence, gold = parse_line(text, place, n_labels, unlabelled=True, by=by)
                 gold = NO_GOLD_LABEL if has_placeholders else gold
             block.append(Line(number, sentence, gold))
@@ -238,7 +245,7 @@ def in_pieces(blocks: Iterable[list[Line]], n: int) -> Iterator[list[Line]]:
 class Tally:
     """What is counted of a stream."""
 
-    confusion: np.ndarray  # row: gold, column: said
+    confusion: np.ndarray  # row: gold, column: predicted
     n_lines: int = 0
     n_cut: int = 0
 
@@ -308,11 +315,11 @@ def _gold(prediction: Prediction, names: list[str]) -> str | None:
 
 
 def _text(prediction: Prediction, names: list[str]) -> str:
-    said, gold = names[prediction.label], _gold(prediction, names)
-    wrong = f" (gold: {gold})" if gold not in (None, said) else ""
+    predicted, gold = names[prediction.label], _gold(prediction, names)
+    wrong = f" (gold: {gold})" if gold not in (None, predicted) else ""
     of_all = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, prediction.probs, strict=True))
     sentence = cli.printable(prediction.line.sentence)
-    return f"{said} {max(prediction.probs):.3f}{wrong} | {of_all} | {sentence}"
+    return f"{predicted} {max(prediction.probs):.3f}{wrong} | {of_all} | {sentence}"
 
 
 def _json(prediction: Prediction, names: list[str]) -> str:
@@ -329,8 +336,8 @@ def _json(prediction: Prediction, names: list[str]) -> str:
 
 def _cells(prediction: Prediction, names: list[str]) -> list[str | int | float | None]:
     probs = [round(p, 6) for p in prediction.probs]
-    said = [prediction.line.number, names[prediction.label], max(probs), *probs]
-    return [*said, _gold(prediction, names), prediction.line.sentence]
+    predicted = [prediction.line.number, names[prediction.label], max(probs), *probs]
+    return [*predicted, _gold(prediction, names), prediction.line.sentence]
 
 
 def _csv(rows: Iterable[list[str | int | float | None]]) -> str:
@@ -350,7 +357,7 @@ def summary(tally: Tally, names: list[str], seconds: float) -> Iterator[str]:
     accuracy = np.trace(confusion) / n_gold
     yield f"acc :: {accuracy:.3f} of {n_gold:,}, macro f1 :: {macro_f1(confusion):.3f}"
     names = [cli.on_one_line(name) for name in names]
-    table = [["gold \\ said", *names]]
+    table = [["gold \\ predicted", *names]]
     table += [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)]
     widths = [max(len(str(cell)) for cell in column) for column in zip(*table, strict=True)]
     for first, *cells in table:

@@ -6,9 +6,11 @@ weights as an uninterrupted one, bit for bit (on the same machine, with as many 
 """
 
 import copy
+import itertools
 import os
 import shutil
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,21 @@ from torch.optim import Optimizer
 
 from checkpoint import load_torch_file, require_finite
 from distributed import ALONE, Ranks
-from utils import differences, random_state, save_torch_file, set_random_state
+from utils import differences, random_state, real_path, save_torch_file, set_random_state
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    epoch: int
+    train_loss: float  # mean over batches of what was minimized: NLL summed / batch size, and more
+    train_accuracy: float
+    dev_accuracy: float
+
+    def in_words(self) -> str:
+        return (
+            f"epoch {self.epoch}: train loss :: {self.train_loss:.3f}, "
+            f"train acc :: {self.train_accuracy:.3f}, dev acc :: {self.dev_accuracy:.3f}"
+        )
 
 
 @dataclass
@@ -33,6 +49,21 @@ class Place:
     order: torch.Tensor | None = None  # the shuffling generator's state when the epoch began
     history: list[dict[str, Any]] = field(default_factory=list)  # a report for each epoch before
 
+    @classmethod
+    def of_file(cls, values: dict[str, Any]) -> "Place":
+        """What `vars` gave before it was saved; an error of _WRONG for anything else."""
+        place = cls(**values)
+        reports = [EpochReport(**report) for report in place.history]
+        counts = [place.epoch, place.n_batches, place.n_right, *(one.epoch for one in reports)]
+        measured = [(one.train_loss, one.train_accuracy, one.dev_accuracy) for one in reports]
+        numbers = [place.loss_sum, *itertools.chain.from_iterable(measured)]
+        if any(type(n) is not int or n < 0 for n in counts):
+            raise ValueError("counts below 0, or no counts")
+        if any(type(x) is not float for x in numbers):
+            raise TypeError("a loss or an accuracy that is no number")
+        torch.Generator().set_state(place.order)
+        return place
+
 
 def state_path(checkpoint: str | os.PathLike) -> Path:
     """finetune-sst-5-2e-05.pt -> finetune-sst-5-2e-05.state.pt"""
@@ -41,15 +72,18 @@ def state_path(checkpoint: str | os.PathLike) -> Path:
 
 def require_same_settings(path: Path, saved: Any, settings: dict[str, Any]) -> None:
     """A ValueError that names all in which the run at `path` is not the one with `settings`."""
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path}: is no state of a run; delete it")
-    differing = differences(saved, settings)
+    try:
+        differing = differences(saved, settings)
+    except (AttributeError, RuntimeError) as error:  # no dict, or a tensor for a number
+        raise ValueError(f"{path}: is no state of a run; delete it") from error
     if differing:
         raise ValueError(
             f"{path}: is of another run ({differing}); take that run's options, or delete the file"
         )
 
 
+# What comes of values of other kinds than a state has, here and in PyTorch's, Python's and NumPy's.
+_WRONG = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
 DIVERGED = "lower --lr or set --max_grad_norm (what was saved before is kept)"
 
 
@@ -95,8 +129,8 @@ class Keeper:
             self._saved = load_torch_file(path)
         require_same_settings(self.path, self._saved.get("settings"), settings)
         try:
-            self.place = Place(**self._saved["place"])
-        except (KeyError, TypeError) as error:
+            self.place = Place.of_file(self._saved["place"])
+        except _WRONG as error:
             raise self._damaged() from error
         self.is_resumed = True
 
@@ -106,20 +140,34 @@ class Keeper:
         """Puts weights, optimizer and random numbers where they were and says where that is."""
         saved, self._saved = self._saved, {}
         if saved:
-            try:
-                model.load_state_dict(saved["model"])
-                if regularizer is not None:
-                    regularizer.load_state_dict(saved["regularizer"])
-                # Copied: what is loaded is mapped from the file, which is about to be replaced.
-                optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
-                set_random_state(saved["random"])
-                if self.ranks.size > 1:
-                    self.ranks.set_random_states(saved.get("random_of_ranks", []), self._seed())
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-                raise self._damaged() from error
+            with warnings.catch_warnings():  # of what a damaged file makes PyTorch do
+                warnings.simplefilter("ignore")
+                try:
+                    self._put_back(saved, model, optimizer, regularizer)
+                except _WRONG as error:
+                    raise self._damaged() from error
         return self.place
 
+    def _put_back(
+        self,
+        saved: dict[str, Any],
+        model: nn.Module,
+        optimizer: Optimizer,
+        regularizer: nn.Module | None,
+    ) -> None:
+        model.load_state_dict(saved["model"])
+        if regularizer is not None:
+            regularizer.load_state_dict(saved["regularizer"])
+        names = tuple(optimizer.defaults)  # to which loading adds PyTorch's own
+        # Copied: what is loaded is mapped from the file, which is about to be replaced.
+        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        _require_steppable(optimizer, names)
+        set_random_state(saved["random"])
+        if self.ranks.size > 1:
+            self.ranks.set_random_states(saved.get("random_of_ranks", []), self._seed())
+
     def is_due(self) -> bool:
+        """Whether the last save is `minutes` or more ago."""
         return time.monotonic() - self.saved_at >= 60 * self.minutes
 
     def save(
@@ -159,13 +207,31 @@ class Keeper:
         return ValueError(f"{self.path}: is damaged, or of another version; delete it")
 
 
+def _require_steppable(optimizer: Optimizer, names: tuple[str, ...]) -> None:
+    """An error of _WRONG where a loaded AdamW would fail in its next step."""
+    for group in optimizer.param_groups:
+        hyperparameters = {name: group[name] for name in names}
+        if any(isinstance(value, torch.Tensor) for value in hyperparameters.values()):
+            raise TypeError("a tensor for a number")
+        peak = group.get("initial_lr", group["lr"])
+        type(optimizer)(group["params"], **{**hyperparameters, "lr": peak})  # checks them
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if state == {}:  # of a parameter that has had no gradient yet
+                continue
+            if type(state["step"]) is not int or not 0 < state["step"] < 2**31:
+                raise ValueError("a step that is no count")
+            if not state["m"].shape == state["v"].shape == parameter.shape:
+                raise ValueError("moments of another shape")
+
+
 def require_space(checkpoint: str | os.PathLike, n_parameters: int, n_kept: int = 1) -> None:
     """A ValueError, before the work, where the disk cannot hold what a run will keep.
 
     That is the checkpoint, or `n_kept` of its size, the state (weights and AdamW's m and v) and,
     until it replaces it, the state's successor, all of float32 numbers.
     """
-    checkpoint = Path(checkpoint).resolve()
+    checkpoint = real_path(checkpoint)
     held = [path for path in (checkpoint, state_path(checkpoint)) if path.is_file()]
     needed = 4 * n_parameters * (n_kept + 3 + 3) - sum(path.stat().st_size for path in held)
     free = shutil.disk_usage(checkpoint.parent).free

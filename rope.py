@@ -1,8 +1,9 @@
 """Rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
 
 Position m turns the pair (x_2i, x_2i+1) of a head by the angle m * theta^(-2i / D), as if the pair
-were the complex number x_2i + j x_2i+1 multiplied by exp(j m theta_i) (equation 34). A dot product
-of a turned query and a turned key then depends on their distance alone.
+were the complex number x_2i + j x_2i+1 multiplied by exp(j m theta^(-2i / D)), j the imaginary unit
+(equation 34). A dot product of a turned query and a turned key then depends on their distance
+alone.
 
 Shapes: B batch, T sequence, H query heads, K key/value heads, D head size.
 """
@@ -16,7 +17,7 @@ import torch
 def rotary_table(
     length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """exp(i m theta^(-2j / D)) for each position m and pair j, complex (length, head_dim / 2).
+    """exp(j m theta^(-2i / D)) for each position m and pair i, complex (length, head_dim / 2).
 
     `dtype` is that of real and imaginary part. Angles are formed in float64 on the CPU, so that a
     far position loses no digits. Built outside inference mode: a table first needed by `generate`

@@ -1,4 +1,4 @@
-"""The assignment's command line: generate text, classify by prompting, or finetune a classifier.
+"""The assignment's command line: generate text, classify by prompting, finetune, and predict.
 
 `args` ends in this file: everything below takes named parameters. The functions under the
 assignment's own names take what they take there, so its scripts run on; an `args` that lacks one of
@@ -32,6 +32,7 @@ from options import (
     checkpoint_path,
     generates_freely,
     get_args,
+    input_files,
     output_files,
     require_different,
     require_folder,
@@ -116,6 +117,7 @@ def save_model(
     config: Any,
     filepath: str,
 ) -> None:
+    """Writes what `load_classifier` reads, with the optimizer's state and `args`."""
     save_classifier(filepath, model, config, optim=optimizer.state_dict(), args=vars(args))
     print(f"save the model to {filepath}")
 
@@ -130,7 +132,7 @@ def write_predictions_to_file(
         file.writelines(f"{p} ||| {s}\n" for p, s in zip(pred, sents, strict=True))
 
 
-# ---------------------------------------------------------------- the three modes
+# ---------------------------------------------------------------- the modes
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -154,6 +156,7 @@ def generate_sentence(
     max_new_tokens: int = 75,
     temperature: float = 0.0,
 ) -> None:
+    """Prints `prefix` and its continuation, and writes both to `outfile`."""
     llama, tokenizer, _ = _load_backbone(args)
     _write_continuation(llama, tokenizer, prefix, outfile, max_new_tokens, temperature)
 
@@ -256,7 +259,21 @@ def prompt_suffix(label_names: list[str]) -> str:
 
 
 def train(args: argparse.Namespace, ranks: Ranks = ALONE) -> list[EpochReport]:
-    """Finetunes on --train, keeping the checkpoint of the best dev accuracy."""
+    """Finetunes on --train, keeping the checkpoint of the best dev accuracy.
+
+    What an interrupted run goes on from is gone when this returns.
+    """
+    history = _train(args, ranks)
+    _forget_state(args, ranks)
+    return history
+
+
+def _forget_state(args: argparse.Namespace, ranks: Ranks) -> None:
+    if ranks.is_first:
+        state_path(checkpoint_path(args)).unlink(missing_ok=True)
+
+
+def _train(args: argparse.Namespace, ranks: Ranks) -> list[EpochReport]:
     filepath = checkpoint_path(args)
     with ranks.agreed():
         require_folder(filepath)
@@ -328,11 +345,14 @@ def test(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Evaluation
 
 
 def finetune(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
-    """`train`, the table of its epochs, `test`, macro F1."""
+    """`train`, the table of its epochs, `test`, macro F1.
+
+    The state stays until both outputs are written, so --resume also serves where `test` failed.
+    """
     with ranks.agreed():  # before the work, not after
         require_output_names(args, "finetuning")
         _read_dev_and_test(args, len(read_label_names(args.label_names)))
-    history = train(args, ranks)
+    history = _train(args, ranks)
     try:
         print("Epoch | Train Loss | Train Acc | Dev Acc")
         for r in history:
@@ -344,8 +364,7 @@ def finetune(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     except Stopped as stopped:
         stopped.is_resumable = True  # with no step to take
         raise
-    if ranks.is_first:
-        state_path(checkpoint_path(args)).unlink(missing_ok=True)  # nothing left to resume
+    _forget_state(args, ranks)
 
 
 # ---------------------------------------------------------------- from args to named parameters
@@ -361,6 +380,7 @@ def _tokenizer(args: argparse.Namespace, max_len: int | None = None) -> Tokenize
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The options of a recipe; one that `args` lacks has its default."""
     given = {field.name: getattr(args, field.name, field.default) for field in fields(Recipe)}
     return Recipe(**{**given, "running_train_acc": _option(args, "train_acc") == "running"})
 
@@ -453,8 +473,8 @@ def _encode(
     print(f"load {len(examples)} data from {path}")
     if n_truncated:
         print(
-            f"warning: {path}: {n_truncated} of {len(rows)} sentences do not fit the model's "
-            f"{max_tokens} positions and lose their end",
+            f"warning: {path}: {n_truncated} of {len(rows)} sentences do not fit the {max_tokens} "
+            "positions that the model has for them and lose their end",
             file=sys.stderr,
         )
     return SentenceDataset(examples, tokenizer.pad_id)
@@ -471,8 +491,8 @@ def _evaluate_and_write(
     loader = make_loader(data, args.batch_size, similar_lengths=model.reads_lengths)
     result = evaluate(model, loader, device, f"eval {split}", ranks=ranks)
     if ranks.is_first:
-        outfile, said = getattr(args, f"{split}_out"), result.predictions
-        write_predictions_to_file(split, outfile, result.accuracy, said, result.sentences)
+        outfile, predicted = getattr(args, f"{split}_out"), result.predictions
+        write_predictions_to_file(split, outfile, result.accuracy, predicted, result.sentences)
     return result
 
 
@@ -493,7 +513,7 @@ def _run(args: argparse.Namespace, work: Callable[[], None], ranks: Ranks) -> No
     with ranks.agreed():
         for path in outputs:
             require_folder(path)
-        require_different(outputs)
+        require_different(outputs, input_files(args))
     seed_everything(args.seed)
     if args.option == "finetune":
         keep_freed_memory()

@@ -13,12 +13,13 @@ def pick_next(
     """(B, V) -> (B, 1): the likeliest token at temperature 0, else a sample.
 
     The sample is of softmax(logits / temperature), cut to what `keep_likeliest` keeps of it.
+    ValueError where the largest logit of a row is no finite number.
     """
-    if temperature < torch.finfo(logits.dtype).tiny:  # 0, or what would be rounded to 0
-        return logits.argmax(dim=-1, keepdim=True)
-    largest = logits.amax(dim=-1, keepdim=True)
+    largest, likeliest = logits.max(dim=-1, keepdim=True)
     if not largest.isfinite().all():
         raise ValueError("the model's logits are not finite: its weights are damaged, or diverged")
+    if temperature < torch.finfo(logits.dtype).tiny:  # 0, or what would be rounded to 0
+        return likeliest
     logits = (logits - largest) / temperature  # a tiny temperature must not overflow
     probs = F.softmax(keep_likeliest(logits, top_k, top_p), dim=-1)
     return torch.multinomial(probs, num_samples=1)

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import cli
-from checkpoint import load_torch_file
+from checkpoint import listed, load_torch_file
+from config import ATTENTION_MODES
 from llama import Llama, load_pretrained
 
 TOKEN_IDS = [
@@ -31,12 +32,23 @@ Outputs = dict[str, torch.Tensor]
 
 
 def read_reference(path: str) -> tuple[torch.Tensor, dict[str, Outputs]]:
-    """(token ids, outputs by attention mode) of a reference file, in either of its forms."""
+    """(token ids (B, T), outputs by attention mode) of a reference file, in either of its forms.
+
+    ValueError where it is of neither.
+    """
     content = load_torch_file(path)
+    token_ids = torch.tensor(TOKEN_IDS)
+    by_mode = {"full": content}
     if "token_ids" in content:
         token_ids = content.pop("token_ids")
-        return token_ids, content
-    return torch.tensor(TOKEN_IDS), {"full": content}
+        by_mode = content
+    are_ids = isinstance(token_ids, torch.Tensor) and token_ids.dtype == torch.int64
+    if not are_ids or token_ids.ndim != 2 or not token_ids.numel() or token_ids.min() < 0:
+        raise ValueError(f"{path}: token_ids are no (B, T) integers of at least 0")
+    for mode, outputs in by_mode.items():
+        if mode not in ATTENTION_MODES or not isinstance(outputs, dict):
+            raise ValueError(f"{path}: {listed([mode])} is no attention mode with its outputs")
+    return token_ids, by_mode
 
 
 def compute(model: Llama, token_ids: torch.Tensor) -> Outputs:
@@ -114,8 +126,10 @@ def _check_mode(
     ours = compute(model, token_ids)
     print(f"{checkpoint}, attention: {mode}")
     for name in QUANTITIES:
-        if name not in reference or reference[name].shape != ours[name].shape:
-            found = tuple(reference[name].shape) if name in reference else "nothing"
+        theirs = reference.get(name)
+        is_tensor = isinstance(theirs, torch.Tensor)
+        if not is_tensor or theirs.shape != ours[name].shape:
+            found = tuple(theirs.shape) if is_tensor else "nothing"
             raise ValueError(
                 f"{reference_path}: holds {found} as {name}, {checkpoint} gives "
                 f"{tuple(ours[name].shape)}; the two files do not belong together"

@@ -49,10 +49,12 @@ class Tokenizer:
             )
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+        """Token ids of a text: its first `max_len` pieces, between bos and eos if asked for."""
         pieces = self.sp_model.encode(s)[: self.max_len]
         return [self.bos_id] * bos + pieces + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
+        """The text of token ids; bos and eos have none."""
         return self.sp_model.decode(ids)
 
     def require_vocab_size(self, vocab_size: int) -> None:

@@ -25,7 +25,7 @@ from distributed import ALONE, Ranks, Signals
 from interrupts import Stopped
 from labelled import NO_GOLD_LABEL
 from optimizer import AdamW
-from resume import DIVERGED, Keeper, Place, require_not_diverged
+from resume import DIVERGED, EpochReport, Keeper, Place, require_not_diverged
 from steps import learning_rate_factor, precision, symmetric_kl, take_step
 from tokenizer import Tokenizer
 from utils import return_freed_memory, save_torch_file, sha256_of
@@ -46,20 +46,6 @@ class Evaluation:
     labels: list[int]
     sentences: list[str]
     confidences: list[float]  # the probability that each prediction was given
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    epoch: int
-    train_loss: float  # mean over batches of what was minimized: NLL summed / batch size, and more
-    train_accuracy: float
-    dev_accuracy: float
-
-    def in_words(self) -> str:
-        return (
-            f"epoch {self.epoch}: train loss :: {self.train_loss:.3f}, "
-            f"train acc :: {self.train_accuracy:.3f}, dev acc :: {self.dev_accuracy:.3f}"
-        )
 
 
 @dataclass(frozen=True)
@@ -118,11 +104,11 @@ def evaluate(
     model.eval()
     predictions, labels, sentences, confidences = [], [], [], []
     for i, batch in enumerate(tqdm(loader, desc=description, disable=None, leave=False)):
-        log_probs = said = torch.zeros(len(batch["sents"]))
+        log_probs = predicted = torch.zeros(len(batch["sents"]))
         if i % ranks.size == ranks.rank:
-            log_probs, said = log_probs_of(model, batch, device, bf16).max(dim=1)
+            log_probs, predicted = log_probs_of(model, batch, device, bf16).max(dim=1)
             log_probs = log_probs.exp()
-        predictions += said.tolist()
+        predictions += predicted.tolist()
         confidences += log_probs.tolist()
         labels += batch["labels"].tolist()
         sentences += batch["sents"]
@@ -136,19 +122,20 @@ def evaluate(
             [values[i] for i in place] for values in (predictions, labels, sentences, confidences)
         )
     known = [i for i, label in enumerate(labels) if label != NO_GOLD_LABEL]
-    accuracy = macro_f1 = None
+    accuracy = f1 = None
     if known:
-        gold, said = [labels[i] for i in known], [predictions[i] for i in known]
-        accuracy = float(accuracy_score(gold, said))
-        macro_f1 = float(f1_score(gold, said, average="macro", zero_division=0.0))
-    return Evaluation(accuracy, macro_f1, predictions, labels, sentences, confidences)
+        gold, predicted = [labels[i] for i in known], [predictions[i] for i in known]
+        accuracy = float(accuracy_score(gold, predicted))
+        f1 = float(f1_score(gold, predicted, average="macro", zero_division=0.0))
+    return Evaluation(accuracy, f1, predictions, labels, sentences, confidences)
 
 
 def macro_f1(confusion: np.ndarray) -> float:
-    """The mean of 2 TP / (2 TP + FP + FN) over the labels that occur; row: gold, column: said."""
-    n_said_or_gold = confusion.sum(axis=0) + confusion.sum(axis=1)
-    occurs = n_said_or_gold > 0
-    return float(np.mean(2 * np.diag(confusion)[occurs] / n_said_or_gold[occurs]))
+    """The mean of 2 TP / (2 TP + FP + FN) over the labels that occur, of (n_labels, n_labels)
+    counts whose rows are gold and whose columns are predicted."""
+    n_predicted_or_gold = confusion.sum(axis=0) + confusion.sum(axis=1)
+    occurs = n_predicted_or_gold > 0
+    return float(np.mean(2 * np.diag(confusion)[occurs] / n_predicted_or_gold[occurs]))
 
 
 def parameter_groups(model: nn.Module, lr: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
@@ -216,18 +203,18 @@ def train_classifier(
     shuffle_by = torch.Generator().manual_seed(seed)
     by_length = {"similar_lengths": model.reads_lengths}
     run = _Run(
-        model,
-        AdamW(parameter_groups(model, lr, recipe.layer_decay), lr=lr),
-        make_loader(train_data, batch_size, shuffle_by, **by_length),
-        make_loader(train_data, batch_size, **by_length),
-        make_loader(dev_data, batch_size, **by_length),
-        batch_size,
-        device,
-        epochs,
-        recipe,
-        keeper,
-        regularizer,
-        ranks,
+        model=model,
+        optimizer=AdamW(parameter_groups(model, lr, recipe.layer_decay), lr=lr),
+        shuffled=make_loader(train_data, batch_size, shuffle_by, **by_length),
+        train_loader=make_loader(train_data, batch_size, **by_length),
+        dev_loader=make_loader(dev_data, batch_size, **by_length),
+        batch_size=batch_size,
+        device=device,
+        epochs=epochs,
+        recipe=recipe,
+        keeper=keeper,
+        regularizer=regularizer,
+        ranks=ranks,
     )
     place = Place(order=shuffle_by.get_state())
     ranks.seed_apart(seed)
@@ -252,6 +239,7 @@ def _train(
                 history = [*place.history, asdict(report)]
                 place = Place(place.epoch + 1, order=shuffle_by.get_state(), history=history)
                 run.save(place)
+            run.signals.heed()
     except Stopped as stopped:
         with contextlib.suppress(Stopped), run.signals.held_back():  # another one changes nothing
             run.save(place)

@@ -1,4 +1,5 @@
-"""Seeds, the device, memory, and files: written whole or not at all, told apart by content."""
+"""Seeds, the device, memory, files (written whole or not at all, told apart by content), and in
+what two settings differ."""
 
 import contextlib
 import ctypes
@@ -87,7 +88,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         with open(path, mode, **text) as file:
             yield file
         return
-    path = Path(path).resolve()
+    path = real_path(path)
     temporary = hidden_neighbor(path, f"{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **text) as file:
@@ -105,8 +106,14 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 def has_no_content(path: str | os.PathLike) -> bool:
     """Whether `path` is in /dev, or a pipe or the like: nothing there to replace or to protect."""
     is_device = Path("/dev") in Path(path).absolute().parents
-    path = Path(path).resolve()
+    path = real_path(path)
     return is_device or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def real_path(path: str | os.PathLike) -> Path:
+    """Absolute, links followed. One that leads in a circle stays as it is, where Path.resolve
+    raises a RuntimeError before Python 3.13."""
+    return Path(os.path.realpath(path))
 
 
 def is_file(path: str | os.PathLike) -> bool:
@@ -141,8 +148,13 @@ def differences(saved: dict[str, Any], settings: dict[str, Any]) -> str:
         if isinstance(there, dict) and isinstance(value, dict):
             parts.append(differences(there, {**dict.fromkeys(there), **value}))
         elif there != value:
-            parts.append(f"{key}: {there} there, {value} here")
+            parts.append(f"{key}: {_cut(there)} there, {_cut(value)} here")
     return "; ".join(part for part in parts if part)
+
+
+def _cut(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def sha256_of(path: str | os.PathLike) -> str:

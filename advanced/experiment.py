@@ -44,6 +44,7 @@ from utils import (
     forget_peak_memory,
     peak_memory_mb,
     pick_device,
+    real_path,
     save_torch_file,
     seed_everything,
     sha256_of,
@@ -86,7 +87,7 @@ class Experiment(Task):
             args.tokenizer_path = str(find_tokenizer_model(args.pretrained_model_path))
         self.tokenizer = Tokenizer(tokenizer_model=args.tokenizer_path)
         path = Path(args.pretrained_model_path)
-        self.model_name = path.resolve().parent.name if path.stem == "model" else path.stem
+        self.model_name = real_path(path).parent.name if path.stem == "model" else path.stem
         self.name = args.name or "+".join(methods)
         llama = load_pretrained(args.pretrained_model_path)
         self.tokenizer.require_vocab_size(llama.config.vocab_size)

@@ -110,14 +110,14 @@ def explain(
 ) -> Explanation:
     """What the classifier says of a sentence, alone in its batch, and why.
 
-    `label` is the one to explain, None the one that is said. A word of which the model reads no
+    `label` is the one to explain, None the predicted one. A word of which the model reads no
     token, since it lies behind what finetuning or the model's positions keep, has the value None.
     ValueError where the sentence has no word.
     """
     reading = read(predictor, sentence)
     probs = predictor.probs(_dataset(predictor, reading.example), 1)[0].tolist()
-    said = max(range(len(probs)), key=probs.__getitem__)
-    label = said if label is None else label
+    predicted = max(range(len(probs)), key=probs.__getitem__)
+    label = predicted if label is None else label
     attribute = {"leave_one_out": leave_one_out, "gradient": gradient_x_input}
     values = {}
     for method in methods:
@@ -125,7 +125,7 @@ def explain(
         values[METHODS[method]] = [found.get(word) for word in range(len(reading.spans))]
     names = predictor.label_names
     return Explanation(
-        names[said], probs[said], names[label], probs[label], gold, reading.words, values
+        names[predicted], probs[predicted], names[label], probs[label], gold, reading.words, values
     )
 
 
@@ -190,7 +190,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("sentences", nargs="*", metavar="SENTENCE", help="or all `label ||| sentence`")
     add("--checkpoint", help="what run_llama.py --option finetune, or advanced.run, left")
-    add("--label", metavar="NAME", help="explain this label (default: the one that is said)")
+    add("--label", metavar="NAME", help="explain this label (default: the predicted one)")
     add("--method", choices=("both", *METHODS), help="default both")
     add("--out", metavar="FILE", help="a page FILE.html, or a picture FILE.png")
     add("--errors", metavar="FILE",
@@ -267,10 +267,11 @@ def explain_mistakes(
             found = find_mistakes(file, path, top)
     print(f"{found.n_mistakes:,} mistakes of {found.n_gold:,} with a gold label")
     for one in found.worst:
-        judged = f"{one.probability:.3f} said {printable(one.said)}, gold {printable(one.gold)}"
+        predicted, gold = printable(one.predicted), printable(one.gold)
+        judged = f"{one.probability:.3f} predicted {predicted}, gold {gold}"
         print(f"{judged} | line {one.line} | {printable(one.sentence)}")
         if explain_one is not None:
-            if not {one.said, one.gold} <= set(names):
+            if not {one.predicted, one.gold} <= set(names):
                 raise ValueError(
                     f"{path}: its labels are not the checkpoint's, {listed(names)}; name the "
                     "checkpoint that predicted it"

@@ -39,7 +39,7 @@ from llama import Llama
 from locks import sole_writer
 from options import require_folder
 from tokenizer import Tokenizer, open_tokenizer
-from utils import atomic_write, hidden_neighbor, save_torch_file, sha256_of
+from utils import atomic_write, hidden_neighbor, real_path, save_torch_file, sha256_of
 
 BIN_EPS = 1e-5  # run.c's, as a .bin has none
 Weights = dict[str, torch.Tensor]
@@ -234,7 +234,7 @@ def export_hf(model: Llama, tokenizer: Tokenizer, out: str) -> list[str]:
 @contextlib.contextmanager
 def _whole_folder(out: str) -> Iterator[Path]:
     """A hidden neighbor of `out`, which becomes it where the block ends well, else is removed."""
-    path = Path(out).resolve()
+    path = real_path(out)
     partial = hidden_neighbor(path, "partial")
     with sole_writer(path):
         shutil.rmtree(partial, ignore_errors=True)  # of a killed process

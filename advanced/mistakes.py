@@ -24,7 +24,7 @@ class Judged(NamedTuple):
     """A prediction of a sentence."""
 
     line: int  # in the file of sentences
-    said: str
+    predicted: str
     probability: float
     gold: str | None  # None: not known
     sentence: str
@@ -49,7 +49,7 @@ def find_mistakes(file: BinaryIO, name: str, top: int) -> Mistakes:
         for one in read_predictions(file, name):
             n_read += 1
             n_gold += one.gold is not None
-            if one.gold not in (None, one.said):
+            if one.gold not in (None, one.predicted):
                 n_mistakes += 1
                 yield one
 

@@ -29,10 +29,10 @@ def figures(
     known = np.array(labels) != NO_GOLD_LABEL
     if not known.any():
         return {"n_sentences": len(labels), "accuracy": None, "macro_f1": None}
-    gold, said, sure = (np.array(v)[known] for v in (labels, predictions, confidences))
+    gold, predicted, sure = (np.array(v)[known] for v in (labels, predictions, confidences))
     confusion = np.zeros((n_labels, n_labels), dtype=int)
-    np.add.at(confusion, (gold, said), 1)
-    right = gold == said
+    np.add.at(confusion, (gold, predicted), 1)
+    right = gold == predicted
     bins = np.minimum((sure * N_BINS).astype(int), N_BINS - 1)
     reliability: dict[str, list] = {"count": [], "confidence": [], "accuracy": []}
     ece = 0.0

@@ -20,7 +20,7 @@ SAMPLES = (("toward the label", 1.0), ("against it", -1.0), ("not read", None))
 class Explanation:
     """What a classifier says of a sentence, and what each word adds to log p(label | sentence)."""
 
-    said: str
+    predicted: str
     probability: float
     label: str  # the one that is explained
     label_probability: float
@@ -31,10 +31,10 @@ class Explanation:
     @property
     def heading(self) -> str:
         """good 0.519 (gold: average); what speaks for average 0.480"""
-        gold = f" (gold: {printable(self.gold)})" if self.gold not in (None, self.said) else ""
+        gold = f" (gold: {printable(self.gold)})" if self.gold not in (None, self.predicted) else ""
         other = f"; what speaks for {printable(self.label)} {self.label_probability:.3f}"
-        other = other if self.label != self.said else ""
-        return f"{printable(self.said)} {self.probability:.3f}{gold}{other}"
+        other = other if self.label != self.predicted else ""
+        return f"{printable(self.predicted)} {self.probability:.3f}{gold}{other}"
 
 
 def shares(values: list[float | None]) -> list[float | None]:

@@ -22,7 +22,7 @@ import cli
 import distributed
 import run_llama
 from advanced.averages import soup, toward_pretrained
-from advanced.experiment import OPTIONS_OF, SETTINGS, Experiment
+from advanced.experiment import FILES, OPTIONS_OF, SETTINGS, Experiment
 from advanced.methods import METHODS, compose
 from advanced.record import Record
 from advanced.task import Rows
@@ -34,6 +34,7 @@ from options import (
     add_recipe_options,
     add_training_options,
     fill_inputs,
+    require_different,
     require_output_names,
 )
 from resume import DIVERGED
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     fill_inputs(args, ("train", "dev", "test"))
     require_output_names(args, "advanced")
     outputs = [path for path in (args.dev_out, args.test_out) if path is not None]
-    require_other_files(args, outputs)
+    require_different(outputs, [getattr(args, key) for key in FILES])
     keep_freed_memory()
     allow_tf32()
     trained = tuple(name for name in methods if name not in ("wise_ft", "soup")) or ("plain",)
@@ -292,14 +293,6 @@ def main(argv: list[str] | None = None) -> None:
     except Stopped as stopped:
         stopped.is_resumable, stopped.option = True, None
         raise
-
-
-def require_other_files(args: argparse.Namespace, outputs: list[str]) -> None:
-    """ValueError where an output would replace an input."""
-    inputs = {Path(getattr(args, key)).resolve() for key in ("train", "dev", "test", "label_names")}
-    for path in outputs:
-        if Path(path).resolve() in inputs:
-            raise ValueError(f"{path}: is an input, and would be replaced; name another output")
 
 
 def _run(experiment: Experiment, methods: tuple[str, ...]) -> None:

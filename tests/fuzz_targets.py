@@ -5,6 +5,7 @@ from fuzz_fetch import SERVERS, act_manifest, act_server, act_submission, manife
 from fuzz_hf import act_hf, hf_files
 from fuzz_models import BOMBS, act_classifier, act_model, bin_files, classifier_files, model_files
 from fuzz_shared import guarded, named
+from fuzz_state import act_state, state_files
 from fuzz_text import DATA, LABELS, act_data, act_labels, act_tokenizer, tokenizer_files
 
 PROMPT_OUTPUTS = ("toy-dev-prompting-output.txt", "toy-test-prompting-output.txt")
@@ -30,6 +31,13 @@ TARGETS = {
         Target("bomb", BOMBS, guarded(act_model), share=0.25),
         Target("bin", bin_files(), guarded(act_model), names=("logits",), share=2),
         Target("classifier", classifier_files(), guarded(act_classifier)),
+        Target(
+            "state",
+            state_files(),
+            guarded(act_state),
+            outputs=("run.state.pt",),
+            names=("learning rate", "NaN or infinite"),
+        ),
         Target("hf", hf_files(), guarded(act_hf), outputs=("out.pt",), names=(".: ",)),
         Target("tokenizer", tokenizer_files(), guarded(act_tokenizer), share=2),
         Target("submission", submissions(), act_submission, codes=(0, 1, 2)),

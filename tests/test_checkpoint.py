@@ -369,6 +369,10 @@ def test_a_checkpoint_cut_off_anywhere_is_refused(path, zipped):
         ({"norm.weight": torch.ones(2), 7: 1}, "model_args; it holds norm.weight, 7"),
         ({"model": {"norm.weight": [1.0]}, "model_args": {}}, "model['norm.weight'] is not"),
         ({"model": {3: torch.ones(1)}, "model_args": {}}, "model[3] is not a named tensor"),
+        (
+            {"model": {"llama.norm.weight": torch.ones(2)}, "model_args": {}},
+            "is a finetuned classifier, not a pretrained Llama; --option predict",
+        ),
         ({"model": {}, "model_args": {}}, "missing: tok_embeddings.weight"),
     ],
 )

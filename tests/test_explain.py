@@ -196,15 +196,15 @@ def test_gradients_of_all_labels_cancel_when_weighed_by_probability(tokenizer):
     assert weighed == pytest.approx(np.zeros(len(weighed)), abs=1e-5)
 
 
-def test_the_said_label_is_explained_unless_another_is_named(tokenizer):
+def test_the_predicted_label_is_explained_unless_another_is_named(tokenizer):
     predictor = predictor_of(tokenizer, random_llama(attention="causal"), "mean")
     found = explain.explain(predictor, "this film is good")
-    said = LABEL_NAMES.index(found.said)
-    assert (found.label, found.label_probability) == (found.said, found.probability)
+    predicted = LABEL_NAMES.index(found.predicted)
+    assert (found.label, found.label_probability) == (found.predicted, found.probability)
     assert found.probability >= 0.5
-    assert found == explain.explain(predictor, "this film is good", label=said)
-    other = explain.explain(predictor, "this film is good", label=1 - said)
-    assert (other.said, other.label) == (found.said, LABEL_NAMES[1 - said])
+    assert found == explain.explain(predictor, "this film is good", label=predicted)
+    other = explain.explain(predictor, "this film is good", label=1 - predicted)
+    assert (other.predicted, other.label) == (found.predicted, LABEL_NAMES[1 - predicted])
     assert other.label_probability == pytest.approx(1 - found.probability, abs=1e-6)
 
 
@@ -304,7 +304,7 @@ def test_words_behind_what_the_model_reads_have_no_value(tokenizer, cut_by):
     assert found.words[4:] == ["or", "bad"]
     assert found.values[LOO][4:] == found.values[GXI][4:] == [None, None]
     assert found.values[GXI][:4] == beginning.values[GXI]
-    moved = explain.explain(predictor, "this film is or", LABEL_NAMES.index(found.said))
+    moved = explain.explain(predictor, "this film is or", LABEL_NAMES.index(found.predicted))
     moved_up = np.log(found.probability) - np.log(moved.label_probability)
     assert found.values[LOO][3] == pytest.approx(moved_up, abs=1e-5)
 
@@ -364,7 +364,7 @@ def test_label_and_method_choose_what_is_shown(command, workplace):
         label = LABEL_NAMES.index(name)
         wanted = explain.explain(predictor, "bad", label, methods=["gradient"])
         assert out == f"{rendering.table(wanted)}\n\n"
-        assert (f"; what speaks for {name}" in out) == (wanted.said != name)
+        assert (f"; what speaks for {name}" in out) == (wanted.predicted != name)
 
 
 def test_color_is_for_terminals_that_want_it(command, monkeypatch):
@@ -404,7 +404,7 @@ def test_what_steers_a_terminal_is_written_out(command, tmp_path, monkeypatch):
     row = {"line": 1, "label": "a\033", "probability": 1, "gold": "b", "sentence": "c\033\nd"}
     (tmp_path / "p.jsonl").write_text(json.dumps(row), encoding="utf-8")
     _, out, _ = command("--errors", "p.jsonl")
-    assert out.splitlines()[1] == "1.000 said a\\x1b, gold b | line 1 | c\\x1b d"
+    assert out.splitlines()[1] == "1.000 predicted a\\x1b, gold b | line 1 | c\\x1b d"
 
 
 class Page(html.parser.HTMLParser):
@@ -576,10 +576,10 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(command, argv, message):
 
 
 def rows_of(predictions, kind):
-    """What --option predict writes, of (probability, said, gold or None)."""
+    """What --option predict writes, of (probability, predicted, gold or None)."""
     found = []
-    for number, (p, said, gold) in enumerate(predictions, 1):
-        probs = [p, 1 - p] if said == 0 else [1 - p, p]
+    for number, (p, predicted, gold) in enumerate(predictions, 1):
+        probs = [p, 1 - p] if predicted == 0 else [1 - p, p]
         gold = NO_GOLD_LABEL if gold is None else gold
         sentence = f'sentence "{number}", and a comma'
         found.append(Prediction(Line(number, sentence, gold), probs))
@@ -600,16 +600,17 @@ PREDICTIONS = st.lists(
 @settings(deadline=None, max_examples=60)
 @given(rows=PREDICTIONS, kind=st.sampled_from(["jsonl", "csv"]), top=st.integers(1, 5))
 def test_the_most_confident_mistakes_of_what_predict_writes_come_first(rows, kind, top):
-    rows = [(p, 0 if p == 0.5 else said, gold) for p, said, gold in rows]  # of equals the first
+    # Of two equals it is the first.
+    rows = [(p, 0 if p == 0.5 else predicted, gold) for p, predicted, gold in rows]
     found = mistakes.find_mistakes(io.BytesIO(rows_of(rows, kind)), "p", top)
     wrong = [
-        (-p, number, LABEL_NAMES[said], LABEL_NAMES[gold])
-        for number, (p, said, gold) in enumerate(rows, 1)
-        if gold not in (None, said)
+        (-p, number, LABEL_NAMES[predicted], LABEL_NAMES[gold])
+        for number, (p, predicted, gold) in enumerate(rows, 1)
+        if gold not in (None, predicted)
     ]
     assert found.n_mistakes == len(wrong)
     assert found.n_gold == sum(gold is not None for *_, gold in rows)
-    listed = [(-one.probability, one.line, one.said, one.gold) for one in found.worst]
+    listed = [(-one.probability, one.line, one.predicted, one.gold) for one in found.worst]
     assert listed == sorted(wrong)[:top]
     assert all(one.sentence == f'sentence "{one.line}", and a comma' for one in found.worst)
 
@@ -619,8 +620,8 @@ def test_errors_lists_and_counts(command, workplace, monkeypatch):
     (workplace / "p.jsonl").write_bytes(content)
     listed = [
         "2 mistakes of 3 with a gold label",
-        '0.987 said good, gold bad | line 3 | sentence "3", and a comma',
-        '0.750 said good, gold bad | line 1 | sentence "1", and a comma',
+        '0.987 predicted good, gold bad | line 3 | sentence "3", and a comma',
+        '0.750 predicted good, gold bad | line 1 | sentence "1", and a comma',
     ]
     assert command("--errors", "p.jsonl") == (0, "".join(f"{one}\n" for one in listed), "")
     assert command("--errors", "p.jsonl", "--top", "1")[1].splitlines() == listed[:2]
@@ -638,7 +639,7 @@ def test_with_a_checkpoint_each_mistake_is_explained(command, workplace):
     for number, p in ((3, "0.800"), (1, "0.750")):
         sentence = f'sentence "{number}", and a comma'
         explanation = explain.explain(predictor, sentence, gold="bad")
-        line = f"{p} said good, gold bad | line {number} | {sentence}"
+        line = f"{p} predicted good, gold bad | line {number} | {sentence}"
         assert f"{line}\n{rendering.table(explanation)}\n\n" in out
     page = Page((workplace / "o.html").read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.tags].count("section") == 2

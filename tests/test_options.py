@@ -6,6 +6,7 @@ import pytest
 
 import cli
 import options
+from utils import atomic_write
 
 DATA = ("train", "dev", "test", "label_names")
 BUNDLED = [options.MINI_MODEL, *options.DEMO_DATA.values()]
@@ -159,9 +160,44 @@ def test_what_stands_behind_two_hyphens_is_a_sentence(place, sentences):
 
 
 def test_two_outputs_of_one_name_are_refused(tmp_path):
-    options.require_different([str(tmp_path / "a"), str(tmp_path / "b")])
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    options.require_different([a, b, "/dev/null", "/dev/null"], ["/dev/null", None])
     with pytest.raises(ValueError, match="is the name of two outputs; give each its own"):
-        options.require_different([str(tmp_path / "a"), str(tmp_path / "b" / ".." / "a")])
+        options.require_different([a, str(tmp_path / "b" / ".." / "a")], [])
+
+
+def test_an_output_in_an_inputs_place_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is an input, and would be replaced"):
+        options.require_different([str(tmp_path / "b" / ".." / "a")], [None, str(tmp_path / "a")])
+
+
+def test_what_has_no_content_needs_no_writable_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(options.os, "access", lambda *_: False)
+    options.require_folder("/dev/null")
+    with pytest.raises(ValueError, match="its folder may not be written to"):
+        options.require_folder(str(tmp_path / "out.txt"))
+
+
+def test_a_link_to_itself_is_no_traceback(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    options.require_different([str(loop)], [str(loop / "a")])
+    with pytest.raises(ValueError, match="its folder does not exist"):
+        options.require_folder(str(loop / "out.txt"))
+    options.require_folder(str(loop))
+    with atomic_write(loop) as file:
+        file.write("in the link's place")
+    assert not loop.is_symlink()
+
+
+def test_splits_in_a_folder_of_their_own_have_the_projects_label_names(place, elsewhere, tmp_path):
+    root = place(*BUNDLED, options.DATA["label_names"])
+    (tmp_path / "elsewhere" / "data").mkdir()
+    for split in ("dev", "test"):
+        (tmp_path / "elsewhere" / options.DATA[split]).touch()
+    args = options.get_args(["--option", "prompt"])
+    assert (args.dev, args.test) == (options.DATA["dev"], options.DATA["test"])
+    assert args.label_names == str(root / options.DATA["label_names"])
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,8 @@ def test_nothing_to_predict_is_one_line(said, workplace, sentences):
             ["x.txt:4", "0 to 1 by the checkpoint"],
         ),
         (b"1 ||| good\nno label here\n", ["x.txt:2", "has no separator"]),
+        (b"label ||| sentence\n1 ||| good\n", ["x.txt:2", "the first line does not"]),
+        (b"1 |||\n0 ||| bad\n", ["x.txt:1", "has an empty sentence"]),
         (b"good\nbad\n\xff\n", ["x.txt:3", "byte 0xff is not UTF-8"]),
         (b"good\n" + b"a" * (predict.LONGEST_LINE + 2**16), ["x.txt:2", "1,048,576 bytes"]),
     ],

@@ -1,5 +1,6 @@
 """A stopped run goes on as if it had not been stopped, and no other run gets in its way."""
 
+import contextlib
 import os
 import random
 import shlex
@@ -22,6 +23,7 @@ from checkpoint import load_torch_file
 from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT, random_llama
 from dataset import Example, SentenceDataset
+from distributed import Ranks, Signals
 from interrupts import Stopped
 from resume import Keeper, Place, require_same_settings, require_space, state_path
 from training import train_classifier
@@ -104,6 +106,33 @@ def test_a_run_stopped_in_any_pass_and_resumed_ends_as_if_it_had_not_been(
     assert resumed["said"] == [said for said in whole["said"] if said[0] >= keeper.place.epoch]
 
 
+class SeveralsSignals(Ranks):
+    """One process, whose signals wait as those of several ranks do."""
+
+    @contextlib.contextmanager
+    def signals(self):
+        with interrupts.held_back() as waiting:
+            yield Signals(self, waiting)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_signal_while_an_epoch_is_reported_stops_several_ranks_resumably(tmp_path, epoch):
+    def stop(report, is_best):
+        if report.epoch == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "seed": 7, "device": CPU}
+    keeper = Keeper(tmp_path / "run.state.pt", SETTINGS)
+    data, ranks = sentences(6), SeveralsSignals()
+    with pytest.raises(Stopped) as caught:
+        train_classifier(
+            classifier("last"), data, data, on_epoch=stop, keeper=keeper, ranks=ranks, **options
+        )
+    assert caught.value.is_resumable
+    place = Keeper(tmp_path / "run.state.pt", SETTINGS, resume=True).place
+    assert (place.epoch, place.n_batches) == (epoch + 1, 0)
+
+
 def test_a_state_is_kept_when_it_is_due_and_keeping_it_changes_nothing(tmp_path):
     whole = train(classifier("last"))
     places = []
@@ -136,7 +165,12 @@ def test_measuring_once_more_changes_no_training():
 def keep_a_run(path: Path) -> Keeper:
     model = classifier("last")
     keeper = Keeper(path, SETTINGS)
-    keeper.save(Place(epoch=1), model, training.AdamW(model.parameters()))
+    optimizer = training.AdamW(model.parameters())
+    model(torch.tensor([[5, 6]]), torch.tensor([2])).sum().backward()
+    optimizer.step()
+    report = {"epoch": 0, "train_loss": 0.5, "train_accuracy": 1.0, "dev_accuracy": 0.5}
+    order = torch.Generator().get_state()
+    keeper.save(Place(epoch=1, order=order, history=[report]), model, optimizer)
     return keeper
 
 
@@ -172,6 +206,43 @@ def test_a_state_that_lacks_something_is_called_damaged(tmp_path, lost):
     save_torch_file(path, content)
     model = classifier("last")
     with pytest.raises(ValueError, match=r"run\.state\.pt: is damaged"):
+        Keeper(path, SETTINGS, resume=True).restore(model, training.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("place", "epoch"), "0"),
+        (("place", "n_batches"), -1),
+        (("place", "loss_sum"), None),
+        (("place", "order"), None),
+        (("place", "order"), torch.zeros(3)),
+        (("place", "history"), [{"epoch": 0}]),
+        (("place", "history", 0, "dev_accuracy"), "0.5"),
+        (("place", "history", 0, "epoch"), 0.5),
+        (("place",), [1, 2]),
+        (("settings", "lr"), torch.ones(2)),
+        (("settings",), None),
+        (("optimizer", "param_groups", 0, "betas"), (0.9, "0.999")),
+        (("optimizer", "param_groups", 0, "initial_lr"), "0.1"),
+        (("optimizer", "state", 0, "step"), 1.5),
+        (("optimizer", "state", 0, "m"), torch.ones(2)),
+        (("optimizer", "state", 0), {"step": 1}),
+        (("random", "torch"), torch.zeros(3)),
+    ],
+)
+def test_a_state_of_other_values_is_refused_in_one_line(tmp_path, where, value):
+    path = tmp_path / "run.state.pt"
+    keep_a_run(path)
+    content = load_torch_file(path)
+    *inner, last = where
+    entry = content
+    for key in inner:
+        entry = entry[key]
+    entry[last] = value
+    save_torch_file(path, content)
+    model = classifier("last")
+    with pytest.raises(ValueError, match=r"run\.state\.pt: is (damaged|no state)"):
         Keeper(path, SETTINGS, resume=True).restore(model, training.AdamW(model.parameters()))
 
 

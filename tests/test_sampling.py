@@ -82,3 +82,10 @@ def test_samples_have_the_frequencies_of_what_is_kept():
 def test_one_token_left_is_the_greedy_choice(only_one):
     logits = torch.randn(30, 20)
     assert torch.equal(pick_next(logits, 1.0, **only_one), logits.argmax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_no_numbers_are_not_drawn_from(temperature, odd):
+    with pytest.raises(ValueError, match="logits are not finite"):
+        pick_next(torch.full((1, 3), odd), temperature)

@@ -69,6 +69,26 @@ def test_a_reference_with_tokens_that_the_model_lacks_is_a_usage_error(pair, cap
     assert "do not belong together" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("token_ids", torch.tensor([[-1, 2]]), "token_ids are no"),
+        ("token_ids", torch.tensor([[0.5]]), "token_ids are no"),
+        ("token_ids", torch.tensor([1, 2]), "token_ids are no"),
+        ("token_ids", [[1, 2]], "token_ids are no"),
+        ("full", 3, "full is no attention mode with its outputs"),
+        ("half", {}, "half is no attention mode"),
+        ("full", {"logits": 3}, "holds nothing as logits"),
+    ],
+)
+def test_a_reference_of_another_form_is_a_usage_error(pair, capsys, key, value, words):
+    content = torch.load("mini/reference.data", weights_only=True)
+    torch.save({**content, key: value}, "odd.data")
+    assert run("--checkpoint", "mini/model.pt", "--reference", "odd.data") == 2
+    error = capsys.readouterr().err
+    assert "error: odd.data: " in error and words in error
+
+
 def test_a_model_that_forgets_its_mask_is_told_so(pair, monkeypatch, capsys):
     init = llama.Attention.__init__
 
