@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -345,6 +346,106 @@ def test_wise_ft_ends_in_what_was_finetuned_and_begins_at_the_pretrained_backbon
     assert all(torch.equal(at_zero[0][f"llama.{k}"], v) for k, v in pretrained.items())
     assert run["alphas"][-1]["dev_accuracy"] == base["dev"]["accuracy"]
     assert run["dev"]["accuracy"] == max(one["dev_accuracy"] for one in run["alphas"])
+
+
+def test_wise_ft_writes_the_weights_on_its_way(advanced, monkeypatch):
+    monkeypatch.setattr(wise_ft, "ALPHAS", (0.6,))
+    assert advanced("--method", "wise_ft", "--seeds", "3")[0] == 0
+    start = load_pretrained("model.pt", "causal").state_dict()
+    (finetuned,) = (state for path, state in weights().items() if "/toy-plain-" in path)
+    (ours,) = (state for path, state in weights().items() if "/toy-wise_ft-" in path)
+    for name, tensor in ours.items():
+        end = finetuned[name]
+        expected = end
+        if name.startswith("llama."):
+            expected = 0.4 * start[name.removeprefix("llama.")].double() + 0.6 * end.double()
+        torch.testing.assert_close(tensor, expected.float())
+
+
+def test_wise_ft_begins_at_what_has_read_the_sentences_of_its_own_share(advanced, monkeypatch):
+    monkeypatch.setattr(wise_ft, "ALPHAS", (0.0,))
+    read, continue_on = [], experiments.continue_on
+
+    def noting(sentences, *given, **named):
+        read.append(sentences)
+        return continue_on(sentences, *given, **named)
+
+    monkeypatch.setattr(experiments, "continue_on", noting)
+    methods = ["--method", "pretrain", "--method", "wise_ft", "--pretrain_epochs", "1"]
+    options = ["--seeds", "3,4", "--epochs", "1", "--train_share", "0.5"]
+    code, _, err = advanced(*methods, *options)
+    assert code == 0, err
+    assert {len(sentences) for sentences in read} == {4}  # of 8
+    assert len({tuple(sentences) for sentences in read}) == 2  # each seed's own
+    models = [load_pretrained(path, "causal") for path in Path("runs").glob("toy-read-*/model.pt")]
+    ours = [state for path, state in weights().items() if "/toy-pretrain+wise_ft-" in path]
+    assert len(models) == len(ours) == 2
+    for state in ours:
+        same = [
+            all(torch.equal(state[f"llama.{k}"], v) for k, v in model.state_dict().items())
+            for model in models
+        ]
+        assert sum(same) == 1
+
+
+def test_continued_pretraining_reads_no_sentence_of_the_fold_that_is_held_out(
+    advanced, monkeypatch
+):
+    read = []
+
+    def noting(sentences, *given, **named):
+        read.append(set(sentences))
+        return "model.pt", 0.0
+
+    monkeypatch.setattr(experiments, "continue_on", noting)
+    options = ["--seeds", "3", "--epochs", "1", "--folds", "2"]
+    code, _, err = advanced("--method", "pretrain", *options)
+    assert code == 0, err
+    lines = [
+        line.partition(" ||| ")[2].strip()
+        for split in ("train", "dev")
+        for line in Path(f"toy-{split}.txt").read_text(encoding="utf-8").splitlines()
+    ]
+    first, second = {frozenset(sentences) for sentences in read}
+    assert first | second == set(lines) and not first & second
+
+
+def test_a_greedy_soup_tries_each_candidates_weights_and_writes_what_it_kept(advanced, monkeypatch):
+    options = ["--method=soup", "--epochs=1"]
+    assert advanced("--seeds=3,4,5", "--epochs=1")[0] == 0
+    alone = list(weights().values())
+    name = "classifier_head.weight"
+
+    def key(state: dict[str, torch.Tensor]) -> float:
+        return state[name].double().mean().item()
+
+    def mean(*states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: sum(state[name] for state in states) / len(states)}
+
+    # The best one, with the second better, with the third worse.
+    scores = {key(alone[0]): 0.5, key(alone[1]): 0.4, key(alone[2]): 0.3}
+    scores |= {key(mean(*alone[:2])): 0.9, key(mean(*alone)): 0.1}
+    evaluate = experiments.Experiment.evaluate
+
+    def scripted(self, model, data, options):
+        result = evaluate(self, model, data, options)
+        nearest = min(scores, key=lambda known: abs(known - key(model.state_dict())))
+        return replace(result, accuracy=scores[nearest])
+
+    monkeypatch.setattr(experiments.Experiment, "evaluate", scripted)
+    code, _, err = advanced(*options, "--seeds=3,4,5")
+    assert code == 0, err
+    (run,) = record("soup")["runs"]
+    assert run["ingredients"] == [3, 4]
+    (ours,) = (state for path, state in weights().items() if "/toy-soup-" in path)
+    torch.testing.assert_close(ours[name], mean(*alone[:2])[name])
+
+
+def test_a_soup_of_another_kind_is_no_repetition(advanced):
+    options = ["--method=soup", "--epochs=1", "--seeds=3"]
+    assert advanced(*options)[0] == 0
+    code, _, err = advanced(*options, "--soup=uniform")
+    assert code == 2 and "soup: greedy there, uniform here" in err
 
 
 def test_averages_are_chosen_on_dev_and_look_at_test_once(advanced, monkeypatch):

@@ -9,6 +9,28 @@ from steps import learning_rate_factor
 from tokenizer import Tokenizer
 
 
+def test_it_reads_causally_by_the_numbers_its_documentation_gives(workplace, monkeypatch):
+    seen = []
+    monkeypatch.setattr(continued, "train", lambda run, *_, **__: seen.append(run))
+    sentences = ["a film her heart the story"] * 2000
+    continued.continue_on(
+        sentences, ["warm"], "model.pt", Tokenizer(tokenizer_model="tokenizer.model"),
+        workplace / "read", epochs=2, lr=1e-3, seed=0, device=torch.device("cpu"),
+    )  # fmt: skip
+    (run,) = seen
+    assert run.model.config.attention == "causal"
+    n_tokens = sum(map(len, run.stream.documents))
+    assert run.budget["tokens"] == 2 * n_tokens
+    seq_len = min(128, run.model.config.max_seq_len)
+    assert run.settings["batch_tokens"] == 16 * seq_len and run.settings["seq_len"] == seq_len
+    assert (run.settings["decay_from"], run.settings["max_grad_norm"]) == (0.0, 1.0)
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    assert {group["lr"] for group in groups} == {1e-3}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    (heldout,) = run.heldout
+    assert heldout.n_bytes == len("warm") + 1  # and its end
+
+
 def test_the_rate_reaches_its_peak_also_in_a_few_steps(workplace, monkeypatch):
     tokenizer, peaks = Tokenizer(tokenizer_model="tokenizer.model"), []
 

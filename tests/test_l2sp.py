@@ -41,6 +41,18 @@ def test_the_penalty_is_its_closed_form():
     assert penalty(model, None, None).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_is_frozen_is_in_no_term():
+    model = classifier()
+    model.llama.requires_grad_(False)
+    model.llama.norm.requires_grad_(True)
+    w0 = flat(model.llama.norm.parameters())
+    penalty = L2SP(model, ALPHA, BETA)
+    moved(model)
+    w, v = flat(model.llama.norm.parameters()), flat(model.classifier_head.parameters())
+    expected = ALPHA / 2 * np.sum((w - w0) ** 2) + BETA / 2 * np.sum(v**2)
+    assert penalty(model, None, None).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_gradient_is_the_distance_times_the_weight():
     model, start = classifier(), classifier()
     penalty = L2SP(model, ALPHA, BETA)

@@ -89,3 +89,8 @@ def test_one_token_left_is_the_greedy_choice(only_one):
 def test_logits_that_are_no_numbers_are_not_drawn_from(temperature, odd):
     with pytest.raises(ValueError, match="logits are not finite"):
         pick_next(torch.full((1, 3), odd), temperature)
+
+
+def test_the_fewest_whose_share_is_reached_are_kept_where_it_is_reached_exactly():
+    kept = keep_likeliest(torch.zeros(1, 4), None, 0.5).isfinite()
+    assert kept.tolist() == [[True, True, False, False]]

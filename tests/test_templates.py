@@ -5,6 +5,7 @@ import json
 import pytest
 
 from advanced.templates import (
+    TEMPLATES,
     Template,
     choose_template,
     find_templates,
@@ -26,6 +27,23 @@ def test_bundled_templates_fit_their_data_sets():
         for template in find_templates(dataset, list(names)):
             assert len(template.labels) == len(names)
             assert template.before or template.after
+
+
+def test_bundled_templates_keep_their_words_in_the_order_of_the_labels():
+    content = json.loads(TEMPLATES.read_text(encoding="utf-8"))
+    for dataset, names in {"sst": "abcde", "cfimdb": "ab", "demo": "abcde"}.items():
+        found = find_templates(dataset, list(names))
+        entries = content[dataset]
+        assert [template.name for template in found] == [entry["name"] for entry in entries]
+        for template, entry in zip(found, entries, strict=True):
+            if "labels" not in entry:
+                assert template.labels == tuple((name,) for name in names)
+                continue
+            assert list(map(list, template.labels)) == entry["labels"]
+            place = {word: i for i, group in enumerate(template.labels) for word in group}
+            low = [place[w] for w in ("terrible", "awful", "bad", "boring") if w in place]
+            high = [place[w] for w in ("great", "wonderful", "excellent", "good") if w in place]
+            assert low and high and max(low) < min(high)
 
 
 def test_unknown_data_set_is_asked_for_its_label_names():

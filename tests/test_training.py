@@ -328,6 +328,41 @@ def test_r_drop_is_half_of_its_equation_over_two_dropout_masks(monkeypatch):
     assert history[0].train_loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_r_drop_learns_by_both_of_its_passes(monkeypatch, smoothing):
+    shifts = torch.randn(2, 2, generator=torch.Generator().manual_seed(3))
+    n_passes = 0
+
+    def shifted(model, batch, device, bf16=False):
+        nonlocal n_passes
+        log_probs = log_probs_of(model, batch, device, bf16)
+        if not model.training:
+            return log_probs
+        n_passes += 1  # a shift for each of the two stands for their dropout masks
+        return F.log_softmax(log_probs + shifts[(n_passes - 1) % 2], dim=-1)
+
+    def objective(_model, log_probs, batch):
+        first, second = (F.log_softmax(log_probs + shift, dim=-1) for shift in shifts)
+        target = (1 - smoothing) * F.one_hot(batch["labels"], 2) + smoothing / 2
+        nll = -(target * (first + second)).sum() / 2
+        divergence = F.kl_div(second, first, log_target=True, reduction="sum")
+        divergence += F.kl_div(first, second, log_target=True, reduction="sum")
+        return (nll + 1.5 / 4 * divergence) / 4
+
+    monkeypatch.setattr("training.log_probs_of", shifted)
+    model = classifier()
+    train(model, random_data(), epochs=1, recipe=Recipe(r_drop=1.5, label_smoothing=smoothing))
+    assert_same_weights(model, trained_by_hand(random_data(), objective))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_evaluation_computes_in_the_precision_it_is_told(bf16):
+    model, seen = classifier(), []
+    model.llama.norm.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    evaluate(model, make_loader(random_data(), 4), CPU, bf16=bf16)
+    assert set(seen) == {bf16}
+
+
 def test_each_layer_learns_by_the_decay_slower_than_the_one_above_it():
     model = classifier(n_layers=3)
     model.llama.layers[0].requires_grad_(False)
