@@ -6,9 +6,19 @@ own compiler emits; `results/speed.json` says what it is worth. Anything else th
 CPU, or a PyTorch without that operator, takes the usual way.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+# oneDNN, and PyTorch's layer over it, each keep 1,024 kernels, one for every shape of a product
+# that there was. Batches of many lengths fill both: half a gigabyte, strewn over the heap, so that
+# little of what is freed between them fits a later batch. A step takes about twenty. Both are read
+# when the first product is computed.
+KEPT_KERNELS = 64
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, str(KEPT_KERNELS))
 
 
 def _find_onednn_linear() -> "torch._ops.OpOverload | None":

@@ -188,8 +188,7 @@ def return_freed_memory() -> None:
     """Gives what the C library keeps of freed memory back to the system; without effect where that
     is not glibc.
 
-    Batches of many lengths leave holes that fit no later batch: of CFIMDB's a process of the
-    bundled model came to hold 4 GB, three quarters of it free.
+    Batches of many lengths leave holes that fit no later batch.
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):

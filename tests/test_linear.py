@@ -1,10 +1,16 @@
 """linear() against float64 products, on both of its ways, and where each is taken."""
 
+import ctypes
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import linear as module
+from conftest import ROOT
 from linear import Linear, linear
 
 
@@ -116,3 +122,38 @@ def test_layer_is_an_nn_linear_without_bias(way):
 
 def _refuse(*_args):
     raise AssertionError("this product is not for oneDNN")
+
+
+KERNELS = """
+import ctypes, torch
+from linear import linear
+class Info(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_size_t) for n in "abcdefg"] + [("used", ctypes.c_size_t), ("h", ctypes.c_size_t), ("i", ctypes.c_size_t)]
+info = ctypes.CDLL(None).mallinfo2
+info.restype = Info
+def learn(n_rows):
+    for n_in, n_out in ((192, 192), (192, 512), (512, 192)):
+        weight = torch.ones(n_out, n_in, requires_grad=True)
+        linear(torch.ones(n_rows, n_in, requires_grad=True), weight).sum().backward()
+learn(499)
+before = info().used
+for n_rows in range(500, 540):
+    learn(n_rows)
+print(info().used - before)
+"""  # noqa: E501
+
+
+@pytest.mark.skipif(module._onednn_linear is None, reason="this PyTorch has no oneDNN linear")
+def test_shapes_that_do_not_come_again_do_not_fill_the_memory():
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("only glibc says how much of its heap is in use")
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    plain = {key: value for key, value in os.environ.items() if key not in names}
+    used = [
+        int(subprocess.run(
+            [sys.executable, "-c", KERNELS], env=environment, cwd=ROOT, check=True,
+            capture_output=True, text=True, encoding="utf-8",
+        ).stdout)
+        for environment in (plain, {**plain, **dict.fromkeys(names, "1024")})
+    ]  # fmt: skip
+    assert used[0] < used[1] / 2, used  # and what is typed is kept
