@@ -196,11 +196,6 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if absent:
         held = listed(content) or "nothing"
         raise ValueError(f"{path}: has no dict {' and no '.join(absent)}; it holds {held}")
-    if any(name.startswith("llama.") for name in content["model"]):
-        raise ValueError(
-            f"{path}: is a finetuned classifier, not a pretrained Llama; --option predict "
-            "--checkpoint reads it, and advanced.export its Llama"
-        )
     weights = {}
     for name, tensor in content["model"].items():
         name = _cmu_name(name)

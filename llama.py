@@ -415,6 +415,11 @@ def load_pretrained(
     model_args, weights = read_checkpoint(checkpoint)
     given = {"attention": attention, "dropout": dropout}
     model_args |= {key: value for key, value in given.items() if value is not None}
+    if any(name.startswith("llama.") for name in weights):
+        raise ValueError(
+            f"{checkpoint}: is a finetuned classifier, not a pretrained Llama; --option predict "
+            "--checkpoint reads it, and advanced.export its Llama"
+        )
     try:
         return Llama.from_weights(LlamaConfig(**model_args), weights)
     except ValueError as error:
