@@ -30,6 +30,10 @@ CPU = torch.device("cpu")
 PATIENCE = timedelta(minutes=5)  # for another rank to come to where this one waits
 
 
+class MachineError(ValueError):
+    """What all ranks of one machine have and no other learns of: the first of them says it."""
+
+
 class PeerLostError(Exception):
     """Another process of the run ended, or does not answer."""
 
@@ -270,6 +274,8 @@ def silent_but_first() -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError, Stopped) as error:  # which all ranks have, or are told
+            if isinstance(error, MachineError) and os.environ.get("LOCAL_RANK") == "0":
+                raise
             sys.exit(error.exit_code if isinstance(error, Stopped) else 2)
 
 
@@ -297,19 +303,21 @@ def _meet(use_gpu: bool) -> torch.device:
     import torch.distributed as dist
 
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    device = torch.device("cpu")
+    device, group = torch.device("cpu"), {"backend": "gloo"}
     if use_gpu and torch.backends.mps.is_available():
         raise ValueError("--use_gpu: Apple's MPS serves one process; start it without torchrun")
     if use_gpu and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {device.index} has no device of its own among "
-                f"{torch.cuda.device_count()}; lower --nproc-per-node"
+        n_ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device.index + 1)
+        if n_ranks > torch.cuda.device_count():
+            raise MachineError(
+                f"{n_ranks} processes were started on a machine with {torch.cuda.device_count()} "
+                "CUDA devices, and each takes one; lower --nproc-per-node"
             )
         torch.cuda.set_device(device)
+        group = {"backend": "nccl", "device_id": device}
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group(**group, timeout=PATIENCE)
     except (dist.DistError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise ValueError(

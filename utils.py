@@ -70,7 +70,8 @@ def pick_device(use_gpu: bool) -> torch.device:
 def allow_tf32() -> None:
     """Lets CUDA multiply float32 matrices in TF32, which reads 10 of their 23 bits of fraction.
 
-    For training: its results then differ from a CPU's in the third digit. Not measured here.
+    For training: its results then differ from a CPU's in the third digit. What that does to
+    accuracy stands in results/README.md: `plain_gpu` beside `plain`.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32"
 

@@ -460,6 +460,24 @@ def test_what_one_process_does_is_not_started_as_several(workplace, monkeypatch,
     assert "--option prompt runs in one process; start it without torchrun" in err
 
 
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "says"), [("0", "0", True), ("1", "1", False), ("2", "0", True)]
+)
+def test_more_ranks_than_cuda_devices_are_one_line_of_each_machine(
+    workplace, monkeypatch, run, rank, local_rank, says
+):
+    for name, value in zip(distributed.VARIABLES, (rank, "4", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    code, _, err = run("finetune", "--use_gpu")
+    assert code == 2
+    words = "2 processes were started on a machine with 1 CUDA devices"
+    assert [words in line for line in err.splitlines()] == [True] * says
+
+
 def test_a_port_in_use_is_one_line(workplace, monkeypatch, run):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
