@@ -259,7 +259,10 @@ What follows:
   slow ones already limit devices as fast as those measured, and all of them limit fast devices.
 """
 
-ON_GPUS = "Rows of GPUs: a rank is a process of one device, gradients go through nccl."
+ON_GPUS = (
+    "Rows of GPUs: a rank is a process of one device, gradients go through nccl; float32 is\n"
+    "multiplied in TF32, the large product, too."
+)
 NOT_ON_GPUS = "On GPUs nothing was measured; there the same command takes `--use_gpu` and `--bf16`."
 NUMBERS_MOVED = 7  # a parameter, by AdamW: theta, gradient, m and v read, theta, m and v written
 

@@ -16,7 +16,8 @@ standard deviation) over seeds; `plain` is the baseline. A number is of the weig
 ends in: usually the best epoch's on dev, in cross-validation the last epoch's. Macro F1 and ECE
 (expected calibration error, ten bins) of folds are the folds' mean. A cell is empty where nothing
 was measured. Seconds and memory are of runs on different processors, in float32 or, where the
-command has it, bfloat16: they say how much a run takes, not which of two methods takes less.
+command has it, bfloat16, and of GPU runs (`cuda`) of which up to fifteen shared one, in TF32, the
+memory that of the device: they say how much a run takes, not which of two methods takes less.
 
 """
 HOW_P = (
@@ -154,7 +155,7 @@ def _accuracy_table(members: list[Study]) -> str:
 
 def _cost_table(members: list[Study]) -> str:
     head = ["method", "trained parameters", "trained %", "chosen", "search trials"]
-    head += ["seconds a run", "peak memory (MB)"]
+    head += ["device", "seconds a run", "peak memory (MB)"]
     lines = [line(head), "|---" * len(head) + "|"]
     for study in members:
         runs = [run for runs in by_seed(study).values() for run in runs]
@@ -163,7 +164,7 @@ def _cost_table(members: list[Study]) -> str:
         )
         memory = [run["peak_memory_mb"] for run in runs if run["peak_memory_mb"] is not None]
         cells = [study["method"], f"{runs[0]['trainable_parameters']:,}", trained_percent([study])]
-        cells += [chosen, str(len(study["search"] or []))]
+        cells += [chosen, str(len(study["search"] or [])), study["settings"]["device"]]
         seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
         took = [f"{statistics.mean(seconds):.0f}"] if seconds else []
         before = max(run.get("pretrain_seconds") or 0.0 for run in runs)

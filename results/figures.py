@@ -53,25 +53,33 @@ def _dot(panel: "Axes", method: str, values: list[float], place: int) -> None:
 
 
 def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
-    """Lines at plain and at the published, on an axis as wide as the finetuned methods need.
+    """Lines at plain and at the published, on an axis as wide as most finetuned methods need.
 
-    What lies outside is written: zero-shot in its row, the published below the axis.
+    What lies outside is written: a method in its row, the published below the axis.
     """
     means = {study["method"]: np.mean(one.values(study)) for study in one.members}
-    wide = [study for study in one.members if study["method"] != "zero_shot"] or one.members
-    tuned = [value for study in wide for value in one.values(study)]
-    pad = 0.08 * max(max(tuned) - min(tuned), 0.01)
-    low, high = min(tuned) - pad, max(tuned) + pad
+    tuned = {name: mean for name, mean in means.items() if name != "zero_shot"} or means
+    bars = {study["method"]: style.sample_std(one.values(study)) for study in one.members}
+    near = _not_far_out(tuned)
+    for _ in range(2):  # a dot that comes to lie on the axis wants its whole bar there
+        low = min(means[name] - bars[name] for name in near)
+        high = max(means[name] + bars[name] for name in near)
+        pad = 0.08 * max(high - low, 0.01)
+        low, high = low - pad, high + pad
+        near = [name for name in tuned if low <= tuned[name] <= high]
     panel.set_xlim(low, high)
     panel.set_xlabel("accuracy", fontsize=9)
     if "plain" in means:
         panel.axvline(means["plain"], color="#000000", linewidth=0.8, zorder=0, label="plain")
-    zero_shot = means.get("zero_shot", low)
-    if not low <= zero_shot <= high:
-        words = f"\u2190 {zero_shot:.3f}" if zero_shot < low else f"{zero_shot:.3f} \u2192"
-        x, align = (0.02, "left") if zero_shot < low else (0.98, "right")
+    for study in one.members:
+        mean, number = means[study["method"]], studies.mean_std(one.values(study))
+        if low <= mean <= high:
+            continue
+        words, x, align = f"\u2190 {number}", 0.02, "left"
+        if mean > high:
+            words, x, align = f"{number} \u2192", 0.98, "right"
         panel.text(
-            x, names.index("zero_shot"), words, transform=panel.get_yaxis_transform(),
+            x, names.index(study["method"]), words, transform=panel.get_yaxis_transform(),
             ha=align, va="center", fontsize=8, color="#555555",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
@@ -80,6 +88,14 @@ def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
         panel.axvline(known[0], color="#777777", linestyle="--", label="published, stories42M")
     elif known is not None:
         panel.set_xlabel(f"accuracy\n(published {known[0]:.3f}, off the axis)", fontsize=9)
+
+
+def _not_far_out(means: dict[str, float]) -> set[str]:
+    """Those within three times the interquartile range of the quartiles, beyond which Tukey (1977,
+    Exploratory Data Analysis) calls a number far out."""
+    first, third = np.quantile(list(means.values()), [0.25, 0.75])
+    reach = 3 * max(third - first, 0.005)
+    return {name for name, mean in means.items() if first - reach <= mean <= third + reach}
 
 
 def confusion(found: list[Study]) -> "Figure | None":
@@ -135,6 +151,11 @@ def parameters(found: list[Study]) -> "Figure | None":
                 zorder=3 if study["method"] == "plain" else 2,
             )  # fmt: skip
         panel.set_xscale("log")
+        n_trained = [_n_trained(study) for study in one.members]
+        ticks = style.round_numbers(min(n_trained), max(n_trained))
+        if 2 <= len(ticks) <= 5:  # powers of ten alone would say too little
+            panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            panel.set_xticks([], minor=True)
         style.label(panel, one.title, "trained parameters (log scale)", "accuracy")
     style.legend(figure, axes)
     return figure
@@ -157,7 +178,8 @@ class Drawing(NamedTuple):
 FIGURES = {
     "accuracy": Drawing(
         accuracy,
-        "Accuracy of each method, mean and standard deviation over seeds.",
+        "Accuracy of each method, mean and standard deviation over seeds; far from the others as "
+        "a number.",
         "two methods on a split",
     ),
     "confusion": Drawing(

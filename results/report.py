@@ -13,6 +13,7 @@ import benchmarks.report
 import cli
 from results import details, figures, studies
 from results.details import p_value
+from results.significance import Comparison
 from results.studies import Study, load, mean_std, measured, select
 from utils import atomic_write
 
@@ -25,6 +26,7 @@ COLUMNS = (
     ("CFIMDB dev", "cfimdb", None, "dev"),
     ("CFIMDB 5-fold", "cfimdb", 5, "dev"),
 )
+JUDGES = ("SST test", "CFIMDB 5-fold")  # of these, which chose nothing, the difference from plain
 
 
 def table(found: list[Study], model: str) -> str:
@@ -34,22 +36,26 @@ def table(found: list[Study], model: str) -> str:
     columns = [c for c in COLUMNS if any(_cell_values([study], c) for study in found)]
     names = [name for name, *_ in columns]
     head = [f"{model}, mean (std) over seeds", "trained %", *names]
-    head += ["SST test, minus plain (p)", "seeds"]
+    judges = [column for column in columns if column[0] in JUDGES]
+    head += [*(f"{name}, minus plain (p)" for name, *_ in judges), "seeds"]
     published = [_published(column) for column in columns]
     majorities = [_majority(found, column) for column in columns]
+    empty = [""] * len(judges)
     lines = [
         details.line(head),
         "|---" * len(head) + "|",
-        details.line(["reference, stories42M, published", "100", *published, "", "10"]),
-        details.line([details.LARGEST, "0", *majorities, "", ""]),
+        details.line(["reference, stories42M, published", "100", *published, *empty, "10"]),
+        details.line([details.LARGEST, "0", *majorities, *empty, ""]),
     ]
-    differences = details.compare_with_plain(select(found, dataset="sst", folds=None), "test")
+    differences = [
+        details.compare_with_plain(select(found, dataset=dataset, folds=folds), split)
+        for _, dataset, folds, split in judges
+    ]
     for method in _order(found):
         of_method = select(found, method=method)
         cells = [method, details.trained_percent(of_method)]
         cells += [mean_std(_cell_values(of_method, column)) for column in columns]
-        of_plain = differences.get(method)
-        cells.append(f"{of_plain.difference:+.3f} ({p_value(of_plain.p)})" if of_plain else "")
+        cells += [_difference(compared.get(method)) for compared in differences]
         lines.append(details.line([*cells, _seeds(of_method)]))
     return "\n".join(lines)
 
@@ -72,6 +78,10 @@ def _cell_values(of_method: list[Study], column: tuple) -> list[float]:
     _, dataset, folds, split = column
     found = select(of_method, dataset=dataset, folds=folds)
     return measured(found[0], split) if found else []
+
+
+def _difference(of_plain: Comparison | None) -> str:
+    return f"{of_plain.difference:+.3f} ({p_value(of_plain.p)})" if of_plain else ""
 
 
 def _published(column: tuple) -> str:

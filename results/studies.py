@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 # What the other methods are read against.
-FIRST = ("zero_shot", "assignment", "full_last", "masked", "plain", "plain_fp32")
+FIRST = ("zero_shot", "assignment", "full_last", "masked", "plain", "plain_fp32", "plain_gpu")
 # Published with the assignment for stories42M.pt, finetuned in its unmasked mode: mean and
 # deviation of ten seeds.
 PUBLISHED = {

@@ -29,6 +29,7 @@ _METHODS = (
 _FIXED = {
     "plain": {"color": "#000000", "marker": "o", "linestyle": "-"},
     "plain_fp32": {"color": "#333333", "marker": "v", "linestyle": "--"},
+    "plain_gpu": {"color": "#666666", "marker": "X", "linestyle": ":"},
     "zero_shot": {"color": "#999999", "marker": "s", "linestyle": ":"},
     "assignment": {"color": "#777777", "marker": "^", "linestyle": "--"},
     "full_last": {"color": "#888888", "marker": "P", "linestyle": "-."},
@@ -83,6 +84,13 @@ def leading(shown: Shown) -> list[Study]:
     """`plain`, then the other finetunings, the best on dev first, whatever the split shown."""
     others = [study for study in shown.members if study["method"] not in studies.FIRST]
     return [*shown.named("plain"), *others]
+
+
+def round_numbers(low: int, high: int) -> list[int]:
+    """1, 2 and 5 times powers of ten from `low` to `high`."""
+    powers = range(len(str(high)) + 1)
+    every = [digit * 10**power for power in powers for digit in (1, 2, 5)]
+    return [number for number in every if low <= number <= high]
 
 
 def method_style(method: str) -> dict[str, str]:

@@ -89,6 +89,27 @@ def test_lines_stand_at_plain_and_at_the_published_and_zero_shot_is_written(foun
     assert "published 0.800" in panel_of(figures.accuracy(found), "CFIMDB dev").get_xlabel()
 
 
+def test_a_method_far_from_the_others_is_written_and_leaves_the_axis_to_them(tmp_path):
+    accuracy = {"plain": 0.45, "lora": 0.46, "adapter": 0.44, "mixout": 0.45, "head": 0.15}
+    members = [synthetic.study("sst", method, at) for method, at in accuracy.items()]
+    found = studies.load(synthetic.write(tmp_path, *members))
+    panel = panel_of(figures.accuracy(found), "SST dev")
+    names = [label.get_text() for label in panel.get_yticklabels()]
+    (written,) = panel.texts
+    head = accuracies(found, "dev", dataset="sst", method="head")
+    assert written.get_text() == f"\u2190 {studies.mean_std(head)}"
+    assert names[round(written.get_position()[1])] == "head"
+    low, high = panel.get_xlim()
+    for name in accuracy:
+        mean, std = mean_std(accuracies(found, "dev", dataset="sst", method=name))
+        assert (low <= mean - std and mean + std <= high) == (name != "head")
+
+
+def test_trained_parameters_of_one_power_of_ten_have_more_than_one_tick():
+    assert style.round_numbers(23_250, 260_162) == [50_000, 100_000, 200_000]
+    assert style.round_numbers(5, 20) == [5, 10, 20]
+
+
 def test_without_plain_no_two_methods_are_shown_as_the_baseline_and_the_best(found):
     assert figures.confusion([study for study in found if study["method"] != "plain"]) is None
 

@@ -128,6 +128,17 @@ def test_differences_are_tested_against_plain_and_corrected_by_holm(found):
     assert corrected != [comparison.p for comparison in compared]
 
 
+def test_of_folds_the_difference_is_of_the_reviews_held_out(tmp_path):
+    members = [study("cfimdb", "plain", 0.8, folds=5), study("cfimdb", "lora", 0.6, folds=5)]
+    plain, lora = studies.load(synthetic.write(tmp_path, *members))[::-1]
+    table = report.table([plain, lora], "toy")
+    names = [name.strip() for name in table.splitlines()[0].split("|")]
+    assert names[-3:-1] == ["CFIMDB 5-fold, minus plain (p)", "seeds"]
+    of_lora = details.compare(lora, plain, "dev")
+    assert cells(table)["lora"][-2] == f"{of_lora.difference:+.3f} ({details.p_value(of_lora.p)})"
+    assert cells(table)["plain"][-2] == ""
+
+
 def test_one_run_against_one_run_is_mcnemar(tmp_path):
     members = [study("sst", "plain", 0.5, seeds=(1,)), study("sst", "zero_shot", 0.35, seeds=(1,))]
     found = studies.load(synthetic.write(tmp_path, *members))
@@ -140,7 +151,7 @@ def test_one_run_against_one_run_is_mcnemar(tmp_path):
 def test_without_plain_there_is_no_difference(found):
     row = cells(report.table(found, "other"))["mixout"]
     values = [run["dev"]["accuracy"] for run in one(found, model="other")["runs"]]
-    assert row == ["100", mean_std(values), "", "3"]  # no column for what was not measured
+    assert row == ["100", mean_std(values), "3"]  # no column for what was not measured
     tables = report.tables(found).split("\n\n")
     assert tables == [report.table(found, "other"), report.table(found, "toy")]
 
@@ -168,7 +179,7 @@ def test_the_page_has_every_number_of_every_study(found, tmp_path):
     assert cells(accuracy)["lora"][6].startswith(f"{interval} p ")  # of test, which chose nothing
     assert "| dev, minus plain" not in accuracy
     assert "| dev, minus plain" in page.split("## toy, CFIMDB\n\n")[1].split("\n\n")[0]
-    assert cells(cost)["lora"] == ["60,000", "1.86", "lr 0.0003", "2", "102", "403"]
+    assert cells(cost)["lora"] == ["60,000", "1.86", "lr 0.0003", "2", "cpu", "102", "403"]
     assert "(accuracy-toy.png)" in page
     assert "training-toy.png" not in page
     assert all(f"# {s['file']}\n{s['command']}" in page for s in found)
@@ -210,7 +221,7 @@ def test_a_resumed_run_and_a_soup_may_have_no_seconds_and_no_memory(tmp_path):
     for run in unknown["runs"]:
         run.update(seconds=None, peak_memory_mb=None, history=[], best_epoch=None)
     page = details.page(studies.load(synthetic.write(tmp_path, unknown)), tmp_path)
-    assert "| plain | 3,221,952 | 100 | lr 0.0003 | 2 |  |  |" in page
+    assert "| plain | 3,221,952 | 100 | lr 0.0003 | 2 | cpu |  |  |" in page
 
 
 def test_what_is_unfinished_is_named_and_not_counted(tmp_path):
