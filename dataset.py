@@ -1,5 +1,6 @@
 """Labelled sentences -> examples -> right-padded batches that carry their lengths."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -52,6 +53,16 @@ def encode_examples(
             n_truncated += 1
         examples.append(Example(sentence, label, ids))
     return examples, n_truncated
+
+
+def warn_of_truncation(n_truncated: int, n: int, max_tokens: int, path: str | None = None) -> None:
+    """A line on standard error if any of n sentences, those of `path`, lost its end."""
+    if n_truncated:
+        print(
+            f"warning: {'' if path is None else f'{path}: '}{n_truncated} of {n} sentences do not "
+            f"fit the {max_tokens} positions that the model has for them and lose their end",
+            file=sys.stderr,
+        )
 
 
 class SentenceDataset(Dataset):

@@ -31,7 +31,7 @@ PATIENCE = timedelta(minutes=5)  # for another rank to come to where this one wa
 
 
 class MachineError(ValueError):
-    """What all ranks of one machine have and no other learns of: the first of them says it."""
+    """An error that all ranks of one machine meet, and none of another; their first prints it."""
 
 
 class PeerLostError(Exception):
@@ -308,14 +308,14 @@ def _meet(use_gpu: bool) -> torch.device:
         raise ValueError("--use_gpu: Apple's MPS serves one process; start it without torchrun")
     if use_gpu and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        n_ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device.index + 1)
+        n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if n_ranks > torch.cuda.device_count():
             raise MachineError(
-                f"{n_ranks} processes were started on a machine with {torch.cuda.device_count()} "
-                "CUDA devices, and each takes one; lower --nproc-per-node"
+                f"processes on this machine: {n_ranks}, CUDA devices: {torch.cuda.device_count()}; "
+                "each takes a device of its own, so lower --nproc-per-node"
             )
         torch.cuda.set_device(device)
-        group = {"backend": "nccl", "device_id": device}
+        group = {"backend": "nccl", "device_id": device}  # else nccl guesses it, with a warning
     try:
         dist.init_process_group(**group, timeout=PATIENCE)
     except (dist.DistError, RuntimeError, ValueError) as error:

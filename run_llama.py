@@ -21,7 +21,13 @@ from torch.utils.data import DataLoader
 import cli
 import distributed
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
-from dataset import Example, SentenceDataset, encode_examples, make_loader
+from dataset import (
+    Example,
+    SentenceDataset,
+    encode_examples,
+    make_loader,
+    warn_of_truncation,
+)
 from distributed import ALONE, Ranks
 from generation import continue_text
 from interrupts import Stopped
@@ -471,12 +477,7 @@ def _encode(
         suffix=suffix,
     )
     print(f"load {len(examples)} data from {path}")
-    if n_truncated:
-        print(
-            f"warning: {path}: {n_truncated} of {len(rows)} sentences do not fit the {max_tokens} "
-            "positions that the model has for them and lose their end",
-            file=sys.stderr,
-        )
+    warn_of_truncation(n_truncated, len(rows), max_tokens, path)
     return SentenceDataset(examples, tokenizer.pad_id)
 
 

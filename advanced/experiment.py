@@ -7,7 +7,6 @@ what is trained of it; penalties; the training loop; the mean of epochs; the fig
 import argparse
 import hashlib
 import platform
-import sys
 import time
 from dataclasses import asdict, fields
 from functools import cached_property
@@ -26,7 +25,7 @@ from advanced.record import figures
 from advanced.task import Rows, Task
 from checkpoint import load_torch_file
 from classifier import LlamaEmbeddingClassifier
-from dataset import SentenceDataset, encode_examples, make_loader
+from dataset import SentenceDataset, encode_examples, make_loader, warn_of_truncation
 from llama import load_pretrained
 from locks import sole_writer
 from resume import Keeper, require_space, state_path
@@ -156,12 +155,7 @@ class Experiment(Task):
             examples, n_cut = prompting.encode_prompts(rows, self.tokenizer, template, **room)
         else:
             examples, n_cut = encode_examples(rows, self.tokenizer, **room)
-        if n_cut:
-            print(
-                f"warning: {n_cut} of {len(rows)} sentences do not fit the {room['max_tokens']} "
-                "positions that the model has for them and lose their end",
-                file=sys.stderr,
-            )
+        warn_of_truncation(n_cut, len(rows), room["max_tokens"])
         return SentenceDataset(examples, self.tokenizer.pad_id)
 
     # ------------------------------------------------------------------ the model

@@ -237,7 +237,7 @@ Assumed is:
 6. The links are examples: kinds of Ethernet and InfiniBand; their latencies are estimates.
 7. "As measured" a device is one core: {own_gflops} GFLOP/s in the passes, {own_gbytes:.0f} GB/s in
    the update. A "fast" one has 1,000 times the first and 200 times the second, some
-   {fast_tflops:.0f} TFLOP/s and {fast_tbytes:.1f} TB/s. None was measured.
+   {fast_tflops:.0f} TFLOP/s and {fast_tbytes:.1f} TB/s. None like that was measured.
 8. Evaluation, reading data and writing files are not counted.
 
 A cell is how many times the rows a second of one device all of them have. The last row is the
@@ -260,8 +260,8 @@ What follows:
 """
 
 ON_GPUS = (
-    "Rows of GPUs: a rank is a process of one device, gradients go through nccl; float32 is\n"
-    "multiplied in TF32, the large product, too."
+    "Rows of GPUs: a rank is a process of one device, and several exchange through nccl (one alone\n"
+    "exchanges nothing); float32 is multiplied in TF32, the large product, too."
 )
 NOT_ON_GPUS = "On GPUs nothing was measured; there the same command takes `--use_gpu` and `--bf16`."
 NUMBERS_MOVED = 7  # a parameter, by AdamW: theta, gradient, m and v read, theta, m and v written

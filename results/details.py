@@ -28,9 +28,10 @@ HOW_P = (
     "column's methods; in brackets the bootstrap's 95 % interval, uncorrected. Seeds of both sides "
     "are drawn apart, although some share their data or even their weights (`wise_ft`, soups), "
     "which makes p larger. A soup is one run, whose spread over other sets of seeds is not known, "
-    "so its p is too small. A bootstrap's p over m methods is m / 10,001 at least. In "
-    "cross-validation the learning rate is what dev had chosen, whose sentences are among those of "
-    "the folds.\n"
+    "so its p is too small; so is that of a method with one seed, and over two or three it is "
+    "rough. In cross-validation one partition serves all seeds, the sentences of a fold share a "
+    "model, and the learning rate is what dev had chosen, whose sentences are among those of the "
+    "folds. A bootstrap's p over m methods is m / 10,001 at least.\n"
 )
 HOW_AGAIN = (
     "The records of these runs lie beside this file, so as they stand the commands print what is "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NARROW = 0.005  # methods may be as near as that and still fill an axis
 LABELS = {"sst": ("awful", "bad", "average", "good", "excellent"), "cfimdb": ("bad", "good")}
 
 
@@ -57,16 +58,10 @@ def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
 
     What lies outside is written: a method in its row, the published below the axis.
     """
-    means = {study["method"]: np.mean(one.values(study)) for study in one.members}
-    tuned = {name: mean for name, mean in means.items() if name != "zero_shot"} or means
+    means = {study["method"]: float(np.mean(one.values(study))) for study in one.members}
     bars = {study["method"]: style.sample_std(one.values(study)) for study in one.members}
-    near = _not_far_out(tuned)
-    for _ in range(2):  # a dot that comes to lie on the axis wants its whole bar there
-        low = min(means[name] - bars[name] for name in near)
-        high = max(means[name] + bars[name] for name in near)
-        pad = 0.08 * max(high - low, 0.01)
-        low, high = low - pad, high + pad
-        near = [name for name in tuned if low <= tuned[name] <= high]
+    trained = [name for name in means if name != "zero_shot"] or list(means)
+    low, high = _limits({name: (means[name], bars[name]) for name in trained})
     panel.set_xlim(low, high)
     panel.set_xlabel("accuracy", fontsize=9)
     if "plain" in means:
@@ -90,12 +85,21 @@ def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
         panel.set_xlabel(f"accuracy\n(published {known[0]:.3f}, off the axis)", fontsize=9)
 
 
-def _not_far_out(means: dict[str, float]) -> set[str]:
-    """Those within three times the interquartile range of the quartiles, beyond which Tukey (1977,
-    Exploratory Data Analysis) calls a number far out."""
-    first, third = np.quantile(list(means.values()), [0.25, 0.75])
-    reach = 3 * max(third - first, 0.005)
-    return {name for name, mean in means.items() if first - reach <= mean <= third + reach}
+def _limits(dots: dict[str, tuple[float, float]]) -> tuple[float, float]:
+    """Of an axis that has the dots (mean, bar) which do not lie far out, with their bars.
+
+    Far out is what is more than three times the interquartile range from the quartiles (Tukey 1977,
+    Exploratory Data Analysis). A dot that the axis holds nonetheless has its bar on it, too.
+    """
+    first, third = np.quantile([mean for mean, _ in dots.values()], [0.25, 0.75])
+    reach = 3 * max(third - first, NARROW)
+    low, high, n_held = first - reach, third + reach, 0
+    while n_held < len(held := [(m, bar) for m, bar in dots.values() if low <= m <= high]):
+        n_held = len(held)
+        left, right = min(m - bar for m, bar in held), max(m + bar for m, bar in held)
+        pad = 0.08 * max(right - left, NARROW)
+        low, high = float(left - pad), float(right + pad)
+    return low, high
 
 
 def confusion(found: list[Study]) -> "Figure | None":
@@ -153,7 +157,7 @@ def parameters(found: list[Study]) -> "Figure | None":
         panel.set_xscale("log")
         n_trained = [_n_trained(study) for study in one.members]
         ticks = style.round_numbers(min(n_trained), max(n_trained))
-        if 2 <= len(ticks) <= 5:  # powers of ten alone would say too little
+        if 2 <= len(ticks) <= 5:  # of fewer decades, in which powers of ten alone say too little
             panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             panel.set_xticks([], minor=True)
         style.label(panel, one.title, "trained parameters (log scale)", "accuracy")
@@ -178,8 +182,8 @@ class Drawing(NamedTuple):
 FIGURES = {
     "accuracy": Drawing(
         accuracy,
-        "Accuracy of each method, mean and standard deviation over seeds; far from the others as "
-        "a number.",
+        "Accuracy of each method, mean and standard deviation over seeds; one far from the others "
+        "is written as a number.",
         "two methods on a split",
     ),
     "confusion": Drawing(

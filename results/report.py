@@ -8,6 +8,7 @@ that was measured, is written as a whole. --plot draws the figures too and needs
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import benchmarks.report
 import cli
@@ -19,14 +20,27 @@ from utils import atomic_write
 
 FOLDER = Path(__file__).resolve().parent
 READMES = ("README.md", "README.zh-TW.md", "data/mini/README.md")
-# The columns of numbers: name, data set, folds, split.
+
+
+class Column(NamedTuple):
+    """Of accuracies; of those by which no epoch was chosen the difference from plain is shown."""
+
+    name: str
+    dataset: str
+    folds: int | None
+    split: str
+    is_compared: bool
+
+    def of(self, found: list[Study]) -> list[Study]:
+        return select(found, dataset=self.dataset, folds=self.folds)
+
+
 COLUMNS = (
-    ("SST dev", "sst", None, "dev"),
-    ("SST test", "sst", None, "test"),
-    ("CFIMDB dev", "cfimdb", None, "dev"),
-    ("CFIMDB 5-fold", "cfimdb", 5, "dev"),
+    Column("SST dev", "sst", None, "dev", False),
+    Column("SST test", "sst", None, "test", True),
+    Column("CFIMDB dev", "cfimdb", None, "dev", False),
+    Column("CFIMDB 5-fold", "cfimdb", 5, "dev", True),
 )
-JUDGES = ("SST test", "CFIMDB 5-fold")  # of these, which chose nothing, the difference from plain
 
 
 def table(found: list[Study], model: str) -> str:
@@ -34,28 +48,24 @@ def table(found: list[Study], model: str) -> str:
     and what no method was measured by has no column."""
     found = select(found, model=model, train_share=1.0)
     columns = [c for c in COLUMNS if any(_cell_values([study], c) for study in found)]
-    names = [name for name, *_ in columns]
-    head = [f"{model}, mean (std) over seeds", "trained %", *names]
-    judges = [column for column in columns if column[0] in JUDGES]
-    head += [*(f"{name}, minus plain (p)" for name, *_ in judges), "seeds"]
+    head = [f"{model}, mean (std) over seeds", "trained %", *(c.name for c in columns)]
+    compared = [column for column in columns if column.is_compared]
+    head += [*(f"{column.name}, minus plain (p)" for column in compared), "seeds"]
     published = [_published(column) for column in columns]
     majorities = [_majority(found, column) for column in columns]
-    empty = [""] * len(judges)
+    empty = [""] * len(compared)
     lines = [
         details.line(head),
         "|---" * len(head) + "|",
         details.line(["reference, stories42M, published", "100", *published, *empty, "10"]),
         details.line([details.LARGEST, "0", *majorities, *empty, ""]),
     ]
-    differences = [
-        details.compare_with_plain(select(found, dataset=dataset, folds=folds), split)
-        for _, dataset, folds, split in judges
-    ]
+    differences = [details.compare_with_plain(c.of(found), c.split) for c in compared]
     for method in _order(found):
         of_method = select(found, method=method)
         cells = [method, details.trained_percent(of_method)]
         cells += [mean_std(_cell_values(of_method, column)) for column in columns]
-        cells += [_difference(compared.get(method)) for compared in differences]
+        cells += [_short_difference(by_method.get(method)) for by_method in differences]
         lines.append(details.line([*cells, _seeds(of_method)]))
     return "\n".join(lines)
 
@@ -74,35 +84,32 @@ def _order(found: list[Study]) -> list[str]:
     return list(dict.fromkeys([*first, *methods]))
 
 
-def _cell_values(of_method: list[Study], column: tuple) -> list[float]:
-    _, dataset, folds, split = column
-    found = select(of_method, dataset=dataset, folds=folds)
-    return measured(found[0], split) if found else []
+def _cell_values(of_method: list[Study], column: Column) -> list[float]:
+    found = column.of(of_method)
+    return measured(found[0], column.split) if found else []
 
 
-def _difference(of_plain: Comparison | None) -> str:
+def _short_difference(of_plain: Comparison | None) -> str:
     return f"{of_plain.difference:+.3f} ({p_value(of_plain.p)})" if of_plain else ""
 
 
-def _published(column: tuple) -> str:
-    _, dataset, folds, split = column
-    known = studies.published(dataset, folds, split)
+def _published(column: Column) -> str:
+    known = studies.published(column.dataset, column.folds, column.split)
     return "" if known is None else f"{known[0]:.3f} ({known[1]:.3f})"
 
 
-def _majority(found: list[Study], column: tuple) -> str:
-    _, dataset, folds, split = column
-    share = details.majority_share(select(found, dataset=dataset, folds=folds), split)
+def _majority(found: list[Study], column: Column) -> str:
+    share = details.majority_share(column.of(found), column.split)
     return "" if share is None else f"{share:.3f}"
 
 
 def _seeds(of_method: list[Study]) -> str:
     """How many: 5, or where a column has others: 5 (CFIMDB 5-fold 2); of a soup those it kept."""
     counts = {}
-    for name, dataset, folds, split in COLUMNS:
-        for study in select(of_method, dataset=dataset, folds=folds):
-            if measured(study, split):
-                counts[name] = details.seeds_of(study)
+    for column in COLUMNS:
+        for study in column.of(of_method):
+            if measured(study, column.split):
+                counts[column.name] = details.seeds_of(study)
     first = next(iter(counts.values()), "")
     others = ", ".join(f"{name} {n}" for name, n in counts.items() if n != first)
     return f"{first} ({others})" if others else first

@@ -154,6 +154,7 @@ def _check(study: Study) -> None:
     for key, kind in _KINDS.items():
         if not isinstance(study[key], kind):
             raise ValueError(f"its {key} are of another type; run `advanced.run` again")
+    _require(study["settings"], ("device",), "list of settings")
     seen = set()
     for run in study["runs"]:
         _require(run, RUN_KEYS, "run")

@@ -88,7 +88,7 @@ def leading(shown: Shown) -> list[Study]:
 
 def round_numbers(low: int, high: int) -> list[int]:
     """1, 2 and 5 times powers of ten from `low` to `high`."""
-    powers = range(len(str(high)) + 1)
+    powers = range(len(str(high)))
     every = [digit * 10**power for power in powers for digit in (1, 2, 5)]
     return [number for number in every if low <= number <= high]
 

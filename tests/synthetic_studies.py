@@ -119,7 +119,7 @@ def study(
         "folds": folds,
         "n_labels": N_LABELS[dataset],
         "command": f"python -m advanced.run --method {method} --dataset {dataset}",
-        "settings": {"epochs": 5, "device": "cpu"},
+        "settings": {"epochs": 5, "device": "cuda" if method == "lora" else "cpu"},
         "files": {"train_sha256": "0" * 64},
         "search": [{"lr": 3e-4, "dev_accuracy": 0.5}, {"lr": 6e-4, "dev_accuracy": 0.4}],
         "chosen": {"lr": 3e-4},

@@ -30,17 +30,18 @@ from test_prompting import classifier as prompted
 from utils import random_state, seed_everything, set_random_state
 
 GPU = torch.device("cuda")
-TF32 = 2e-3  # reads 10 bits of a fraction, so a product is known to about 2 ** -11 of its size
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
 def exact_unless_allowed():
-    """Products in whole float32, whatever an earlier test's command allowed, until one does."""
+    """Products in whole float32, whatever an earlier test's command allowed, until one does:
+    finetuning multiplies in TF32."""
+    before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 # ---------------------------------------------------------------- what is computed
@@ -146,19 +147,24 @@ MODES = [("full", "position"), ("causal", "last"), ("causal", "mean")]
 
 @pytest.mark.parametrize(("attention", "pooling"), MODES)
 @pytest.mark.parametrize("precision", [(), ("--bf16",)])
-def test_finetuning_trains_as_on_the_cpu_and_its_checkpoint_loads_there(
+def test_finetuning_learns_what_it_learns_on_the_cpu_and_its_checkpoint_says_so_there(
     run, attention, pooling, precision
 ):
     options = ["--attention", attention, "--pooling", pooling, "--hidden_dropout_prob", "0"]
     options += ["--epochs", "3", "--lr", "3e-3"]
-    code, expected, err = run("finetune", *options)
-    assert code == 0, err
-    code, printed, err = run("finetune", *options, *precision, "--use_gpu")
-    assert code == 0, err
+    losses, probabilities = [], []
+    for device in ((), (*precision, "--use_gpu")):
+        code, printed, err = run("finetune", *options, *device)
+        assert code == 0, err
+        losses.append(losses_in(printed))
+        model, _ = training.load_classifier("finetune-toy-3-0.003.pt")
+        with torch.no_grad():
+            probabilities.append(model(TOKENS, lengths=LENGTHS).exp())
     assert "device: cuda," in printed
-    assert losses_in(printed) == pytest.approx(losses_in(expected), rel=0.03 if precision else 0.01)
-    model, _ = training.load_classifier("finetune-toy-3-0.003.pt")
-    assert {weight.device.type for weight in model.state_dict().values()} == {"cpu"}
+    assert losses[1] == pytest.approx(losses[0], rel=0.03 if precision else 0.01)
+    # on the CPU --bf16, which reads 7 bits where TF32 reads 10, moves these by 0.05 at most
+    tolerance = 0.1 if precision else 0.03
+    torch.testing.assert_close(probabilities[1], probabilities[0], atol=tolerance, rtol=0)
 
 
 def test_prompting_and_generating_are_those_of_the_cpu(run):
@@ -204,7 +210,7 @@ def test_predictions_are_those_of_the_cpu(run):
     )
     assert [row["label"] for row in actual] == [row["label"] for row in expected]
     for ours, theirs in zip(actual, expected, strict=True):
-        assert ours["probability"] == pytest.approx(theirs["probability"], abs=10 * TF32)
+        assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-3)
 
 
 def test_explanations_are_those_of_the_cpu(workplace, capsys):
@@ -270,8 +276,9 @@ def test_a_process_over_nccl_trains_as_one_alone(run, workplace):
 
 def test_more_processes_than_devices_are_one_line(workplace):
     done = torchrun(torch.cuda.device_count() + 1, *FINETUNE)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("run_llama.py: ")]
-    assert done.returncode and len(lines) == 1 and "lower --nproc-per-node" in lines[0]
+    assert done.returncode
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("run_llama.py: ")]
+    assert "lower --nproc-per-node" in line
 
 
 def test_a_sharded_pretraining_is_that_of_one_process(workplace):
@@ -279,11 +286,11 @@ def test_a_sharded_pretraining_is_that_of_one_process(workplace):
     options = ["--text", text, "--vocab_size", "300", "--dim", "32", "--n_layers", "1"]
     options += ["--n_heads", "4", "--n_kv_heads", "2", "--hidden_dim", "40"]
     options += ["--seq_len", "16", "--batch_tokens", "64", "--heldout", "5", "--tokens", "2500"]
-    options += ["--eval_minutes", "0", "--use_gpu", "--max_seq_len", "24"]
+    options += ["--eval_minutes", "0", "--use_gpu", "--no-bf16", "--max_seq_len", "24"]
     for out, more in (("one", ()), ("sharded", ("--shard",))):
         done = torchrun(1, "-m", "advanced.pretrain", *options, "--out", out, *more)
         assert done.returncode == 0, done.stderr
         assert "device: cuda" in done.stdout
     ours, theirs = (load_pretrained(f"{out}/model.pt").state_dict() for out in ("sharded", "one"))
     for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, atol=2e-2, rtol=0)
+        torch.testing.assert_close(ours[name], weight, atol=1e-3, rtol=0)

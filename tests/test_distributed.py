@@ -474,7 +474,7 @@ def test_more_ranks_than_cuda_devices_are_one_line_of_each_machine(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     code, _, err = run("finetune", "--use_gpu")
     assert code == 2
-    words = "2 processes were started on a machine with 1 CUDA devices"
+    words = "processes on this machine: 2, CUDA devices: 1; each takes a device of its own"
     assert [words in line for line in err.splitlines()] == [True] * says
 
 

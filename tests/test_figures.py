@@ -105,9 +105,45 @@ def test_a_method_far_from_the_others_is_written_and_leaves_the_axis_to_them(tmp
         assert (low <= mean - std and mean + std <= high) == (name != "head")
 
 
-def test_trained_parameters_of_one_power_of_ten_have_more_than_one_tick():
-    assert style.round_numbers(23_250, 260_162) == [50_000, 100_000, 200_000]
+@pytest.mark.parametrize(
+    ("means", "bar", "axis"),
+    [
+        ([0.44, 0.445, 0.45, 0.455, 0.46, 0.9], 0.0, (0.44, 0.46)),  # the last far out, above
+        ([0.1, 0.44, 0.445, 0.45, 0.455, 0.46], 0.01, (0.43, 0.47)),
+        ([0.4, 0.5], 0.0, (0.4, 0.5)),
+        ([0.5], 0.0, (0.5, 0.5)),
+        # far out by the quartiles, but on the axis that the bars of the others need
+        ([0.42, 0.45, 0.451, 0.452, 0.453], 0.03, (0.39, 0.483)),
+    ],
+)
+def test_an_axis_holds_the_dots_that_are_not_far_out_and_all_of_their_bars(means, bar, axis):
+    low, high = figures._limits({str(mean): (mean, bar) for mean in means})
+    pad = 0.08 * max(axis[1] - axis[0], figures.NARROW)
+    assert (low, high) == pytest.approx((axis[0] - pad, axis[1] + pad))
+
+
+def test_a_method_far_above_is_written_on_the_other_side(tmp_path):
+    level = ("plain", "lora", "adapter", "mixout", "norms", "head")
+    members = [synthetic.study("sst", name, 0.2) for name in level]
+    members.append(synthetic.study("sst", "prompt", 0.95))
+    found = studies.load(synthetic.write(tmp_path, *members))
+    (written,) = panel_of(figures.accuracy(found), "SST dev").texts
+    assert written.get_text().endswith(" \u2192") and written.get_position()[0] > 0.5
+
+
+def test_trained_parameters_of_one_power_of_ten_have_more_than_one_tick(tmp_path):
     assert style.round_numbers(5, 20) == [5, 10, 20]
+    members = [synthetic.study("sst", "plain", 0.5), synthetic.study("sst", "lora", 0.5)]
+    for content, n in zip(members, (260_162, 23_250), strict=True):
+        for run in content["runs"]:
+            run.update(trainable_parameters=n, parameters=260_162)
+    found = studies.load(synthetic.write(tmp_path, *members))
+    (panel,) = figures.parameters(found).axes
+    assert [label.get_text() for label in panel.get_xticklabels()] == [
+        *("50,000", "100,000", "200,000")
+    ]
+    assert panel.get_xticks().tolist() == [50_000, 100_000, 200_000]
+    assert not len(panel.get_xticks(minor=True))
 
 
 def test_without_plain_no_two_methods_are_shown_as_the_baseline_and_the_best(found):

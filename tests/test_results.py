@@ -130,8 +130,9 @@ def test_differences_are_tested_against_plain_and_corrected_by_holm(found):
 
 def test_of_folds_the_difference_is_of_the_reviews_held_out(tmp_path):
     members = [study("cfimdb", "plain", 0.8, folds=5), study("cfimdb", "lora", 0.6, folds=5)]
-    plain, lora = studies.load(synthetic.write(tmp_path, *members))[::-1]
-    table = report.table([plain, lora], "toy")
+    found = studies.load(synthetic.write(tmp_path, *members))
+    plain, lora = (one(found, method=name, folds=5) for name in ("plain", "lora"))
+    table = report.table(found, "toy")
     names = [name.strip() for name in table.splitlines()[0].split("|")]
     assert names[-3:-1] == ["CFIMDB 5-fold, minus plain (p)", "seeds"]
     of_lora = details.compare(lora, plain, "dev")
@@ -179,7 +180,7 @@ def test_the_page_has_every_number_of_every_study(found, tmp_path):
     assert cells(accuracy)["lora"][6].startswith(f"{interval} p ")  # of test, which chose nothing
     assert "| dev, minus plain" not in accuracy
     assert "| dev, minus plain" in page.split("## toy, CFIMDB\n\n")[1].split("\n\n")[0]
-    assert cells(cost)["lora"] == ["60,000", "1.86", "lr 0.0003", "2", "cpu", "102", "403"]
+    assert cells(cost)["lora"] == ["60,000", "1.86", "lr 0.0003", "2", "cuda", "102", "403"]
     assert "(accuracy-toy.png)" in page
     assert "training-toy.png" not in page
     assert all(f"# {s['file']}\n{s['command']}" in page for s in found)
@@ -253,6 +254,7 @@ def put_in_test(key, value):
     ("spoil", "words"),
     [
         (lambda content: content.pop("chosen"), "study lacks chosen"),
+        (lambda content: content["settings"].pop("device"), "list of settings lacks device"),
         (lambda content: content["runs"][1].pop("dev"), "run lacks dev"),
         (lambda content: content["runs"][1]["test"].pop("ece"), "lacks ece"),
         (put_in_run("seed", 2), "seed 2, fold None: stands there twice"),
