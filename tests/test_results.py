@@ -250,6 +250,44 @@ def put_in_test(key, value):
     return lambda content: content["runs"][0]["test"].update({key: value})
 
 
+def add_to_accuracy(content, amount):
+    content["runs"][0]["test"]["accuracy"] += amount
+
+
+def test_an_accuracy_may_differ_by_rounding_alone(tmp_path):
+    content = study("sst", "plain", 0.5)
+    add_to_accuracy(content, 1e-9)
+    assert len(studies.load(synthetic.write(tmp_path, content))) == 1
+
+
+@pytest.mark.parametrize("fold", [-1, 5])
+def test_a_fold_that_there_is_not_is_named(tmp_path, fold):
+    content = study("cfimdb", "plain", 0.5, folds=5)
+    content["runs"][0]["fold"] = fold
+    synthetic.write(tmp_path, content)
+    with pytest.raises(ValueError, match=f"seed 1, fold {fold}: is no fold of 5"):
+        studies.load(tmp_path)
+
+
+def test_all_models_are_judged_by_the_same_gold_labels(tmp_path):
+    ours, theirs = study("sst", "plain", 0.5), study("sst", "plain", 0.5, model="other")
+    of_run = theirs["runs"][1]["dev"]
+    gold = next(i for i, row in enumerate(of_run["confusion"]) if row[i])
+    of_run["confusion"][gold][gold] -= 1
+    of_run["confusion"][gold - 1][gold - 1] += 1
+    synthetic.write(tmp_path, ours, theirs)
+    with pytest.raises(ValueError, match="evaluate both on the same sentences"):
+        studies.load(tmp_path)
+
+
+def test_where_a_seed_was_not_evaluated_no_mean_is_made_of_the_others(tmp_path):
+    content = study("sst", "plain", 0.5)
+    content["runs"][-1]["test"] = None
+    (loaded,) = studies.load(synthetic.write(tmp_path, content))
+    assert len(studies.measured(loaded, "dev")) == 3
+    assert studies.measured(loaded, "test") == []
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -266,6 +304,7 @@ def put_in_test(key, value):
         (put_in_test("right", "2" * 80), "80 answers of 0 or 1"),
         (put_in_test("right", "1" * 80), "80 right answers"),
         (put_in_test("accuracy", 0.99), r"accuracy 0\.99 do not agree"),
+        (lambda content: add_to_accuracy(content, 1e-5), "do not agree"),
         (put("runs", None), "its runs are of another type"),
         (put("files", [1]), "its files are of another type"),
         (put("chosen", [1]), "its chosen are of another type"),
