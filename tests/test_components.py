@@ -182,3 +182,15 @@ def test_weights_come_back_in_the_components_own_class(name):
 def test_heads_have_the_size_of_what_they_read():
     sizes = {name: component(name).classifier_head.in_features for name in NAMES}
     assert sizes == {"attention_pool": 32, "last_mean": 64, "layer_mix": 32}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_autocast_float32_states_are_pooled_in_float32(name):
+    model = component(name)
+    randomize(model, name)
+    hidden = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = model.pool(hidden, LENGTHS)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = model.pool(hidden, LENGTHS)
+    torch.testing.assert_close(actual, expected)

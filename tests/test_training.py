@@ -224,6 +224,9 @@ def test_a_schedule_rises_over_its_share_of_the_steps_and_falls_to_zero(monkeypa
     wave = [(1 + math.cos(math.pi * (step - 4) / 16)) / 2 for step in range(4, 20)]
     assert factors == pytest.approx(rise + wave)
     factors.clear()
+    train(classifier(), data, epochs=2, recipe=Recipe(warmup=0.18))  # 3.6 steps are four
+    assert factors == pytest.approx(rise + [1.0] * 16)
+    factors.clear()
     train(classifier(), data, epochs=1)
     assert factors == [1.0] * 10
 
