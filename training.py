@@ -28,9 +28,7 @@ from optimizer import AdamW
 from resume import DIVERGED, EpochReport, Keeper, Place, require_not_diverged
 from steps import learning_rate_factor, precision, symmetric_kl, take_step
 from tokenizer import Tokenizer
-from utils import return_freed_memory, save_torch_file, sha256_of
-
-RETURN_EVERY = 50  # steps, between which the C library keeps what is freed for the next one
+from utils import save_torch_file, sha256_of
 
 
 @dataclass(frozen=True)
@@ -341,8 +339,6 @@ class _Run:
         place.loss_sum += value
         place.n_right += int(n_right)
         place.n_batches += 1
-        if place.n_batches % RETURN_EVERY == 0:
-            return_freed_memory()
 
     def _own(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """This rank's rows of a batch and their weight: where it has none, one of weight 0, as all

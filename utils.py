@@ -187,10 +187,7 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Gives what the C library keeps of freed memory back to the system; without effect where that
-    is not glibc.
-
-    Batches of many lengths leave holes that fit no later batch.
-    """
+    is not glibc."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

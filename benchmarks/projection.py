@@ -260,8 +260,8 @@ What follows:
 """
 
 ON_GPUS = (
-    "Rows of GPUs: a rank is a process of one device, and several exchange through nccl (one alone\n"
-    "exchanges nothing); float32 is multiplied in TF32, the large product, too."
+    "Rows of GPUs: a rank is a process of one device, and several exchange through nccl (one\n"
+    "alone exchanges nothing); float32 is multiplied in TF32, the large product, too."
 )
 NOT_ON_GPUS = "On GPUs nothing was measured; there the same command takes `--use_gpu` and `--bf16`."
 NUMBERS_MOVED = 7  # a parameter, by AdamW: theta, gradient, m and v read, theta, m and v written

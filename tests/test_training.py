@@ -62,13 +62,6 @@ def train(model, data, dev=None, **options):
     )
 
 
-def test_freed_memory_goes_back_between_steps(monkeypatch):
-    returned = []
-    monkeypatch.setattr(training, "return_freed_memory", lambda: returned.append(1))
-    train(classifier(), random_data(2 * training.RETURN_EVERY + 1), batch_size=1)
-    assert len(returned) == 2 * 2  # twice an epoch
-
-
 def test_an_epoch_is_the_steps_written_out():
     data, model, twin = random_data(), classifier(), classifier()
     history = train(model, data, epochs=1)
