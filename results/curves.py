@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Curves = tuple[np.ndarray, list[list[float]]]  # places (n,), and a row for each seed
 
+FEW = 10  # sentences, below which the accuracy of a bin says nothing
+
 
 def training(found: list[Study]) -> "Figure | None":
     """Dev accuracy after each epoch, plain and the best on dev."""
@@ -108,7 +110,10 @@ def train_size(found: list[Study]) -> "Figure | None":
 
 
 def reliability(found: list[Study]) -> "Figure | None":
-    """Accuracy against confidence in ten bins over all seeds; the diagonal is calibrated."""
+    """Accuracy against confidence in ten bins over all seeds; the diagonal is calibrated.
+
+    A bin of a few sentences jumps with each of them and is left out; the error counts all.
+    """
     shown = [one for one in style.last_splits(found) if style.leading(one)]
     if not shown:
         return None
@@ -132,11 +137,11 @@ def reliability(found: list[Study]) -> "Figure | None":
 
 
 def _bins(study: Study, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean confidence, accuracy and count of each bin that holds a sentence of any seed."""
+    """Mean confidence, accuracy and count of each bin that holds `FEW` sentences of all seeds."""
     tables = [run[split]["reliability"] for runs in by_seed(study).values() for run in runs]
     counts = np.array([table["count"] for table in tables], dtype=np.float64)
     total = counts.sum(axis=0)
-    full = total > 0
+    full = total >= FEW
     means = []
     for key in ("confidence", "accuracy"):
         values = np.array([[value or 0.0 for value in table[key]] for table in tables])

@@ -215,7 +215,7 @@ FIGURES = {
     "reliability": Drawing(
         curves.reliability,
         "Accuracy against confidence: marker sizes are shares of sentences, numbers the expected "
-        "calibration error.",
+        "calibration error. Bins of fewer than ten sentences are not drawn.",
         "plain or another finetuning",
     ),
 }
