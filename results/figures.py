@@ -61,7 +61,7 @@ def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
     means = {study["method"]: float(np.mean(one.values(study))) for study in one.members}
     bars = {study["method"]: style.sample_std(one.values(study)) for study in one.members}
     trained = [name for name in means if name != "zero_shot"] or list(means)
-    low, high = _limits({name: (means[name], bars[name]) for name in trained})
+    low, high = _limits([(means[name], bars[name]) for name in trained])
     panel.set_xlim(low, high)
     panel.set_xlabel("accuracy", fontsize=9)
     if "plain" in means:
@@ -85,16 +85,16 @@ def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
         panel.set_xlabel(f"accuracy\n(published {known[0]:.3f}, off the axis)", fontsize=9)
 
 
-def _limits(dots: dict[str, tuple[float, float]]) -> tuple[float, float]:
+def _limits(dots: list[tuple[float, float]]) -> tuple[float, float]:
     """Of an axis that has the dots (mean, bar) which do not lie far out, with their bars.
 
     Far out is what is more than three times the interquartile range from the quartiles (Tukey 1977,
     Exploratory Data Analysis). A dot that the axis holds nonetheless has its bar on it, too.
     """
-    first, third = np.quantile([mean for mean, _ in dots.values()], [0.25, 0.75])
+    first, third = np.quantile([mean for mean, _ in dots], [0.25, 0.75])
     reach = 3 * max(third - first, NARROW)
     low, high, n_held = first - reach, third + reach, 0
-    while n_held < len(held := [(m, bar) for m, bar in dots.values() if low <= m <= high]):
+    while n_held < len(held := [(m, bar) for m, bar in dots if low <= m <= high]):
         n_held = len(held)
         left, right = min(m - bar for m, bar in held), max(m + bar for m, bar in held)
         pad = 0.08 * max(right - left, NARROW)

@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from generation import continue_text
 from llama import load_pretrained
 from optimizer import AdamW
 from test_advanced_run import DATA
-from test_distributed import LIMIT, environment
+from test_distributed import finish, torchrun
 from test_predict import SENTENCES, as_rows, write_checkpoint
 from test_pretrain import write_tales
 from test_prompting import BOTH, batch
@@ -247,20 +245,8 @@ def test_every_method_runs_and_says_where(workplace, method):
 # ---------------------------------------------------------------- several processes
 
 
-def torchrun(n: int, *words: str) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return subprocess.run(
-        [*launch, str(n), *words],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=LIMIT,
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-
-
 FINETUNE = [
-    *(str(ROOT / "run_llama.py"), "--option", "finetune", *DATA, "--use_gpu"),
+    *(ROOT / "run_llama.py", "--option", "finetune", *DATA, "--use_gpu"),
     *("--dev_out", "toy-dev-finetuning-output.txt", "--test_out", "toy-test-finetuning-output.txt"),
 ]
 
@@ -269,26 +255,27 @@ def test_a_process_over_nccl_trains_as_one_alone(run, workplace):
     options = ["--epochs", "3", "--lr", "3e-3", "--hidden_dropout_prob", "0"]
     code, expected, _ = run("finetune", "--use_gpu", *options)
     assert code == 0
-    done = torchrun(1, *FINETUNE, *options)
+    done = finish(torchrun(1, *FINETUNE, *options))
     assert done.returncode == 0, done.stderr
     assert losses_in(done.stdout) == pytest.approx(losses_in(expected), rel=1e-3)
 
 
 def test_more_processes_than_devices_are_one_line(workplace):
-    done = torchrun(torch.cuda.device_count() + 1, *FINETUNE)
+    done = finish(torchrun(torch.cuda.device_count() + 1, *FINETUNE))
     assert done.returncode
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("run_llama.py: ")]
     assert "lower --nproc-per-node" in line
 
 
-def test_a_sharded_pretraining_is_that_of_one_process(workplace):
+def test_a_sharded_pretraining_is_that_of_one_process(workplace, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     text = write_tales(workplace / "tales.txt")
     options = ["--text", text, "--vocab_size", "300", "--dim", "32", "--n_layers", "1"]
     options += ["--n_heads", "4", "--n_kv_heads", "2", "--hidden_dim", "40"]
     options += ["--seq_len", "16", "--batch_tokens", "64", "--heldout", "5", "--tokens", "2500"]
     options += ["--eval_minutes", "0", "--use_gpu", "--no-bf16", "--max_seq_len", "24"]
     for out, more in (("one", ()), ("sharded", ("--shard",))):
-        done = torchrun(1, "-m", "advanced.pretrain", *options, "--out", out, *more)
+        done = finish(torchrun(1, "-m", "advanced.pretrain", *options, "--out", out, *more))
         assert done.returncode == 0, done.stderr
         assert "device: cuda" in done.stdout
     ours, theirs = (load_pretrained(f"{out}/model.pt").state_dict() for out in ("sharded", "one"))

@@ -117,7 +117,7 @@ def test_a_method_far_from_the_others_is_written_and_leaves_the_axis_to_them(tmp
     ],
 )
 def test_an_axis_holds_the_dots_that_are_not_far_out_and_all_of_their_bars(means, bar, axis):
-    low, high = figures._limits({str(mean): (mean, bar) for mean in means})
+    low, high = figures._limits([(mean, bar) for mean in means])
     pad = 0.08 * max(axis[1] - axis[0], figures.NARROW)
     assert (low, high) == pytest.approx((axis[0] - pad, axis[1] + pad))
 
