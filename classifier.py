@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import require_finite
 from config import POOLINGS, LlamaConfig, require_classifier_config
+from formats.checkpoint import require_finite
 from llama import Llama, last_real, load_pretrained, require_exactly
 from tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-import interrupts
+from training import interrupts
 
 
 class ArgumentParser(argparse.ArgumentParser):

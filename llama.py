@@ -16,11 +16,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from base_llama import LlamaPreTrainedModel
-from checkpoint import listed, read_checkpoint, require_finite
 from config import LlamaConfig
-from linear import Linear
+from fast.linear import Linear
+from formats.checkpoint import listed, read_checkpoint, require_finite
 from rope import apply_rotary_emb
-from sampling import pick_next
+from tools.sampling import pick_next
 
 
 class RMSNorm(nn.Module):
@@ -418,7 +418,7 @@ def load_pretrained(
     if any(name.startswith("llama.") for name in weights):
         raise ValueError(
             f"{checkpoint}: is a finetuned classifier, not a pretrained Llama; --option predict "
-            "--checkpoint reads it, and advanced.export its Llama"
+            "--checkpoint reads it, and tools.export its Llama"
         )
     try:
         return Llama.from_weights(LlamaConfig(**model_args), weights)

@@ -5,7 +5,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from labelled import decode, parse_label_names, parse_line, read_sentences
+from training.labelled import decode, parse_label_names, parse_line, read_sentences
 
 DATA = Path(__file__).resolve().parent / "data"  # where a zip brings no splits with it
 

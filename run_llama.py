@@ -19,35 +19,24 @@ import torch
 from torch.utils.data import DataLoader
 
 import cli
-import distributed
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
-from dataset import (
+from llama import Llama, load_pretrained
+from tokenizer import Tokenizer, find_tokenizer_model, open_tokenizer
+from tools.generate import continue_text
+from tools.predict import is_typed, load_predictor, open_lines, print_predictions
+from training import distributed
+from training.dataset import (
     Example,
     SentenceDataset,
     encode_examples,
     make_loader,
     warn_of_truncation,
 )
-from distributed import ALONE, Ranks
-from generation import continue_text
-from interrupts import Stopped
-from labelled import decode, read_label_names, read_sentences
-from llama import Llama, load_pretrained
-from locks import sole_writer
-from options import (
-    checkpoint_path,
-    generates_freely,
-    get_args,
-    input_files,
-    output_files,
-    require_different,
-    require_folder,
-    require_output_names,
-)
-from predict import is_typed, load_predictor, open_lines, print_predictions
-from resume import Keeper, require_space, state_path
-from tokenizer import Tokenizer, find_tokenizer_model, open_tokenizer
-from training import (
+from training.distributed import ALONE, Ranks
+from training.interrupts import Stopped
+from training.labelled import decode, read_label_names, read_sentences
+from training.locks import sole_writer
+from training.loop import (
     EpochReport,
     Evaluation,
     Recipe,
@@ -57,6 +46,17 @@ from training import (
     save_classifier,
     train_classifier,
 )
+from training.options import (
+    checkpoint_path,
+    generates_freely,
+    get_args,
+    input_files,
+    output_files,
+    require_different,
+    require_folder,
+    require_output_names,
+)
+from training.state import Keeper, require_space, state_path
 from utils import (
     allow_tf32,
     atomic_write,

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import cli
-from checkpoint import listed, load_torch_file
 from config import ATTENTION_MODES
+from formats.checkpoint import listed, load_torch_file
 from llama import Llama, load_pretrained
 
 TOKEN_IDS = [

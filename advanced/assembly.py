@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from advanced import adapter, lora, mixout, partial
 from advanced.candidates import State
-from advanced.components import COMPONENTS
-from advanced.l2sp import L2SP
-from advanced.prompting import PromptClassifier
-from advanced.smart import Smart
+from advanced.methods import adapter, lora, mixout
+from advanced.methods import freezing as partial
+from advanced.methods.l2sp import L2SP
+from advanced.methods.pooling import COMPONENTS
+from advanced.methods.prompting import PromptClassifier
+from advanced.methods.smart import Smart
 from classifier import LlamaEmbeddingClassifier
 from llama import Llama
 from tokenizer import Tokenizer

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from advanced import wise_ft
 from advanced.experiment import Experiment
+from advanced.methods import wise_ft
 from advanced.record import Record
 from llama import load_pretrained
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_torch_file
+from formats.checkpoint import load_torch_file
 from utils import save_torch_file
 
 State = dict[str, torch.Tensor]

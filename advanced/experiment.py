@@ -18,19 +18,20 @@ import torch
 from torch import nn
 
 import run_llama
-from advanced import assembly, partial, prompting, templates, wise_ft
+from advanced import assembly
 from advanced.candidates import Candidates
-from advanced.continued import continue_on
+from advanced.methods import freezing as partial
+from advanced.methods import prompting, templates, wise_ft
+from advanced.methods.continued import continue_on
 from advanced.record import figures
 from advanced.task import Rows, Task
-from checkpoint import load_torch_file
 from classifier import LlamaEmbeddingClassifier
-from dataset import SentenceDataset, encode_examples, make_loader, warn_of_truncation
+from formats.checkpoint import load_torch_file
 from llama import load_pretrained
-from locks import sole_writer
-from resume import Keeper, require_space, state_path
 from tokenizer import Tokenizer, find_tokenizer_model
-from training import (
+from training.dataset import SentenceDataset, encode_examples, make_loader, warn_of_truncation
+from training.locks import sole_writer
+from training.loop import (
     EpochReport,
     Evaluation,
     Recipe,
@@ -39,6 +40,7 @@ from training import (
     save_classifier,
     train_classifier,
 )
+from training.state import Keeper, require_space, state_path
 from utils import (
     forget_peak_memory,
     peak_memory_mb,

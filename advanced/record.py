@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from labelled import NO_GOLD_LABEL
-from training import macro_f1
+from training.labelled import NO_GOLD_LABEL
+from training.loop import macro_f1
 from utils import atomic_write, differences
 
 N_BINS = 10

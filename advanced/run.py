@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import cli
-import distributed
 import run_llama
 from advanced.averages import soup, toward_pretrained
+from advanced.catalogue import METHODS, compose
 from advanced.experiment import FILES, OPTIONS_OF, SETTINGS, Experiment
-from advanced.methods import METHODS, compose
 from advanced.record import Record
 from advanced.task import Rows
 from advanced.zero_shot import ZeroShot
-from interrupts import Stopped, held_back
-from locks import sole_writer
-from options import (
+from training import distributed
+from training.interrupts import Stopped, held_back
+from training.locks import sole_writer
+from training.loop import Evaluation
+from training.options import (
     add_data_options,
     add_recipe_options,
     add_training_options,
@@ -37,8 +38,7 @@ from options import (
     require_different,
     require_output_names,
 )
-from resume import DIVERGED
-from training import Evaluation
+from training.state import DIVERGED
 from utils import allow_tf32, keep_freed_memory
 
 DEFAULTS = {"attention": "causal", "pooling": "mean", "batch_size": 32, "train_acc": "running"}
@@ -64,7 +64,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_share", type=cli.share, default=1.0, help="of each label's sentences")
     add("--dev_out", help="for the predictions of the best seed by dev accuracy (default: none)")
     add("--test_out", help="such as sst-test-advanced-output.txt (default: none)")
-    add("--results_dir", default="results", help="default results")
+    add("--results_dir", default="results/records", help="default results/records")
     add("--runs_dir", default="runs", help="of weights and states (default runs)")
     add_data_options(parser)
     add_training_options(parser)

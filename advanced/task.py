@@ -5,8 +5,8 @@ from collections import Counter
 
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from labelled import read_label_names, read_sentences
-from options import dataset_name
+from training.labelled import read_label_names, read_sentences
+from training.options import dataset_name
 
 Rows = list[tuple[str, int]]  # sentence, label
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from advanced import prompting, templates
 from advanced.experiment import Experiment
+from advanced.methods import prompting, templates
 from advanced.task import Rows
 from llama import load_pretrained
-from training import Evaluation
+from training.loop import Evaluation
 
 
 class ZeroShot:

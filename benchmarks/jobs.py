@@ -20,12 +20,12 @@ from benchmarks import naive
 from benchmarks.lengths import draw_lengths
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from config import LlamaConfig
-from dataset import Example, SentenceDataset, make_loader
-from linear import linear
+from fast.linear import linear
 from llama import Llama
 from optimizer import AdamW
-from steps import take_step
-from training import evaluate, train_classifier
+from training.dataset import Example, SentenceDataset, make_loader
+from training.loop import evaluate, train_classifier
+from training.steps import take_step
 from utils import keep_freed_memory, save_torch_file
 
 Job = Callable[[Any], Any]  # a point of a curve (None elsewhere) -> what the work gave

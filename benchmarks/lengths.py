@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 import cli
-from dataset import encode_examples
-from labelled import read_sentences
 from tokenizer import Tokenizer
+from training.dataset import encode_examples
+from training.labelled import read_sentences
 from utils import atomic_write
 
 PATH = Path(__file__).with_name("lengths.json")

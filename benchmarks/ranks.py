@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import cli
-import distributed
-from advanced.language_model import lm_loss
 from benchmarks import jobs
 from benchmarks.rows import Counts
 from config import LlamaConfig
-from distributed import ALONE, Ranks
-from linear import linear
+from fast.linear import linear
 from llama import Llama
 from optimizer import AdamW
-from steps import precision, take_step
+from pretraining.loop import lm_loss
+from training import distributed
+from training.distributed import ALONE, Ranks
+from training.steps import precision, take_step
 from utils import allow_tf32, atomic_write, keep_freed_memory, pick_device
 
 SIZES = (2**12, 2**16, 2**18, 2**20, 2**22, 25 * 2**20)  # bytes exchanged alone

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import distributed
 from benchmarks.ranks import PARTS
+from training import distributed
 
 N_SUMMED = PARTS.index("waited")  # parts that make a step; what follows is part of these
 Measured = dict[str, Any]  # a row as `benchmarks.ranks` writes it

@@ -19,7 +19,7 @@ def read_history(path: str) -> dict[str, list[float]]:
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or "tokens" not in rows[0]:
-        raise ValueError(f"{path}: is no history of advanced.pretrain with a column tokens")
+        raise ValueError(f"{path}: is no history of pretraining.run with a column tokens")
     try:
         return {name: [float(row[name]) for row in rows] for name in rows[0]}
     except (TypeError, ValueError) as error:

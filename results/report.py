@@ -138,11 +138,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.ArgumentParser(prog="results.report", description=__doc__.split("\n")[0])
     parser.add_argument("--plot", action="store_true", help="draw results/*.png too")
     args = parser.parse_args(argv)
-    found = load(FOLDER)
+    found = load(FOLDER / "records")
     for line in (line for study in found for line in studies.unfinished(study)):
         print(line)
     if args.plot:
-        for line in figures.draw_all(found, FOLDER):
+        for line in figures.draw_all(found, FOLDER / "figures"):
             print(line)
     results, speed = tables(found), speed_table()
     print(results, speed, sep="\n\n")

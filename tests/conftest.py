@@ -33,7 +33,7 @@ def shared_asset(path: str) -> Path:
 
 def copy_project(folder: Path) -> Path:
     """A copy without what setup.sh downloads: the code, the demo data, the bundled model."""
-    for pattern in ("*.py", "data/*.py", "data/demo-*", "data/mini/*", "data/*.json"):
+    for pattern in ("*.py", "*/*.py", "*/*/*.py", "data/demo-*", "data/mini/*", "data/*.json"):
         for path in ROOT.glob(pattern):
             target = folder / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)

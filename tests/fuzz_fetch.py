@@ -14,13 +14,13 @@ from pathlib import Path
 from unittest import mock
 
 from hypothesis import strategies as st
+from test_fetch import fetch
 
 import cli
 import hostile
 import prepare_submit
 from fuzz import Inputs
 from fuzz_shared import JSON_TEXTS, JSON_VALUES, ODD_FLOATS, ODD_INTS, mutated
-from test_fetch import fetch
 from test_prepare_submit import FILES
 
 # ---------------------------------------------------------------- submissions

@@ -1,4 +1,4 @@
-"""Fuzz target of `advanced.export --from hf`: config.json, safetensors, an index of files."""
+"""Fuzz target of `tools.export --from hf`: config.json, safetensors, an index of files."""
 
 import json
 import struct
@@ -6,11 +6,11 @@ from functools import cache
 
 from hypothesis import strategies as st
 
-from advanced import export
-from advanced.hf_format import hf_config, hf_weights
+from formats.huggingface import hf_config, hf_weights
 from fuzz import Inputs
 from fuzz_models import tiny
 from fuzz_shared import JSON_TEXTS, JSON_VALUES, ODD_FLOATS, ODD_INTS, mutated
+from tools import export
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -13,13 +13,13 @@ import torch
 from hypothesis import strategies as st
 
 import hostile
-from checkpoint import _count, bin_layout
 from classifier import LlamaEmbeddingClassifier
 from conftest import random_llama
+from formats.checkpoint import _count, bin_layout
 from fuzz import Inputs
 from fuzz_shared import JSON_VALUES, ODD_FLOATS, ODD_INTS, model_args, mutated
 from llama import load_pretrained
-from training import load_classifier
+from training.loop import load_classifier
 
 TINY = {"vocab_size": 16, "dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 16}
 TOKENS = torch.tensor([[1, 2, 3]])

@@ -12,15 +12,15 @@ import torch
 from hypothesis import strategies as st
 
 import hostile
-from checkpoint import load_torch_file
 from classifier import LlamaEmbeddingClassifier
 from conftest import random_llama
-from dataset import Example, SentenceDataset
+from formats.checkpoint import load_torch_file
 from fuzz import Inputs
 from fuzz_models import ODD_VALUES, TINY, as_torch_file, filled
 from fuzz_shared import ODD_FLOATS, mutated
-from resume import Keeper
-from training import train_classifier
+from training.dataset import Example, SentenceDataset
+from training.loop import train_classifier
+from training.state import Keeper
 
 STATE = "run.state.pt"
 

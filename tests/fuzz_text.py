@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 import hostile
 import run_llama
-from dataset import encode_examples
 from fuzz import Inputs
 from fuzz_shared import JSON_TEXTS, JSON_VALUES, assets, mutated, tokenizer
-from labelled import read_label_names, read_sentences
 from tokenizer import Tokenizer
+from training.dataset import encode_examples
+from training.labelled import read_label_names, read_sentences
 
 # ---------------------------------------------------------------- data files and label names
 

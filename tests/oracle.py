@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import torch
 
-from checkpoint import read_checkpoint
 from config import ATTENTION_MODES, LlamaConfig
+from formats.checkpoint import read_checkpoint
 from sanity_check import TOKEN_IDS
 from utils import save_torch_file
 

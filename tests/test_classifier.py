@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier, choose_pooling
 from conftest import LABEL_NAMES, random_llama, save_llama
-from training import load_classifier, save_classifier
+from training.loop import load_classifier, save_classifier
 
 TOKENS = torch.randint(3, 320, (3, 9), generator=torch.Generator().manual_seed(2))
 LENGTHS = torch.tensor([9, 4, 1])

@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import cli
-import oracle
-import training
-from advanced import explain
-from advanced import run as composer
-from advanced.methods import METHODS
-from conftest import LENGTHS, ROOT, TOKENS, random_llama
-from generation import continue_text
-from llama import load_pretrained
-from optimizer import AdamW
 from test_advanced_run import DATA
 from test_distributed import finish, torchrun
 from test_predict import SENTENCES, as_rows, write_checkpoint
 from test_pretrain import write_tales
 from test_prompting import BOTH, batch
 from test_prompting import classifier as prompted
+
+import cli
+import oracle
+from advanced import run as composer
+from advanced.catalogue import METHODS
+from conftest import LENGTHS, ROOT, TOKENS, random_llama
+from llama import load_pretrained
+from optimizer import AdamW
+from tools import explain
+from tools.generate import continue_text
+from training import loop as training
 from utils import random_state, seed_everything, set_random_state
 
 GPU = torch.device("cuda")
@@ -275,7 +275,7 @@ def test_a_sharded_pretraining_is_that_of_one_process(workplace, monkeypatch):
     options += ["--seq_len", "16", "--batch_tokens", "64", "--heldout", "5", "--tokens", "2500"]
     options += ["--eval_minutes", "0", "--use_gpu", "--no-bf16", "--max_seq_len", "24"]
     for out, more in (("one", ()), ("sharded", ("--shard",))):
-        done = finish(torchrun(1, "-m", "advanced.pretrain", *options, "--out", out, *more))
+        done = finish(torchrun(1, "-m", "pretraining.run", *options, "--out", out, *more))
         assert done.returncode == 0, done.stderr
         assert "device: cuda" in done.stdout
     ours, theirs = (load_pretrained(f"{out}/model.pt").state_dict() for out in ("sharded", "one"))

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 
 import fuzz
 import hostile
-from checkpoint import load_torch_file
 from config import LlamaConfig
 from conftest import ROOT
+from formats.checkpoint import load_torch_file
 from fuzz import Target, examine
 from fuzz_models import EVIL, model_args
 from fuzz_shared import assets

@@ -9,8 +9,8 @@ import outputs
 import run_llama
 from advanced import run as advanced_run
 from conftest import shared_asset
-from labelled import read_sentences
 from submission import MAPPINGS, OUTPUTS, SENTENCES, predictions, put, put_splits
+from training.labelled import read_sentences
 
 NAME = "sst-dev-prompting-output.txt"
 RIGHT = predictions("sst", "dev")

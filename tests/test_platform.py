@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import options
 import run_llama
 from conftest import ROOT, copy_project
 from test_layers import PROJECT
+from training import options
 from utils import atomic_write
 
 LETTERS = "мои модели 我的"

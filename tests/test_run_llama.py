@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 import run_llama
 from conftest import ROOT, random_llama, save_llama, shared_asset
-from distributed import ALONE
-from labelled import PLACEHOLDER_SHA256, read_sentences
 from optimizer import AdamW
+from training.distributed import ALONE
+from training.labelled import PLACEHOLDER_SHA256, read_sentences
 
 DEFAULTS = {
     "train": "data/cfimdb-train.txt",
@@ -46,7 +46,7 @@ def lines_of(path: str) -> list[str]:
 def test_options_and_defaults_are_the_assignments_and_ours_are_optional(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("options.ROOT", tmp_path)  # where nothing is bundled
+    monkeypatch.setattr("training.options.ROOT", tmp_path)  # where nothing is bundled
     monkeypatch.chdir(tmp_path)
     args = vars(run_llama.get_args([]))
     assert {key: args.pop(key) for key in DEFAULTS} == DEFAULTS
@@ -258,7 +258,7 @@ def test_finetune_evaluates_the_best_epoch_not_the_last(run, monkeypatch):
             checkpoints.append(model.classifier_head.bias.detach().clone())
         return result.__class__(accuracy, 0.5, [], [], [], [])
 
-    monkeypatch.setattr("training.evaluate", scripted)
+    monkeypatch.setattr("training.loop.evaluate", scripted)
     run("finetune", "--epochs", "2", "--lr", "1e-2")
     kept = torch.load("finetune-toy-2-0.01.pt", weights_only=True)["model"]
     assert torch.equal(kept["classifier_head.bias"], checkpoints[0])

@@ -15,11 +15,11 @@ import oracle
 import run_llama
 from classifier import LlamaEmbeddingClassifier
 from conftest import LABEL_NAMES, ROOT, random_llama, save_llama
-from labelled import read_sentences
 from llama import Llama, load_pretrained
-from options import checkpoint_path
 from tokenizer import Tokenizer
-from training import save_classifier
+from training.labelled import read_sentences
+from training.loop import save_classifier
+from training.options import checkpoint_path
 from utils import seed_everything
 
 

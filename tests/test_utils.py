@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import utils
-from checkpoint import load_torch_file
 from conftest import ROOT
+from formats.checkpoint import load_torch_file
 from utils import (
     allow_tf32,
     atomic_write,

@@ -1,0 +1,1 @@
+"""Next-token training on plain text."""

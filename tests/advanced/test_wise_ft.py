@@ -1,0 +1,198 @@
+"""Averages of weights against closed forms, exact where they promise to be."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from test_training import classifier, random_data, train
+
+from advanced.methods.wise_ft import ALPHAS, average, greedy_soup, interpolate
+
+
+def random_state(seed: int, **dtypes: torch.dtype) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    state = {"a": torch.randn(7, 5, generator=rng), "b": torch.randn(9, generator=rng)}
+    return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
+
+
+def test_alphas_are_the_tenths_from_0_to_1():
+    assert len(ALPHAS) == 11
+    np.testing.assert_allclose(ALPHAS, np.linspace(0, 1, 11), atol=1e-15)
+    assert (ALPHAS[0], ALPHAS[-1]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_interpolation_is_equation_1_and_the_new_head_is_the_finetuned(alpha):
+    pretrained, finetuned = random_state(0), random_state(1)
+    finetuned["head"] = torch.ones(3)
+    mixed = interpolate(pretrained, finetuned, alpha)
+    assert list(mixed) == ["a", "b", "head"]
+    assert torch.equal(mixed["head"], finetuned["head"])
+    for name, start in pretrained.items():
+        expected = (1 - alpha) * start.double() + alpha * finetuned[name].double()
+        torch.testing.assert_close(mixed[name].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_ends_are_the_two_states_bit_for_bit_in_memory_of_their_own():
+    pretrained, finetuned = random_state(0), random_state(1)
+    pretrained["a"][0, 0], finetuned["a"][0, 0] = -0.0, 1e38
+    pretrained["b"][0], finetuned["b"][0] = -3e38, 3e38  # their difference overflows
+    for alpha, end in ((0, pretrained), (0.0, pretrained), (1, finetuned), (1.0, finetuned)):
+        mixed = interpolate(pretrained, finetuned, alpha)
+        assert all(same_bits(mixed[name], end[name]) for name in end)
+        mixed["a"].zero_()
+    assert finetuned["a"].count_nonzero() == pretrained["a"].count_nonzero() + 1 == 35
+
+
+def test_equal_states_stay_themselves_at_each_alpha():
+    state = random_state(0)
+    for alpha in ALPHAS:
+        assert all(
+            same_bits(t, state[name]) for name, t in interpolate(state, state, alpha).items()
+        )
+
+
+def test_interpolated_classifier_loads_with_its_weights_still_tied():
+    model, finetuned = classifier(), classifier()
+    train(finetuned, random_data(), epochs=1)
+    backbone = {
+        name: tensor for name, tensor in model.state_dict().items() if name.startswith("llama.")
+    }
+    mixed = interpolate(backbone, finetuned.state_dict(), 0.3)
+    model.load_state_dict(mixed, strict=True)
+    assert torch.equal(model.llama.tok_embeddings.weight, model.llama.output.weight)
+    assert torch.equal(model.classifier_head.weight, finetuned.classifier_head.weight)
+    assert not model.llama.norm.weight.equal(finetuned.llama.norm.weight)
+
+
+def test_what_cannot_be_interpolated_is_refused():
+    state = random_state(0)
+    for alpha in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=f"alpha={alpha}"):
+            interpolate(state, state, alpha)
+    with pytest.raises(ValueError, match="finetuned: no b"):
+        interpolate(state, {"a": state["a"]}, 0.5)
+    with pytest.raises(ValueError, match=r"finetuned: a \(5, 7\) instead of \(7, 5\)"):
+        interpolate(state, {**state, "a": state["a"].T}, 0.5)
+    with pytest.raises(ValueError, match="and 3 more"):
+        interpolate({str(i): state["a"] for i in range(8)}, state, 0.5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_average_is_the_float64_mean_rounded_once(n):
+    states = [random_state(seed, b=torch.bfloat16) for seed in range(n)]
+    mean = average(iter(states))
+    for name, dtype in (("a", torch.float32), ("b", torch.bfloat16)):
+        expected = torch.stack([state[name].double() for state in states]).sum(dim=0) / n
+        assert mean[name].dtype == dtype
+        torch.testing.assert_close(mean[name], expected.to(dtype), rtol=0.0, atol=0.0)
+
+
+def test_average_of_equal_states_is_the_state_exactly_and_changes_none():
+    state = {"a": random_state(0)["a"], "wide": torch.tensor([0.1, -0.0], dtype=torch.float64)}
+    for n in (1, 3, 10):
+        mean = average(itertools.repeat(state, n))
+        assert same_bits(mean["a"], state["a"])
+        mean["a"].zero_()
+    assert same_bits(average([state])["wide"], state["wide"])
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    average([state, other])
+    assert state["wide"].tolist() == [0.1, 0.0]
+    assert state["a"].count_nonzero() == 35
+
+
+def test_average_needs_one_state_at_a_time():
+    alive = []
+
+    class State(dict):
+        def __init__(self, seed):
+            super().__init__(random_state(seed))
+            alive.append(seed)
+
+        def __del__(self):
+            alive.pop()
+
+    most = 0
+
+    def one_at_a_time():
+        nonlocal most
+        for seed in range(5):
+            yield State(seed)
+            most = max(most, len(alive))
+
+    average(one_at_a_time())
+    assert most <= 2
+
+
+def test_average_refuses_no_states_and_different_ones():
+    state = random_state(0)
+    with pytest.raises(ValueError, match="at least one"):
+        average([])
+    with pytest.raises(ValueError, match=r"states\[1\]: no b"):
+        average([state, {"a": state["a"]}])
+    with pytest.raises(ValueError, match=r"states\[0\]: no c"):
+        average([state, {**state, "c": state["a"]}])
+    with pytest.raises(ValueError, match=r"states\[2\]: b \(1,\) instead of \(9,\)"):
+        average([state, state, {**state, "b": state["b"][:1]}])
+
+
+def points(*values: float) -> list[dict[str, torch.Tensor]]:
+    return [{"x": torch.tensor([value], dtype=torch.float64)} for value in values]
+
+
+def minus_square(state: dict[str, torch.Tensor]) -> float:
+    """A toy quadratic whose best weight is 0."""
+    return -(state["x"].item() ** 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen", "mean"),
+    [
+        ([2.0, 1.0, -1.5], [1, 2], -0.25),  # with 2.0 as well the mean were 0.5, and farther off
+        ([1.0, 3.0], [0], 1.0),  # all on one side: the best alone
+        ([3.0, -1.0, 2.0], [1, 2], 0.5),
+        ([3.0, -1.0, -2.0], [1, 0], 1.0),  # -2.0 makes it worse, 3.0 behind it does not
+        ([2.0, 2.0, 2.0], [0, 1, 2], 2.0),  # no worse, so all of them, the earlier first
+        ([5.0], [0], 5.0),
+    ],
+)
+def test_greedy_soup_takes_down_the_scores_what_makes_it_no_worse(values, chosen, mean):
+    soup, indices = greedy_soup(points(*values), minus_square)
+    assert indices == chosen
+    assert soup["x"].item() == mean
+
+
+def test_greedy_soup_is_no_worse_than_its_best_and_no_better_than_the_best_subset():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        states = points(*rng.normal(size=5))
+        soup, chosen = greedy_soup(states, minus_square)
+        singles = [minus_square(state) for state in states]
+        subsets = [
+            minus_square(average(subset))
+            for n in range(1, 6)
+            for subset in itertools.combinations(states, n)
+        ]
+        assert max(singles) <= minus_square(soup) <= max(subsets) + 1e-12
+        assert chosen[0] == int(np.argmax(singles))
+        assert minus_square(soup) == pytest.approx(
+            minus_square(average(states[i] for i in chosen)), abs=1e-12
+        )
+
+
+def test_greedy_soup_asks_for_each_state_once_and_for_each_candidate_once():
+    asked = []
+    greedy_soup(points(1.0, -2.0, 3.0, 0.5), lambda state: asked.append(0) or 0.0)
+    assert len(asked) == 2 * 4 - 1
+
+
+def test_greedy_soup_refuses_no_states_and_scores_that_are_no_numbers():
+    with pytest.raises(ValueError, match="at least one"):
+        greedy_soup([], minus_square)
+    with pytest.raises(ValueError, match=r"states\[1\] scores nan"):
+        greedy_soup(points(1.0, float("nan")), minus_square)

@@ -1,0 +1,159 @@
+"""linear() against float64 products, on both of its ways, and where each is taken."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import ROOT
+from fast import linear as module
+from fast.linear import Linear, linear
+
+
+@pytest.fixture(params=["onednn", "usual way"])
+def way(request, monkeypatch) -> str:
+    """Both ways for every size; the test of the first is skipped where PyTorch has none."""
+    if request.param == "usual way":
+        monkeypatch.setattr(module, "_onednn_linear", None)
+    elif module._onednn_linear is None:
+        pytest.skip("this PyTorch has no oneDNN linear")
+    monkeypatch.setattr(module, "SMALL_ROW", 1)
+    monkeypatch.setattr(module, "SMALL", 1)
+    return request.param
+
+
+def random_triple(rows: tuple[int, ...], n_in: int, n_out: int, seed: int = 0):
+    """x (*rows, n_in), weight (n_out, n_in), and a gradient of the result."""
+    torch.manual_seed(seed)
+    x = torch.randn(*rows, n_in, requires_grad=True)
+    weight = torch.randn(n_out, n_in, requires_grad=True)
+    return x, weight, torch.randn(*rows, n_out)
+
+
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 3), (4, 1, 5)])
+@pytest.mark.parametrize(("n_in", "n_out"), [(1, 1), (5, 3), (64, 172), (301, 2)])
+def test_product_and_both_gradients_are_those_of_float64(way, rows, n_in, n_out):
+    x, weight, grad = random_triple(rows, n_in, n_out)
+    y = linear(x, weight)
+    y.backward(grad)
+    wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    expected = wide_x @ wide_weight.T
+    expected.backward(grad.double())
+    for ours, exact in ((y, expected), (x.grad, wide_x.grad), (weight.grad, wide_weight.grad)):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x, weight).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_operands_are_read_as_they_are(way):
+    x, weight, _ = random_triple((6,), 6, 8)
+    torch.testing.assert_close(linear(x.t(), weight), x.t() @ weight.t())
+    torch.testing.assert_close(linear(x, weight[:6].t()), x @ weight[:6])
+    torch.testing.assert_close(linear(x[::2], weight), x[::2] @ weight.t())
+
+
+def test_gradients_can_be_differentiated_again(way):
+    x, weight, _ = random_triple((4,), 5, 3)
+    (grad,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), weight)
+    wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    y = wide_x @ wide_weight.T
+    (grad,) = torch.autograd.grad(y.square().sum(), wide_x, create_graph=True)
+    (expected,) = torch.autograd.grad(grad.square().sum(), wide_weight)
+    torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_what_is_frozen_gets_no_gradient(way, frozen):
+    x, weight, grad = random_triple((4,), 5, 3)
+    {"x": x, "weight": weight}[frozen].requires_grad_(False)
+    linear(x, weight).backward(grad)
+    assert (x.grad is None) == (frozen == "x")
+    assert (weight.grad is None) == (frozen == "weight")
+
+
+def test_no_rows_make_no_rows(way):
+    assert linear(torch.empty(0, 5), torch.empty(3, 5)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_take_the_usual_way(way, dtype, monkeypatch):
+    monkeypatch.setattr(module, "_onednn_linear", None if way == "usual way" else _refuse)
+    x, weight, _ = random_triple((4,), 5, 3)
+    x, weight = x.detach().to(dtype), weight.detach().to(dtype)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_autocast_computes_in_bfloat16(way):
+    x, weight, _ = random_triple((4,), 5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit"), [((1,), "SMALL_ROW"), ((1, 1), "SMALL_ROW"), ((4,), "SMALL")]
+)
+def test_small_products_take_the_usual_way(monkeypatch, rows, limit):
+    monkeypatch.setattr(module, "_onednn_linear", _refuse)
+    monkeypatch.setattr(module, "SMALL_ROW", 1)
+    x, weight, _ = random_triple(rows, 5, 3)
+    multiplications = x.numel() * 3
+    monkeypatch.setattr(module, limit, multiplications + 1)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    monkeypatch.setattr(module, limit, multiplications)
+    with pytest.raises(AssertionError, match="oneDNN"), torch.inference_mode():
+        linear(x, weight)
+
+
+def test_layer_is_an_nn_linear_without_bias(way):
+    torch.manual_seed(0)
+    ours = Linear(5, 3)
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(5, 3, bias=False)
+    assert isinstance(ours, torch.nn.Linear)
+    assert list(ours.state_dict()) == ["weight"]
+    x = torch.randn(2, 5)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def _refuse(*_args):
+    raise AssertionError("this product is not for oneDNN")
+
+
+KERNELS = """
+import ctypes, torch
+from fast.linear import linear
+class Info(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_size_t) for n in "abcdefg"] + [("used", ctypes.c_size_t), ("h", ctypes.c_size_t), ("i", ctypes.c_size_t)]
+info = ctypes.CDLL(None).mallinfo2
+info.restype = Info
+def learn(n_rows):
+    for n_in, n_out in ((192, 192), (192, 512), (512, 192)):
+        weight = torch.ones(n_out, n_in, requires_grad=True)
+        linear(torch.ones(n_rows, n_in, requires_grad=True), weight).sum().backward()
+learn(499)
+before = info().used
+for n_rows in range(500, 540):
+    learn(n_rows)
+print(info().used - before)
+"""  # noqa: E501
+
+
+@pytest.mark.skipif(module._onednn_linear is None, reason="this PyTorch has no oneDNN linear")
+def test_shapes_that_do_not_come_again_do_not_fill_the_memory():
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("only glibc says how much of its heap is in use")
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    plain = {key: value for key, value in os.environ.items() if key not in names}
+    used = [
+        int(subprocess.run(
+            [sys.executable, "-c", KERNELS], env=environment, cwd=ROOT, check=True,
+            capture_output=True, text=True, encoding="utf-8",
+        ).stdout)
+        for environment in (plain, {**plain, **dict.fromkeys(names, "1024")})
+    ]  # fmt: skip
+    assert used[0] < used[1] / 2, used  # and what is typed is kept

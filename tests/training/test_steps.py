@@ -1,0 +1,114 @@
+"""The learning rate's course, precision and the clipped step against their equations."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from optimizer import AdamW
+from training.steps import learning_rate_factor, precision, symmetric_kl, take_step
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("warmup", [1, 10, 25])
+@pytest.mark.parametrize("decay_from", [0.0, 0.4, 0.9])
+def test_the_learning_rate_is_a_product_of_two_ramps(warmup, decay_from):
+    for step, progress in [(s, p) for s in range(40) for p in np.linspace(0.0, 1.0, 21)]:
+        rise = np.interp(step + 1, [0, warmup], [0, 1])
+        fall = np.interp(progress, [decay_from, 1], [1, 0])
+        ours = learning_rate_factor(step, progress, warmup, decay_from)
+        assert ours == pytest.approx(rise * fall, abs=1e-12)
+
+
+@pytest.mark.parametrize("decay_from", [0.0, 0.4])
+def test_the_cosine_falls_along_half_a_wave(decay_from):
+    for progress in np.linspace(0.0, 1.2, 25):
+        share = np.clip((progress - decay_from) / (1 - decay_from), 0, 1)
+        ours = learning_rate_factor(99, progress, 10, decay_from, cosine=True)
+        assert ours == pytest.approx((1 + np.cos(np.pi * share)) / 2, abs=1e-12)
+
+
+def test_symmetric_kl_is_the_sum_of_both_divergences_averaged_over_rows():
+    p, q = (F.log_softmax(torch.randn(5, 3, dtype=torch.float64), dim=-1) for _ in range(2))
+    both = F.kl_div(q, p, log_target=True, reduction="batchmean")
+    both += F.kl_div(p, q, log_target=True, reduction="batchmean")
+    torch.testing.assert_close(symmetric_kl(p, q), both)
+    assert symmetric_kl(p, p) == 0.0
+
+
+def test_without_warmup_and_decay_the_learning_rate_is_the_peak_throughout():
+    assert {learning_rate_factor(s, s / 50) for s in range(51)} == {1.0}
+
+
+@pytest.mark.parametrize("decay_from", [0.0, 0.4, 0.9])
+def test_a_run_past_its_end_has_no_learning_rate_and_never_a_negative_one(decay_from):
+    for progress in (1.0, 1.0 + 1e-9, 3.0):
+        assert learning_rate_factor(99, progress, 10, decay_from) == 0.0
+
+
+def two_optimizers(kind=torch.optim.SGD):
+    """Two parameters in two groups of one optimizer and one in another; peaks 0.5, 0.1 and 2."""
+    generator = torch.Generator().manual_seed(4)
+    a, b, c = (
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        for shape in [(3, 2), (4,), (2, 2)]
+    )
+    first = kind([{"params": [a]}, {"params": [b], "lr": 0.1}], lr=0.5)
+    return [a, b, c], [first, kind([c], lr=2.0)]
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5, 1e6])
+def test_a_step_moves_each_parameter_by_its_peak_the_factor_and_the_jointly_clipped_gradient(
+    max_norm,
+):
+    parameters, optimizers = two_optimizers()
+    expected = [p.detach().numpy().copy() for p in parameters]
+    rng = np.random.default_rng(5)
+    for factor in (0.25, 1.0, 0.5, 0.0, 0.75):  # each of the peak, not of the step before
+        grads = [rng.normal(size=p.shape) for p in parameters]
+        norm = np.sqrt(sum((g**2).sum() for g in grads))
+        scale = 1.0 if max_norm is None else min(1.0, max_norm / norm)
+        for i, (lr, grad) in enumerate(zip((0.5, 0.1, 2.0), grads, strict=True)):
+            parameters[i].grad = torch.tensor(grad)
+            expected[i] -= lr * factor * scale * grad
+        take_step(optimizers, factor, max_norm)
+        for ours, theirs in zip(parameters, expected, strict=True):
+            np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-5)
+        assert all(p.grad is None or not p.grad.any() for p in parameters)
+
+
+def test_the_peak_survives_saving_and_loading_the_optimizer():
+    def steps(parameters, optimizers, factors):
+        for factor in factors:
+            for p in parameters:
+                p.grad = p.detach() * 0.3
+            take_step(optimizers, factor)
+
+    whole, optimizers = two_optimizers(AdamW)
+    steps(whole, optimizers, (0.2, 0.4, 0.6, 0.8))
+
+    halves, before = two_optimizers(AdamW)
+    steps(halves, before, (0.2, 0.4))
+    _, after = two_optimizers(AdamW)
+    for optimizer, old in zip(after, before, strict=True):
+        for group, old_group in zip(optimizer.param_groups, old.param_groups, strict=True):
+            group["params"] = old_group["params"]
+        optimizer.load_state_dict(old.state_dict())
+    steps(halves, after, (0.6, 0.8))
+    assert all(torch.equal(x, y) for x, y in zip(whole, halves, strict=True))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_precision_rules_the_products_and_never_the_weights_or_gradients(bf16):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(64, 8, bias=False), torch.randn(5, 64)
+    with precision(CPU, bf16):
+        y = layer(x)
+    expected = x.numpy().astype(float) @ layer.weight.detach().numpy().astype(float).T
+    error = np.abs(y.detach().float().numpy() - expected).max()
+    assert y.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert (1e-4 < error < 2e-2) if bf16 else error < 1e-5  # 8 against 24 bits of mantissa
+    y.float().sum().backward()
+    assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
+    assert layer(x).dtype == torch.float32  # and nothing is left behind

@@ -1,0 +1,1 @@
+"""Finetuning a classifier: data, the loop, its saved state, several processes."""
