@@ -17,6 +17,10 @@ import numpy as np
 import torch
 
 
+class InputError(ValueError):
+    """Something the user can mend: its message names the value, the place and the remedy."""
+
+
 def seed_everything(seed: int = 11711) -> None:
     """Seeds Python, NumPy and every PyTorch device, and asks cuDNN for repeatable kernels."""
     random.seed(seed)
