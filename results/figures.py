@@ -1,247 +1,116 @@
-"""The figures of finetuning, from the studies in results/ alone.
+"""Draw results/figures/ from the studies: accuracy by method, and by training-set size.
 
-Each function takes the studies of one model and returns a matplotlib Figure, or None where what it
-shows was not measured. Bars are one sample standard deviation over seeds.
+Points are means over seeds, bars one sample standard deviation.
 """
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from results import curves, studies, style
-from results.studies import Study, by_seed
+from results.studies import PUBLISHED, Study, mean_std, scores, select
+from utils import atomic_write, require_package
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NARROW = 0.005  # methods may be as near as that and still fill an axis
-LABELS = {"sst": ("awful", "bad", "average", "good", "excellent"), "cfimdb": ("bad", "good")}
-
-
-def accuracy(found: list[Study]) -> "Figure | None":
-    """A dot with a bar for each method, plain and its like above, then the best on dev first.
-
-    A split on which one method alone was measured has nothing to compare, and stays in the tables.
-    """
-    shown = [one for one in style.splits(found) if len(one.members) > 1]
-    if not shown:
-        return None
-    n_rows = max(len(one.members) for one in shown)
-    figure, axes = style.panels(len(shown), 3.4, 1.2 + 0.24 * n_rows)
-    for panel, one in zip(axes, shown, strict=True):
-        for place, study in enumerate(one.members):
-            _dot(panel, study["method"], one.values(study), place)
-        names = [study["method"] for study in one.members]
-        panel.set_yticks(range(len(names)), names, fontsize=9)
-        panel.set_ylim(n_rows - 0.5, -0.5)
-        _mark_references(panel, one, names)
-        panel.set_title(one.title, fontsize=10)
-        panel.grid(axis="x", alpha=0.3)
-    style.legend(figure, axes)
-    return figure
-
-
-def _dot(panel: "Axes", method: str, values: list[float], place: int) -> None:
-    look = style.method_style(method)
-    std = style.sample_std(values)
-    panel.errorbar(
-        np.mean(values), place, xerr=std, color=look["color"], marker=look["marker"],
-        markersize=5, capsize=2,
-    )  # fmt: skip
-
-
-def _mark_references(panel: "Axes", one: style.Shown, names: list[str]) -> None:
-    """Lines at plain and at the published, on an axis as wide as most finetuned methods need.
-
-    What lies outside is written: a method in its row, the published below the axis.
-    """
-    means = {study["method"]: float(np.mean(one.values(study))) for study in one.members}
-    bars = {study["method"]: style.sample_std(one.values(study)) for study in one.members}
-    trained = [name for name in means if name != "zero_shot"] or list(means)
-    low, high = _limits([(means[name], bars[name]) for name in trained])
-    panel.set_xlim(low, high)
-    panel.set_xlabel("accuracy", fontsize=9)
-    if "plain" in means:
-        panel.axvline(means["plain"], color="#000000", linewidth=0.8, zorder=0, label="plain")
-    for study in one.members:
-        mean, number = means[study["method"]], studies.mean_std(one.values(study))
-        if low <= mean <= high:
-            continue
-        words, x, align = f"\u2190 {number}", 0.02, "left"
-        if mean > high:
-            words, x, align = f"{number} \u2192", 0.98, "right"
-        panel.text(
-            x, names.index(study["method"]), words, transform=panel.get_yaxis_transform(),
-            ha=align, va="center", fontsize=8, color="#555555",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )  # fmt: skip
-    known = studies.published(one.members[0]["dataset"], one.members[0]["folds"], one.split)
-    if known is not None and low <= known[0] <= high:
-        panel.axvline(known[0], color="#777777", linestyle="--", label="published, stories42M")
-    elif known is not None:
-        panel.set_xlabel(f"accuracy\n(published {known[0]:.3f}, off the axis)", fontsize=9)
-
-
-def _limits(dots: list[tuple[float, float]]) -> tuple[float, float]:
-    """Of an axis that has the dots (mean, bar) which do not lie far out, with their bars.
-
-    Far out is what is more than three times the interquartile range from the quartiles (Tukey 1977,
-    Exploratory Data Analysis). A dot that the axis holds nonetheless has its bar on it, too.
-    """
-    first, third = np.quantile([mean for mean, _ in dots], [0.25, 0.75])
-    reach = 3 * max(third - first, NARROW)
-    low, high, n_held = first - reach, third + reach, 0
-    while n_held < len(held := [(m, bar) for m, bar in dots if low <= m <= high]):
-        n_held = len(held)
-        left, right = min(m - bar for m, bar in held), max(m + bar for m, bar in held)
-        pad = 0.08 * max(right - left, NARROW)
-        low, high = float(left - pad), float(right + pad)
-    return low, high
-
-
-def confusion(found: list[Study]) -> "Figure | None":
-    """plain and the best method on dev: shares of each gold class, counts summed over seeds."""
-    pairs = []
-    for one in style.last_splits(found):
-        compared = style.leading(one)[:2]
-        if one.named("plain") and len(compared) == 2:
-            pairs += [(one, study) for study in compared]
-    if not pairs:
-        return None
-    figure, axes = style.panels(len(pairs), 4.2, 3.9, n_rows=len(pairs) // 2)
-    for panel, (one, study) in zip(axes, pairs, strict=True):
-        runs = [run for runs in by_seed(study).values() for run in runs]
-        counts = np.sum([run[one.split]["confusion"] for run in runs], axis=0)
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for (row, column), share in np.ndenumerate(shares):
-            panel.text(
-                column, row, f"{share:.0%}\n{counts[row, column]}", ha="center", va="center",
-                fontsize=8, color="white" if share > 0.5 else "black",
-            )  # fmt: skip
-        names = LABELS.get(study["dataset"], ())
-        names = names if len(names) == len(counts) else range(len(counts))
-        panel.set_xticks(range(len(counts)), names, fontsize=8)
-        panel.set_yticks(range(len(counts)), names, fontsize=8)
-        panel.set_xlabel("predicted", fontsize=9)
-        panel.set_ylabel("gold", fontsize=9)
-        panel.set_title(f"{one.title}, {study['method']}", fontsize=10)
-    return figure
-
-
-def parameters(found: list[Study]) -> "Figure | None":
-    """Accuracy against the number of trained parameters; those that train all share gray dots."""
-    shown = [
-        style.Shown([s for s in one.members if _n_trained(s) > 0], one.split)
-        for one in style.last_splits(found)
-    ]
-    shown = [one for one in shown if len({_n_trained(study) for study in one.members}) > 1]
-    if not shown:
-        return None
-    figure, axes = style.panels(len(shown), 4.8, 4.2)
-    for panel, one in zip(axes, shown, strict=True):
-        for study in one.members:
-            values = one.values(study)
-            look, label = style.method_style(study["method"]), study["method"]
-            if _trains_all(study) and study["method"] != "plain":
-                look, label = {"color": "#aaaaaa", "marker": "o"}, "others that train all weights"
-            std = style.sample_std(values)
-            panel.errorbar(
-                _n_trained(study), np.mean(values), yerr=std, color=look["color"], capsize=2,
-                marker=look["marker"], linestyle="none", label=label,
-                zorder=3 if study["method"] == "plain" else 2,
-            )  # fmt: skip
-        panel.set_xscale("log")
-        n_trained = [_n_trained(study) for study in one.members]
-        ticks = style.round_numbers(min(n_trained), max(n_trained))
-        if 2 <= len(ticks) <= 5:  # of fewer decades, in which powers of ten alone say too little
-            panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-            panel.set_xticks([], minor=True)
-        style.label(panel, one.title, "trained parameters (log scale)", "accuracy")
-    style.legend(figure, axes)
-    return figure
-
-
-def _n_trained(study: Study) -> int:
-    return study["runs"][0]["trainable_parameters"]
-
-
-def _trains_all(study: Study) -> bool:
-    return _n_trained(study) >= 0.95 * study["runs"][0]["parameters"]
-
-
-class Drawing(NamedTuple):
-    draw: "Callable[[list[Study]], Figure | None]"
-    caption: str
-    needs: str
-
-
-FIGURES = {
-    "accuracy": Drawing(
-        accuracy,
-        "Accuracy of each method, mean and standard deviation over seeds; one far from the others "
-        "is written as a number.",
-        "two methods on a split",
+MODEL = "mini"  # the bundled model; tables show the other ones
+# A method of each kind: what the head reads, few trained parameters, prompts, regularization.
+METHODS = (
+    *("zero_shot", "assignment", "masked", "plain", "attention_pool", "lora"),
+    *("adapter", "norms", "head", "prompt", "smart"),
+)
+CAPTIONS = {
+    f"accuracy-{MODEL}.png": (
+        "Accuracy of eleven methods, mean and standard deviation over seeds. The solid line is "
+        "`plain`, the dashed line the result published for stories42M."
     ),
-    "confusion": Drawing(
-        confusion,
-        "Confusion of the baseline and of the best method on dev: share of each gold class, and "
-        "sentences summed over seeds.",
-        "plain and another method",
-    ),
-    "training": Drawing(
-        curves.training,
-        "Dev accuracy after each epoch, mean and standard deviation over seeds.",
-        "plain or another finetuning with a history",
-    ),
-    "parameters": Drawing(
-        parameters,
-        "Accuracy against the number of parameters that a method trains.",
-        "two methods that train different numbers of parameters",
-    ),
-    "train_size": Drawing(
-        curves.train_size,
-        "Accuracy against the share of the training data.",
-        "a method with two train_share",
-    ),
-    "wise_ft": Drawing(
-        curves.wise_ft,
-        "Dev accuracy along the line from the pretrained weights to the finetuned ones (WiSE-FT).",
-        "a run with alphas",
-    ),
-    "reliability": Drawing(
-        curves.reliability,
-        "Accuracy against confidence: marker sizes are shares of sentences, numbers the expected "
-        "calibration error. Bins of fewer than ten sentences are not drawn.",
-        "plain or another finetuning",
+    f"train_size-{MODEL}.png": (
+        "SST test accuracy against the share of the training sentences, mean and standard "
+        "deviation over seeds."
     ),
 }
 
 
-def captions(found: list[Study]) -> dict[str, str]:
-    """The file name of each figure of each model, and the sentence under it."""
-    models = sorted({study["model"] for study in found})
-    return {
-        f"{name}-{model}.png": drawing.caption
-        for model in models
-        for name, drawing in FIGURES.items()
-    }
+def draw_all(studies: list[Study], folder: Path) -> None:
+    """Write one PNG per caption into `folder`."""
+    studies = select(studies, model=MODEL)
+    for name, figure in zip(CAPTIONS, (accuracy(studies), train_size(studies)), strict=True):
+        save(figure, folder / name)
+        print(f"wrote {folder / name}")
 
 
-def draw_all(found: list[Study], folder: Path) -> Iterator[str]:
-    """Writes every figure that has data into `folder`, deletes an earlier one that has none any
-    more, and yields a line for each."""
-    for model in sorted({study["model"] for study in found}):
-        finished = [study for study in studies.select(found, model=model) if by_seed(study)]
-        for name, drawing in FIGURES.items():
-            path = folder / f"{name}-{model}.png"
-            figure = drawing.draw(finished)
-            if figure is None:
-                path.unlink(missing_ok=True)
-                yield f"{path.name}: skipped, needs {drawing.needs}"
-            else:
-                style.save(figure, path)
-                yield f"wrote {path}"
+def accuracy(studies: list[Study]) -> "Figure":
+    """Plot a row per method, on SST test and in five folds of CFIMDB."""
+    studies = select(studies, train_share=1.0)
+    figure, panels = new_figure(9, 4.2, n_panels=2)
+    _accuracy_panel(panels[0], select(studies, dataset="sst", folds=None), "test", "SST test")
+    folds = select(studies, dataset="cfimdb", folds=5)
+    _accuracy_panel(panels[1], folds, "dev", "CFIMDB 5-fold")
+    panels[1].tick_params(labelleft=False)
+    return figure
+
+
+def _accuracy_panel(panel: "Axes", group: list[Study], split: str, title: str) -> None:
+    measured = {study["method"]: scores(study, split) for study in group}
+    for row, method in enumerate(METHODS):
+        values = measured.get(method, [])
+        if values:
+            panel.errorbar(np.mean(values), row, xerr=_std(values), fmt="o", color="C0", capsize=2)
+        text = mean_std(values) or "not measured"
+        panel.text(1.02, row, text, transform=panel.get_yaxis_transform(), va="center", fontsize=8)
+        if method == "plain" and values:
+            panel.axvline(np.mean(values), color="black", linewidth=0.8, zorder=0)
+    if title in PUBLISHED:
+        panel.axvline(PUBLISHED[title][0], color="gray", linestyle="--", linewidth=1, zorder=0)
+    panel.set_yticks(range(len(METHODS)), METHODS)
+    panel.set_ylim(len(METHODS) - 0.5, -0.5)
+    panel.set(title=title, xlabel="accuracy")
+
+
+def train_size(studies: list[Study]) -> "Figure":
+    """Plot SST test accuracy against the training share, a line per method with several shares."""
+    studies = sorted(select(studies, dataset="sst"), key=lambda study: study["train_share"])
+    small = {study["method"] for study in studies if study["train_share"] < 1}
+    figure, (panel,) = new_figure(5, 4)
+    for method in sorted(small):
+        line = [s for s in select(studies, method=method) if scores(s, "test")]
+        values = [scores(study, "test") for study in line]
+        panel.errorbar(
+            [100 * study["train_share"] for study in line],
+            [np.mean(v) for v in values],
+            yerr=[_std(v) for v in values],
+            marker="o",
+            capsize=2,
+            label=method,
+        )
+    shares = sorted({100 * study["train_share"] for study in studies})
+    panel.set_xscale("log")
+    panel.set_xticks(shares, [f"{share:g}" for share in shares])
+    panel.set_xticks([], minor=True)
+    panel.set(xlabel="share of the training sentences (%, log scale)", ylabel="SST test accuracy")
+    panel.legend(frameon=False)
+    return figure
+
+
+def new_figure(width: float, height: float, n_panels: int = 1) -> tuple["Figure", list["Axes"]]:
+    """Return a figure of panels side by side, size in inches, without pyplot's global state."""
+    require_package("matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = list(figure.subplots(1, n_panels, squeeze=False).flat)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def save(figure: "Figure", path: Path) -> None:
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _std(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Draws a training history: held-out bits per byte against tokens read.
+"""Plot a pretraining history: held-out bits per byte against tokens read.
 
     python -m results.history data/mini/history.csv data/mini/loss.png
 
@@ -8,56 +8,45 @@ Needs matplotlib, which `bash setup.sh --dev` installs.
 import csv
 from pathlib import Path
 
-import cli
-from utils import atomic_write
+from results.figures import new_figure, save
+from utils import ArgumentParser, InputError, run_script
 
-BITS = " bits/byte"
+UNIT = " bits/byte"
 
 
-def read_history(path: str) -> dict[str, list[float]]:
-    """The columns of a history.csv, by their names."""
+def read_history(path: str | Path) -> dict[str, list[float]]:
+    """Return the columns of a history.csv by their names."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows or "tokens" not in rows[0]:
-        raise ValueError(f"{path}: is no history of pretraining.run with a column tokens")
     try:
-        return {name: [float(row[name]) for row in rows] for name in rows[0]}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: holds something that is no number ({error})") from error
+        columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        columns["tokens"]
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        message = "give a history.csv of pretraining.run, with a column `tokens` and only numbers"
+        raise InputError(f"{path}: not a history ({error}); {message}") from error
+    return columns
 
 
 def draw(history: dict[str, list[float]], path: Path) -> None:
-    """A PNG with a line for every held-out set."""
-    cli.require_packages("matplotlib")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    millions = [tokens / 1e6 for tokens in history["tokens"]]
+    """Write a PNG with a line per held-out text."""
+    figure, (panel,) = new_figure(7, 4.5)
+    millions = [n_tokens / 1e6 for n_tokens in history["tokens"]]
     for name, values in history.items():
-        if name.endswith(BITS):
-            label = name.removesuffix(BITS)
-            axes.plot(
-                millions, values, marker="o", markersize=3, label=f"{label}: {values[-1]:.3f}"
-            )
-    axes.set_xlabel("tokens read (millions)")
-    axes.set_ylabel("held-out bits per byte")
-    axes.grid(alpha=0.3)
+        if name.endswith(UNIT):
+            label = f"{name.removesuffix(UNIT)}: {values[-1]:.3f}"
+            panel.plot(millions, values, marker="o", markersize=3, label=label)
+    panel.set(xlabel="tokens read (millions)", ylabel="held-out bits per byte")
     figure.legend(title="held out, last value", loc="outside lower center", ncols=3)
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.ArgumentParser(prog="results.history", description=__doc__.split("\n")[0])
-    parser.add_argument("history", help="history.csv of a run")
-    parser.add_argument("png", type=Path)
+    parser = ArgumentParser(prog="results.history", description=__doc__.split("\n")[0])
+    parser.add_argument("history", help="history.csv of a pretraining run")
+    parser.add_argument("png", type=Path, help="where to write the plot")
     args = parser.parse_args(argv)
     draw(read_history(args.history), args.png)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

@@ -1,9 +1,9 @@
-"""Writes the tables of finetuning results and of speed into the READMEs, from our JSON files.
+"""Write the tables of finetuning results and of speed into the READMEs, and results/README.md.
 
     python -m results.report [--plot]
 
-Each table stands between the two comment lines that name it; results/README.md, with everything
-that was measured, is written as a whole. --plot draws the figures too and needs matplotlib.
+Each README table stands between two comment lines that name it. --plot draws results/figures/ too
+and needs matplotlib.
 """
 
 import json
@@ -11,28 +11,37 @@ from pathlib import Path
 from typing import NamedTuple
 
 import benchmarks.report
-import cli
-from results import details, figures, studies
-from results.details import p_value
+from results import figures, page
+from results.page import MAJORITY_CLASS, markdown_table, p_value
 from results.significance import Comparison
-from results.studies import Study, load, mean_std, measured, select
-from utils import atomic_write
+from results.studies import (
+    BASELINES,
+    PUBLISHED,
+    Study,
+    compare_with_plain,
+    load,
+    majority_share,
+    mean_std,
+    n_seeds,
+    ranked,
+    scores,
+    select,
+    trained_percent,
+)
+from utils import ArgumentParser, atomic_write, run_script
 
 FOLDER = Path(__file__).resolve().parent
 READMES = ("README.md", "README.zh-TW.md", "data/mini/README.md")
 
 
 class Column(NamedTuple):
-    """Of accuracies; of those by which no epoch was chosen the difference from plain is shown."""
+    """A column of accuracies. `is_compared`: its split chose no epoch, so it gets a test, too."""
 
     name: str
     dataset: str
     folds: int | None
     split: str
     is_compared: bool
-
-    def of(self, found: list[Study]) -> list[Study]:
-        return select(found, dataset=self.dataset, folds=self.folds)
 
 
 COLUMNS = (
@@ -43,120 +52,98 @@ COLUMNS = (
 )
 
 
-def table(found: list[Study], model: str) -> str:
-    """A row for each method of `model` on all training data; a cell is empty where not measured,
-    and what no method was measured by has no column."""
-    found = select(found, model=model, train_share=1.0)
-    columns = [c for c in COLUMNS if any(_cell_values([study], c) for study in found)]
-    head = [f"{model}, mean (std) over seeds", "trained %", *(c.name for c in columns)]
-    compared = [column for column in columns if column.is_compared]
-    head += [*(f"{column.name}, minus plain (p)" for column in compared), "seeds"]
-    published = [_published(column) for column in columns]
-    majorities = [_majority(found, column) for column in columns]
-    empty = [""] * len(compared)
-    lines = [
-        details.line(head),
-        "|---" * len(head) + "|",
-        details.line(["reference, stories42M, published", "100", *published, *empty, "10"]),
-        details.line([details.LARGEST, "0", *majorities, *empty, ""]),
-    ]
-    differences = [details.compare_with_plain(c.of(found), c.split) for c in compared]
-    for method in _order(found):
-        of_method = select(found, method=method)
-        cells = [method, details.trained_percent(of_method)]
-        cells += [mean_std(_cell_values(of_method, column)) for column in columns]
-        cells += [_short_difference(by_method.get(method)) for by_method in differences]
-        lines.append(details.line([*cells, _seeds(of_method)]))
-    return "\n".join(lines)
-
-
-def tables(found: list[Study]) -> str:
-    """A table for each model, in the order of their names."""
-    return "\n\n".join(table(found, model) for model in sorted({s["model"] for s in found}))
-
-
-def _order(found: list[Study]) -> list[str]:
-    """Methods by SST dev, those without it last."""
-    ordered = studies.ranked(select(found, dataset="sst", folds=None))
-    rest = studies.ranked([study for study in found if study not in ordered])
-    methods = dict.fromkeys(study["method"] for study in ordered + rest if study["runs"])
-    first = [method for method in studies.FIRST if method in methods]
-    return list(dict.fromkeys([*first, *methods]))
-
-
-def _cell_values(of_method: list[Study], column: Column) -> list[float]:
-    found = column.of(of_method)
-    return measured(found[0], column.split) if found else []
-
-
-def _short_difference(of_plain: Comparison | None) -> str:
-    return f"{of_plain.difference:+.3f} ({p_value(of_plain.p)})" if of_plain else ""
-
-
-def _published(column: Column) -> str:
-    known = studies.published(column.dataset, column.folds, column.split)
-    return "" if known is None else f"{known[0]:.3f} ({known[1]:.3f})"
-
-
-def _majority(found: list[Study], column: Column) -> str:
-    share = details.majority_share(column.of(found), column.split)
-    return "" if share is None else f"{share:.3f}"
-
-
-def _seeds(of_method: list[Study]) -> str:
-    """How many: 5, or where a column has others: 5 (CFIMDB 5-fold 2); of a soup those it kept."""
-    counts = {}
+def table(studies: list[Study], model: str) -> str:
+    """Return a row per method of `model` on all training data; a column nobody ran is left out."""
+    studies = select(studies, model=model, train_share=1.0)
+    groups: dict[Column, dict[str, Study]] = {}
     for column in COLUMNS:
-        for study in column.of(of_method):
-            if measured(study, column.split):
-                counts[column.name] = details.seeds_of(study)
-    first = next(iter(counts.values()), "")
+        group = ranked(select(studies, dataset=column.dataset, folds=column.folds))
+        groups[column] = {s["method"]: s for s in group if scores(s, column.split)}
+    groups = {column: group for column, group in groups.items() if group}
+    comparisons = {
+        column: compare_with_plain(list(group.values()), column.split)
+        for column, group in groups.items()
+        if column.is_compared
+    }
+    empty = [""] * len(comparisons)
+    published = [_published(column.name) for column in groups]
+    majority = [f"{majority_share(list(g.values()), c.split):.3f}" for c, g in groups.items()]
+    head = [f"{model}, mean (std) over seeds", "trained %", *(column.name for column in groups)]
+    head += [*(f"{column.name}, minus plain (p)" for column in comparisons), "seeds"]
+    rows = [
+        ["reference, stories42M, published", "100", *published, *empty, "10"],
+        [MAJORITY_CLASS, "0", *majority, *empty, ""],
+    ]
+    for method in _methods(groups):
+        found = {column: group[method] for column, group in groups.items() if method in group}
+        cells = [mean_std(scores(found[c], c.split)) if c in found else "" for c in groups]
+        cells += [_difference(of_column.get(method)) for of_column in comparisons.values()]
+        share = trained_percent(next(iter(found.values())))
+        rows.append([method, share, *cells, _seeds_cell(found)])
+    return markdown_table(head, rows)
+
+
+def tables(studies: list[Study]) -> str:
+    """Return a table per model, in the order of their names."""
+    return "\n\n".join(table(studies, model) for model in sorted({s["model"] for s in studies}))
+
+
+def _methods(groups: dict[Column, dict[str, Study]]) -> list[str]:
+    """Return the methods in row order: baselines, then by SST dev, then those without SST dev."""
+    methods = dict.fromkeys(method for group in groups.values() for method in group)
+    place = {method: i for i, method in enumerate(BASELINES)}
+    return sorted(methods, key=lambda method: place.get(method, len(BASELINES)))
+
+
+def _published(name: str) -> str:
+    return "{:.3f} ({:.3f})".format(*PUBLISHED[name]) if name in PUBLISHED else ""
+
+
+def _seeds_cell(found: dict[Column, Study]) -> str:
+    """Return "5", or "5 (CFIMDB 5-fold 2)" if a later column has another number of seeds."""
+    counts = {column.name: n_seeds(study) for column, study in found.items()}
+    first = next(iter(counts.values()))
     others = ", ".join(f"{name} {n}" for name, n in counts.items() if n != first)
     return f"{first} ({others})" if others else first
 
 
+def _difference(comparison: Comparison | None) -> str:
+    return f"{comparison.difference:+.3f} ({p_value(comparison.p)})" if comparison else ""
+
+
 def speed_table(path: Path = FOLDER / "speed.json", shape: str = "stories42M") -> str:
-    """The rows of one shape of what benchmarks.run measured."""
+    """Return the rows of one shape that `python -m benchmarks.run` measured."""
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    here = [row for row in rows if row["shape"] == shape]
-    return benchmarks.report.table(benchmarks.report.with_limits(here))
-
-
-def insert(text: str, new: str, name: str) -> str:
-    """`text` with what stands between the marks replaced; unchanged where it has no marks."""
-    before, begin, rest = text.partition(f"<!-- {name} begins -->")
-    _, end, after = rest.partition(f"<!-- {name} ends -->")
-    return f"{before}{begin}\n{new}\n{end}{after}" if end else text
+    rows_of_shape = [row for row in rows if row["shape"] == shape]
+    return benchmarks.report.table(benchmarks.report.with_limits(rows_of_shape))
 
 
 def with_tables(text: str, results: str, speed: str) -> str:
-    """A README's text with both tables as given."""
-    return insert(insert(text, results, "results.report"), speed, "speed")
+    """Replace what stands between the marks of each table; without marks `text` is unchanged."""
+    for name, table in (("results.report", results), ("speed", speed)):
+        begin, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"
+        if begin in text and end in text:
+            before, after = text.split(begin)[0], text.split(end)[1]
+            text = f"{before}{begin}\n{table}\n{end}{after}"
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.ArgumentParser(prog="results.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--plot", action="store_true", help="draw results/*.png too")
+    parser = ArgumentParser(prog="results.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--plot", action="store_true", help="draw results/figures/ too")
     args = parser.parse_args(argv)
-    found = load(FOLDER / "records")
-    for line in (line for study in found for line in studies.unfinished(study)):
-        print(line)
+    studies = load(FOLDER / "records")
     if args.plot:
-        for line in figures.draw_all(found, FOLDER / "figures"):
-            print(line)
-    results, speed = tables(found), speed_table()
+        figures.draw_all(studies, FOLDER / "figures")
+    results, speed = tables(studies), speed_table()
     print(results, speed, sep="\n\n")
-    for name in READMES:
-        path = FOLDER.parent / name
-        if path.exists():
-            _write(path, with_tables(path.read_text(encoding="utf-8"), results, speed))
-    _write(FOLDER / "README.md", details.page(found, FOLDER))
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text)
+    texts = {FOLDER / "README.md": page.page(studies)}
+    for path in (FOLDER.parent / name for name in READMES):
+        texts[path] = with_tables(path.read_text(encoding="utf-8"), results, speed)
+    for path, text in texts.items():
+        with atomic_write(path) as file:
+            file.write(text)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)
