@@ -21,24 +21,15 @@ METHODS = (
     *("zero_shot", "assignment", "masked", "plain", "attention_pool", "lora"),
     *("adapter", "norms", "head", "prompt", "smart"),
 )
-CAPTIONS = {
-    f"accuracy-{MODEL}.png": (
-        "Accuracy of eleven methods, mean and standard deviation over seeds. The solid line is "
-        "`plain`, the dashed line the result published for stories42M."
-    ),
-    f"train_size-{MODEL}.png": (
-        "SST test accuracy against the share of the training sentences, mean and standard "
-        "deviation over seeds."
-    ),
-}
 
 
 def draw_all(studies: list[Study], folder: Path) -> None:
-    """Write one PNG per caption into `folder`."""
+    """Write both figures into `folder` as PNG files."""
     studies = select(studies, model=MODEL)
-    for name, figure in zip(CAPTIONS, (accuracy(studies), train_size(studies)), strict=True):
-        save(figure, folder / name)
-        print(f"wrote {folder / name}")
+    for name, draw in (("accuracy", accuracy), ("train_size", train_size)):
+        path = folder / f"{name}-{MODEL}.png"
+        save(draw(studies), path)
+        print(f"wrote {path}")
 
 
 def accuracy(studies: list[Study]) -> "Figure":

@@ -1,9 +1,8 @@
-"""Build results/README.md: scores, tests against `plain`, cost and command of every study."""
+"""Build the tables of results/README.md: scores, tests against `plain`, cost, commands."""
 
 import statistics
 from typing import Any
 
-from results.figures import CAPTIONS
 from results.significance import Comparison
 from results.studies import (
     DATASET_NAMES,
@@ -19,62 +18,25 @@ from results.studies import (
     trained_percent,
 )
 
-INTRODUCTION = """\
-# Results
-
-`python -m results.report` writes this page from `records/*.json`; edits are lost.
-
-Each cell is the mean (sample standard deviation) over seeds, and empty if nothing was measured.
-`plain` is the baseline. Scores belong to the weights that the method ends with: usually those of
-the best epoch on dev, in cross-validation those of the last epoch. ECE is the expected calibration
-error in ten bins. In cross-validation macro F1 and ECE are means over folds.
-
-Seconds and memory say how much a run takes, not which of two methods takes less: the runs used
-different processors, in float32 or, if the command has `--bf16`, bfloat16. Up to fifteen runs
-shared one GPU (`cuda`, TF32); their memory is the device's.
-
-The column "minus plain" compares each method with `plain`:
-
-- The split is test, which had no part in any choice. CFIMDB's test has no gold labels, so there it
-  is dev, which chose epochs, learning rates and the members of averages.
-- p is two-sided, from a paired bootstrap with 10,000 resamples of sentences and of seeds; if each
-  side has one run, p is McNemar's exact test. Holm's method corrects it for the methods in the
-  column, so with m methods the smallest bootstrap p is m / 10,001.
-- Brackets hold the bootstrap's 95 % interval, not corrected.
-
-Limits of these tests:
-
-- The bootstrap draws the seeds of both sides independently, although some share data or even
-  weights (`wise_ft`, soups). This makes p larger.
-- A soup is one run. Its spread over other sets of seeds is unknown, so its p is too small. The same
-  holds for a method with one seed; with two or three seeds p is rough.
-- In cross-validation all seeds use the same folds, and the sentences of a fold share a model. Dev
-  chose the learning rate, and its sentences are among those of the folds.
-
-"""
-COMMANDS = """\
-The records of these runs are in `records/`, so the commands print what is stored and train nothing.
-Add `--results_dir runs/again --runs_dir runs/again` to train again; `--dev_out` and `--test_out`
-need that, too.
-"""
 MAJORITY_CLASS = "always the split's largest class"
 
 
 def page(studies: list[Study]) -> str:
-    """Return the text of results/README.md."""
-    parts = [INTRODUCTION]
+    """Return two tables per model, data set, number of folds and training share, with headings."""
+    parts = []
     keys = ("model", "dataset", "folds", "train_share")
     for group in sorted({tuple(s[key] for key in keys) for s in studies}, key=_group_order):
         members = ranked(select(studies, **dict(zip(keys, group, strict=True))))
         members = [study for study in members if finished_seeds(study)]
         if members:
-            parts.append(f"\n## {_title(*group)}\n\n{_score_table(members)}\n")
-            parts.append(f"\n{_cost_table(members)}\n")
-    parts.append("\n## Figures\n")
-    parts += [f"\n![{text}](figures/{name})\n\n{text}\n" for name, text in CAPTIONS.items()]
-    commands = "\n".join(f"# {study['file']}\n{study['command']}" for study in studies)
-    parts.append(f"\n## Commands\n\n{COMMANDS}\n```bash\n{commands}\n```\n")
-    return "".join(parts)
+            parts += [f"## {_title(*group)}", _score_table(members), _cost_table(members)]
+    return "\n\n".join(parts)
+
+
+def commands(studies: list[Study]) -> str:
+    """Return a code block with the command of every study."""
+    lines = "\n".join(f"# {study['file']}\n{study['command']}" for study in studies)
+    return f"```bash\n{lines}\n```"
 
 
 def _group_order(group: tuple) -> tuple:

@@ -1,16 +1,15 @@
-"""Write the tables of finetuning results and of speed into the READMEs, and results/README.md.
+"""Write the tables of finetuning results and of speed into the READMEs.
 
     python -m results.report [--plot]
 
-Each README table stands between two comment lines that name it. --plot draws results/figures/ too
-and needs matplotlib.
+Each table stands between two comment lines that name it. --plot draws results/figures/ too and
+needs matplotlib.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-import benchmarks.report
+from benchmarks.report import speed_table
 from results import figures, page
 from results.page import MAJORITY_CLASS, markdown_table, p_value
 from results.significance import Comparison
@@ -31,55 +30,67 @@ from results.studies import (
 from utils import ArgumentParser, atomic_write, run_script
 
 FOLDER = Path(__file__).resolve().parent
-READMES = ("README.md", "README.zh-TW.md", "data/mini/README.md")
+READMES = ("README.md", "README.zh-TW.md", "data/mini/README.md", "results/README.md")
 
 
-class Column(NamedTuple):
-    """A column of accuracies. `is_compared`: its split chose no epoch, so it gets a test, too."""
-
-    name: str
-    dataset: str
-    folds: int | None
-    split: str
-    is_compared: bool
-
-
+# Name, data set, folds, split, and whether the column gets a test: where dev chose nothing.
 COLUMNS = (
-    Column("SST dev", "sst", None, "dev", False),
-    Column("SST test", "sst", None, "test", True),
-    Column("CFIMDB dev", "cfimdb", None, "dev", False),
-    Column("CFIMDB 5-fold", "cfimdb", 5, "dev", True),
+    ("SST dev", "sst", None, "dev", False),
+    ("SST test", "sst", None, "test", True),
+    ("CFIMDB dev", "cfimdb", None, "dev", False),
+    ("CFIMDB 5-fold", "cfimdb", 5, "dev", True),
 )
 
 
+class Column(NamedTuple):
+    """A column of accuracies: its studies by method, and their comparisons with `plain`."""
+
+    name: str
+    split: str
+    studies: dict[str, Study]
+    comparisons: dict[str, Comparison] | None  # None for a column without a test
+
+    def accuracy(self, method: str) -> str:
+        study = self.studies.get(method)
+        return mean_std(scores(study, self.split)) if study else ""
+
+    def difference(self, method: str) -> str:
+        comparison = self.comparisons.get(method)
+        return f"{comparison.difference:+.3f} ({p_value(comparison.p)})" if comparison else ""
+
+
+def _columns(studies: list[Study]) -> list[Column]:
+    """Return the columns with at least one method; its methods in the order of `ranked`."""
+    columns = []
+    for name, dataset, folds, split, is_compared in COLUMNS:
+        group = [s for s in select(studies, dataset=dataset, folds=folds) if scores(s, split)]
+        comparisons = compare_with_plain(group, split) if is_compared else None
+        by_method = {study["method"]: study for study in ranked(group)}
+        columns.append(Column(name, split, by_method, comparisons))
+    return [column for column in columns if column.studies]
+
+
 def table(studies: list[Study], model: str) -> str:
-    """Return a row per method of `model` on all training data; a column nobody ran is left out."""
-    studies = select(studies, model=model, train_share=1.0)
-    groups: dict[Column, dict[str, Study]] = {}
-    for column in COLUMNS:
-        group = ranked(select(studies, dataset=column.dataset, folds=column.folds))
-        groups[column] = {s["method"]: s for s in group if scores(s, column.split)}
-    groups = {column: group for column, group in groups.items() if group}
-    comparisons = {
-        column: compare_with_plain(list(group.values()), column.split)
-        for column, group in groups.items()
-        if column.is_compared
-    }
-    empty = [""] * len(comparisons)
-    published = [_published(column.name) for column in groups]
-    majority = [f"{majority_share(list(g.values()), c.split):.3f}" for c, g in groups.items()]
-    head = [f"{model}, mean (std) over seeds", "trained %", *(column.name for column in groups)]
-    head += [*(f"{column.name}, minus plain (p)" for column in comparisons), "seeds"]
+    """Return a row per method of `model` on all training data."""
+    columns = _columns(select(studies, model=model, train_share=1.0))
+    compared = [column for column in columns if column.comparisons is not None]
+    head = [f"{model}, mean (std) over seeds", "trained %", *(column.name for column in columns)]
+    head += [*(f"{column.name}, minus plain (p)" for column in compared), "seeds"]
+    published, majority, empty = [], [], [""] * len(compared)
+    for column in columns:
+        known = PUBLISHED.get(column.name)
+        published.append("{:.3f} ({:.3f})".format(*known) if known else "")
+        majority.append(f"{majority_share(list(column.studies.values()), column.split):.3f}")
     rows = [
         ["reference, stories42M, published", "100", *published, *empty, "10"],
         [MAJORITY_CLASS, "0", *majority, *empty, ""],
     ]
-    for method in _methods(groups):
-        found = {column: group[method] for column, group in groups.items() if method in group}
-        cells = [mean_std(scores(found[c], c.split)) if c in found else "" for c in groups]
-        cells += [_difference(of_column.get(method)) for of_column in comparisons.values()]
+    for method in _methods(columns):
+        accuracies = [column.accuracy(method) for column in columns]
+        differences = [column.difference(method) for column in compared]
+        found = {c.name: c.studies[method] for c in columns if method in c.studies}
         share = trained_percent(next(iter(found.values())))
-        rows.append([method, share, *cells, _seeds_cell(found)])
+        rows.append([method, share, *accuracies, *differences, _seeds_cell(found)])
     return markdown_table(head, rows)
 
 
@@ -88,42 +99,37 @@ def tables(studies: list[Study]) -> str:
     return "\n\n".join(table(studies, model) for model in sorted({s["model"] for s in studies}))
 
 
-def _methods(groups: dict[Column, dict[str, Study]]) -> list[str]:
+def _methods(columns: list[Column]) -> list[str]:
     """Return the methods in row order: baselines, then by SST dev, then those without SST dev."""
-    methods = dict.fromkeys(method for group in groups.values() for method in group)
+    methods = dict.fromkeys(method for column in columns for method in column.studies)
     place = {method: i for i, method in enumerate(BASELINES)}
     return sorted(methods, key=lambda method: place.get(method, len(BASELINES)))
 
 
-def _published(name: str) -> str:
-    return "{:.3f} ({:.3f})".format(*PUBLISHED[name]) if name in PUBLISHED else ""
-
-
-def _seeds_cell(found: dict[Column, Study]) -> str:
+def _seeds_cell(found: dict[str, Study]) -> str:
     """Return "5", or "5 (CFIMDB 5-fold 2)" if a later column has another number of seeds."""
-    counts = {column.name: n_seeds(study) for column, study in found.items()}
+    counts = {name: n_seeds(study) for name, study in found.items()}
     first = next(iter(counts.values()))
     others = ", ".join(f"{name} {n}" for name, n in counts.items() if n != first)
     return f"{first} ({others})" if others else first
 
 
-def _difference(comparison: Comparison | None) -> str:
-    return f"{comparison.difference:+.3f} ({p_value(comparison.p)})" if comparison else ""
+def all_tables(studies: list[Study]) -> dict[str, str]:
+    """Return what stands between the marks in the READMEs, by the name in the marks."""
+    return {
+        "results.report": tables(studies),
+        "speed": speed_table(),
+        "results.page": page.page(studies),
+        "results.commands": page.commands(studies),
+    }
 
 
-def speed_table(path: Path = FOLDER / "speed.json", shape: str = "stories42M") -> str:
-    """Return the rows of one shape that `python -m benchmarks.run` measured."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    rows_of_shape = [row for row in rows if row["shape"] == shape]
-    return benchmarks.report.table(benchmarks.report.with_limits(rows_of_shape))
-
-
-def with_tables(text: str, results: str, speed: str) -> str:
+def with_tables(text: str, new: dict[str, str]) -> str:
     """Replace what stands between the marks of each table; without marks `text` is unchanged."""
-    for name, table in (("results.report", results), ("speed", speed)):
+    for name, table in new.items():
         begin, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"
         if begin in text and end in text:
-            before, after = text.split(begin)[0], text.split(end)[1]
+            before, after = text.split(begin, 1)[0], text.split(end, 1)[1]
             text = f"{before}{begin}\n{table}\n{end}{after}"
     return text
 
@@ -135,14 +141,12 @@ def main(argv: list[str] | None = None) -> None:
     studies = load(FOLDER / "records")
     if args.plot:
         figures.draw_all(studies, FOLDER / "figures")
-    results, speed = tables(studies), speed_table()
-    print(results, speed, sep="\n\n")
-    texts = {FOLDER / "README.md": page.page(studies)}
+    new = all_tables(studies)
+    print(new["results.report"], new["speed"], sep="\n\n")
     for path in (FOLDER.parent / name for name in READMES):
-        texts[path] = with_tables(path.read_text(encoding="utf-8"), results, speed)
-    for path, text in texts.items():
+        text = path.read_text(encoding="utf-8")
         with atomic_write(path) as file:
-            file.write(text)
+            file.write(with_tables(text, new))
 
 
 if __name__ == "__main__":
