@@ -1,337 +1,316 @@
-"""What next-token training is: its loss, its measure on held-out text, its loop, its resumption.
+"""Train a Llama on text: the next-token loss, held-out bits per byte, and the loop.
 
-L = -1/N sum_t log p(x_t | x_<t) (Radford et al. 2018, GPT, equation 1), over windows of tokens.
+    L = -1/N sum_t log p(x_t | x_<t)      (Radford et al. 2018, GPT, equation 1)
+
+over windows of T + 1 tokens, which give T inputs and T targets. Shape letters: N windows of a
+step, T tokens, V vocabulary. The command is `python -m pretraining.run`; other code calls
+
+    train_language_model(model, documents, heldout, folder, Recipe(lr=...), state_file=...)
 """
 
+import contextlib
 import csv
 import math
 import sys
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim import Optimizer
 from tqdm import tqdm
 
-from config import LlamaConfig
-from formats.checkpoint import load_torch_file, require_finite
+from formats.torch_file import save_torch_file
 from llama import Llama
 from optimizer import AdamW
-from pretraining import sharding
 from pretraining.corpus import TokenStream, encode_documents, windows
 from tokenizer import Tokenizer
-from training.distributed import ALONE, Ranks, Signals
-from training.interrupts import Stopped
-from training.state import DIVERGED, require_same_settings
-from training.steps import learning_rate_factor, precision, take_step
-from utils import atomic_write, random_state, save_torch_file, set_random_state
-
-FILES = ("state.pt", "model.pt", "tokenizer.model", "history.csv")  # of a run, in its folder
+from training import distributed
+from training.loop import DivergedError, require_finite_weights
+from training.schedule import learning_rate_factor, precision, take_step
+from training.state import StateFile, random_state, set_random_state, stop_requests
+from utils import atomic_write
 
 
-def lm_loss(model: Llama, batch: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy in nats of windows (B, T + 1); a target of -100 does not count."""
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights of a run, except its text and its initial weights."""
+
+    tokens: int | None = None  # to read in whole steps; None: the text once
+    minutes: float | None = None  # of training, after which it ends earlier
+    seq_len: int = 256  # T
+    batch_tokens: int = 4096  # of a step: N * T
+    lr: float = 3e-3  # peak
+    weight_decay: float = 0.1  # of matrices; norms have none
+    warmup: int = 100  # steps
+    decay_from: float = 0.4  # share of the run after which the rate falls linearly to 0
+    max_grad_norm: float = 1.0
+    seed: int = 1337
+    bf16: bool = False
+
+    @property
+    def n_rows(self) -> int:
+        """Windows of a step, N."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def n_steps(self) -> int:
+        return math.ceil(self.tokens / self.batch_tokens)
+
+
+@dataclass
+class Progress:
+    """How far a run is: with weights, optimizer and random numbers, the state to resume from."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training, over all sittings
+    loss_sum: float = 0.0  # over the n_losses steps since the last row of the history
+    n_losses: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def share(self, recipe: Recipe) -> float:
+        """Return the share of the run that is done, by tokens or by the clock."""
+        by_clock = self.seconds / (60 * recipe.minutes) if recipe.minutes else 0.0
+        return max(self.step / recipe.n_steps, by_clock)
+
+    def add_step(self, loss: float, seconds: float) -> None:
+        self.step += 1
+        self.seconds = seconds
+        self.loss_sum += loss
+        self.n_losses += 1
+
+    def add_row(self, measured: dict[str, float], recipe: Recipe, lr_factor: float) -> str:
+        """Add a row to the history and put it in words; the mean loss starts anew."""
+        minutes, train_loss = self.seconds / 60, self.loss_sum / self.n_losses
+        row = {
+            "step": self.step,
+            "tokens": self.step * recipe.batch_tokens,
+            "minutes": round(minutes, 2),
+            "lr_factor": round(lr_factor, 4),
+            "train_loss": round(train_loss, 4),
+        }
+        self.history.append(row | {key: round(value, 4) for key, value in measured.items()})
+        self.loss_sum, self.n_losses = 0.0, 0
+        begin = f"step {self.step}, {row['tokens']:,} tokens, {minutes:.1f} minutes"
+        return f"{begin}; train loss {train_loss:.3f}; {_in_words(measured)}"
+
+
+def lm_loss(model: nn.Module, batch: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Return the cross-entropy of windows (N, T + 1) in nats; a target of -100 does not count."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
-    logits, _ = model(inputs.clamp(min=0), targets=targets)  # (B, T, V)
+    logits, _ = model(inputs.clamp(min=0), targets=targets)  # (N, T, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction=reduction)
 
 
 class HeldOut:
-    """Documents of one file that are not trained on, as windows (N, T + 1)."""
+    """Documents of one file that are not trained on, as windows."""
 
     def __init__(self, name: str, texts: list[str], tokenizer: Tokenizer, seq_len: int):
         self.name = name
-        # Each document's end is a bos, which counts as the one byte of a newline.
+        # A bos ends each document and counts as one byte, a newline.
         self.n_bytes = sum(len(text.encode("utf-8")) + 1 for text in texts)
         stream = np.concatenate([*encode_documents(tokenizer, texts), [tokenizer.bos_id]])
-        n_windows = -(-(len(stream) - 1) // seq_len)
         self.n_tokens = len(stream) - 1
+        n_windows = math.ceil(self.n_tokens / seq_len)
         padded = np.full(n_windows * seq_len + 1, -100)
         padded[: len(stream)] = stream
-        self.windows = windows(padded, seq_len, 0, n_windows)
+        self.windows = windows(padded, seq_len, 0, n_windows)  # (n_windows, seq_len + 1)
 
     @torch.no_grad()
-    def measure(self, model: Llama, batch_size: int, ranks: Ranks = ALONE) -> tuple[float, float]:
-        """(nats per token, bits per byte); puts the model in eval mode and back. Each of several
-        `ranks` takes every `size`-th batch."""
-        device = model.norm.weight.device
-        was_training = model.training
+    def measure(self, model: Llama, batch_size: int) -> tuple[float, float]:
+        """Return (nats per token, bits per byte). Each rank takes every `world_size`-th batch."""
+        device, was_training = model.norm.weight.device, model.training
         model.eval()
-        batches, nats = self.windows.split(batch_size), 0.0
-        for start in range(0, len(batches), ranks.size):  # a model that is cut takes all ranks
-            mine = start + ranks.rank
-            batch = batches[min(mine, len(batches) - 1)].to(device)
-            nats += (mine < len(batches)) * lm_loss(model, batch, reduction="sum").item()
-        (nats,) = ranks.sum(nats)
+        batches = self.windows.split(batch_size)[distributed.rank() :: distributed.world_size()]
+        nats = sum(lm_loss(model, batch.to(device), reduction="sum").item() for batch in batches)
+        nats = distributed.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
         model.train(was_training)
         return nats / self.n_tokens, nats / math.log(2) / self.n_bytes
 
 
-def make_optimizers(
-    model: nn.Module, kind: str, lr: float, muon_lr: float, weight_decay: float
-) -> list[Optimizer]:
-    """AdamW for everything, or Muon (Jordan 2024; Liu et al. 2025, arXiv 2502.16982) for the
-    matrices inside the layers and AdamW for embedding and norms. Norms are not decayed."""
-    parameters = list(model.named_parameters())  # a tied matrix once
-    hidden = [p for name, p in parameters if p.ndim == 2 and name.startswith("layers.")]
-    outer = [p for name, p in parameters if p.ndim == 2 and not name.startswith("layers.")]
-    norms = [p for _, p in parameters if p.ndim == 1]
+def measure(model: Llama, heldout: list[HeldOut], batch_size: int) -> dict[str, float]:
+    """Measure every held-out set; return "<name> nats/token" and "<name> bits/byte"."""
+    measured = {}
+    for texts in heldout:
+        nats, bits = texts.measure(model, batch_size)
+        measured |= {f"{texts.name} nats/token": nats, f"{texts.name} bits/byte": bits}
+    return measured
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
+    """AdamW that decays matrices and leaves norms alone."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [
-        {"params": outer if kind == "muon" else outer + hidden, "weight_decay": weight_decay},
+        {"params": matrices, "weight_decay": weight_decay},
         {"params": norms, "weight_decay": 0.0},
     ]
-    optimizers: list[Optimizer] = [AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)]
-    if kind == "muon":
-        optimizers.append(
-            torch.optim.Muon(
-                hidden, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+    return AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
+
+
+def train_language_model(
+    model: Llama,
+    documents: list[np.ndarray],
+    heldout: list[HeldOut],
+    folder: Path,
+    recipe: Recipe,
+    *,
+    state_file: StateFile,
+    micro_tokens: int | None = None,
+    eval_minutes: float = 5.0,
+    half: bool = False,
+) -> list[dict[str, float]]:
+    """Train `model` in place, on its device; return the history, one row for each evaluation.
+
+    `documents` are token ids, bos first (`corpus.encode_documents`). Several ranks take equal
+    shares of each step. `micro_tokens` bounds the tokens of a pass and so the memory; a step adds
+    the gradients of its passes. Resume from `state_file` if it holds a state. State is saved at the
+    start, when it is due, and on Ctrl-C and SIGTERM, which raise `Stopped` between two steps. At
+    the end `folder` gets model.pt (float16 with `half`) and history.csv, and the state is deleted.
+    Raises `DivergedError` if a loss or a weight is not finite; the last state stays.
+    """
+    recipe = replace(recipe, tokens=recipe.tokens or sum(map(len, documents)))
+    optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
+    progress = _restore(state_file, model, optimizer, recipe.seed)
+    stream = TokenStream(documents, recipe.seq_len, recipe.n_rows, recipe.seed)
+    micro_rows = _micro_rows(recipe, micro_tokens)
+    network = distributed.wrap(model)
+    model.train()
+    if progress.step == 0:
+        _say(f"before: {_in_words(measure(model, heldout, micro_rows))}")
+        _save(state_file, model, optimizer, progress)  # a kill from here on leaves a state
+    started, evaluated_at = time.monotonic() - progress.seconds, progress.seconds
+    with stop_requests() as stop, _progress_bar(recipe, progress.step) as bar:
+        while (done := progress.share(recipe)) < 1.0:
+            lr_factor = learning_rate_factor(progress.step, done, recipe.warmup, recipe.decay_from)
+            batch = stream.batch(progress.step)  # (N, T + 1)
+            loss = add_gradients(network, batch, micro_rows, recipe.bf16)
+            _require_finite(loss, progress.step, lr_factor)
+            take_step([optimizer], lr_factor, recipe.max_grad_norm)
+            progress.add_step(loss, _seconds_since(started))
+            bar.update()
+            is_last = progress.share(recipe) >= 1.0
+            if is_last or progress.seconds - evaluated_at >= 60 * eval_minutes:
+                measured = measure(model, heldout, micro_rows)
+                _say(progress.add_row(measured, recipe, lr_factor))
+                evaluated_at = progress.seconds
+            if is_last or stop.requested or state_file.is_due():
+                _save(state_file, model, optimizer, progress)
+            stop.check(state_file)
+    if distributed.is_main():
+        write_history(folder / "history.csv", progress.history)
+        save_model(folder / "model.pt", model, half)
+        state_file.delete()
+    return progress.history
+
+
+def add_gradients(
+    network: nn.Module, batch: torch.Tensor, micro_rows: int, bf16: bool = False
+) -> float:
+    """Add the gradient of the mean loss of the windows (N, T + 1) of all ranks; return that loss.
+
+    Each rank takes its share of the windows, `micro_rows` at a time. A rank without a window takes
+    one of weight 0: in its last pass every rank exchanges gradients.
+    """
+    device = next(network.parameters()).device
+    own = batch[distributed.share(range(len(batch)))]
+    passes = own.split(micro_rows) if len(own) else [batch[:1]]
+    total = 0.0
+    for i, windows_of_pass in enumerate(passes):
+        weight = len(windows_of_pass) / len(batch) if len(own) else 0.0
+        is_last = i == len(passes) - 1
+        with contextlib.nullcontext() if is_last else _no_exchange(network):
+            with precision(device, bf16):
+                loss = lm_loss(network, windows_of_pass.to(device))
+            (loss * weight * distributed.world_size()).backward()  # DDP takes the mean over ranks
+        total += weight * loss.item()
+    return distributed.all_sum(torch.tensor(total, dtype=torch.float64)).item()
+
+
+def _no_exchange(network: nn.Module) -> contextlib.AbstractContextManager:
+    """DistributedDataParallel adds up gradients without exchanging them in this context."""
+    return network.no_sync() if hasattr(network, "no_sync") else contextlib.nullcontext()
+
+
+def _micro_rows(recipe: Recipe, micro_tokens: int | None) -> int:
+    """Return the most windows of one pass; by default all that a rank has of a step."""
+    if micro_tokens is not None:
+        return max(1, micro_tokens // recipe.seq_len)
+    return math.ceil(recipe.n_rows / distributed.world_size())
+
+
+def _seconds_since(started: float) -> float:
+    """Return the seconds since then by the clock of rank 0, which all ranks follow."""
+    seconds = time.monotonic() - started if distributed.is_main() else 0.0
+    return distributed.all_sum(torch.tensor(seconds, dtype=torch.float64)).item()
+
+
+def _require_finite(loss: float, step: int, lr_factor: float) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"step {step + 1}: the loss is {loss} at {lr_factor:.3g} of the peak learning rate; "
+            "lower --lr (the last saved state stays)"
         )
-    return optimizers
 
 
-class Run:
-    """A training run: its model, its place in the text, its history, and the folder it lives in."""
-
-    def __init__(
-        self,
-        folder: Path,
-        model: Llama,
-        optimizers: list[Optimizer],
-        stream: TokenStream,
-        heldout: list[HeldOut],
-        settings: dict[str, Any],
-        half: bool = False,
-        ranks: Ranks = ALONE,
-        micro_rows: int | None = None,
-    ):
-        self.folder = folder
-        self.model = model
-        self.optimizers = optimizers
-        self.stream = stream
-        self.heldout = heldout
-        self.settings = settings
-        self.half = half
-        self.ranks = ranks
-        self.micro_rows = micro_rows  # windows of a pass; None: all that a rank has of a batch
-        self.is_sharded = any(map(sharding.is_cut, model.parameters()))
-        self.trained = model if self.is_sharded else ranks.wrap(model)
-        self.budget: dict[str, float | None] = {"tokens": None, "minutes": None}
-        self.step = 0
-        self.seconds = 0.0  # from the first step on, over all sittings
-        # Sum and number of the losses since the last row of the history.
-        self.loss_sum = torch.zeros((), device=model.norm.weight.device)
-        self.n_losses = 0
-        self.history: list[dict[str, float]] = []
-
-    def load(self) -> None:
-        """Continues where `save` left off; ValueError where that run was another one."""
-        path = self.folder / "state.pt"
-        with self.ranks.copy_of(path) as copy:
-            state = load_torch_file(copy)
-        require_same_settings(path, state.get("settings"), self.settings)
+def _restore(state_file: StateFile, model: Llama, optimizer: AdamW, seed: int) -> Progress:
+    """Load the saved state, if there is one; return how far that run is."""
+    progress, saved = Progress(), state_file.saved
+    if saved is not None:
         try:
-            self._restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{path}: is damaged, or of another version") from error
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        weights, optimizers = state.get("model"), state.get("optimizers")
-        if "shards" in state:
-            weights, optimizers = sharding.read_shards(self.folder, state["shards"])
-        sharding.put_rows(self.model, weights, self.ranks)
-        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
-            if self.is_sharded:
-                saved = sharding.cut_optimizer(saved, self.ranks)
-            optimizer.load_state_dict(saved)
-        self.stream = TokenStream(
-            self.stream.documents, self.stream.seq_len, self.stream.seed, tuple(state["position"])
-        )
-        set_random_state(state["random"])
-        if self.ranks.size > 1:
-            self.ranks.set_random_states(state.get("random_of_ranks", []), state["step"])
-        self.budget = state["budget"]
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.history, self.n_losses = state["history"], state["n_losses"]
-        self.loss_sum.fill_(state["loss_sum"])
-
-    def save(self) -> None:
-        """State, weights and history, each whole or not at all; the state, which counts, first.
-
-        Weights that are not finite are refused, so that the last good ones stay. All ranks call it;
-        the first one writes, and of a model that is cut each its own rows.
-        """
-        ranks = self.ranks
-        with ranks.agreed():
-            own = {n: sharding.own_rows(p) for n, p in self.model.named_parameters()}
-            require_finite(own, DIVERGED)
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        kept: dict[str, Any] = {"model": self.model.state_dict(), "optimizers": optimizers}
-        if self.is_sharded:
-            content = {"model": own, "optimizers": optimizers}
-            kept = {"shards": sharding.save_shard(self.folder, self.step, ranks, content)}
-        if ranks.size > 1:
-            kept["random_of_ranks"] = ranks.random_states()
-        weights = sharding.whole_weights(self.model)
-        if not ranks.is_first:
-            return
-        state = {
-            **kept,
-            "settings": self.settings,
-            "position": list(self.stream.position),
-            "random": random_state(),
-            "budget": self.budget,
-            "loss_sum": self.loss_sum.item(),
-            "n_losses": self.n_losses,
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": self.history,
-        }
-        save_torch_file(self.folder / "state.pt", state)
-        sharding.remove_shards(self.folder, but=kept.get("shards", ()))
-        save_weights(self.folder / "model.pt", weights, self.model.config, self.half)
-        with atomic_write(self.folder / "history.csv") as file:
-            if self.history:
-                writer = csv.DictWriter(file, list(self.history[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.history)
-
-    def evaluate(self, lr_factor: float, n_rows: int, signals: Signals) -> str:
-        """Measures every held-out set, adds a row to the history and puts it in words."""
-        measured = self.measure(n_rows)
-        with signals.held_back():
-            train_loss = self.loss_sum.item() / self.n_losses
-            self.loss_sum.zero_()
-            self.n_losses = 0
-            n_tokens = self.step * self.settings["batch_tokens"]
-            row = {
-                "step": self.step,
-                "tokens": n_tokens,
-                "minutes": round(self.seconds / 60, 2),
-                "lr_factor": round(lr_factor, 4),
-                "train_loss": round(train_loss, 4),
-            }
-            self.history.append(row | measured)
-        begin = f"step {self.step}, {n_tokens:,} tokens, {self.seconds / 60:.1f} minutes"
-        return f"{begin}; train loss {train_loss:.3f}; {in_words(measured)}"
-
-    def measure(self, n_rows: int) -> dict[str, float]:
-        """nats per token and bits per byte of every held-out set, by "name unit", in passes of as
-        many windows as training takes of a step's `n_rows`."""
-        values, batch_size = {}, self.micro_rows or -(-n_rows // self.ranks.size)
-        for heldout in self.heldout:
-            nats, bits = heldout.measure(self.model, batch_size, self.ranks)
-            values[f"{heldout.name} nats/token"] = round(nats, 4)
-            values[f"{heldout.name} bits/byte"] = round(bits, 4)
-        return values
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            set_random_state(saved["random"])
+            progress = Progress(**saved["progress"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise state_file.damaged() from error
+        _say(f"continue {state_file.path} at step {progress.step:,}")
+    if not distributed.is_main():  # each rank draws its own dropout masks
+        torch.manual_seed(seed + progress.step + 1_000_003 * distributed.rank())
+    return progress
 
 
-def in_words(measured: dict[str, float]) -> str:
-    """What `Run.measure` returns, for people: "reviews 3.611 nats/token; reviews 1.451 ..."."""
-    words = []
-    for key, value in measured.items():
-        name, unit = key.rsplit(" ", 1)
-        words.append(f"{name} {value:.3f} {unit}")
-    return "; ".join(words)
+def _save(state_file: StateFile, model: Llama, optimizer: AdamW, progress: Progress) -> None:
+    require_finite_weights(model)
+    state_file.save(
+        model=model.state_dict(),
+        model_args=model.config.to_dict(),  # so that the state is itself a checkpoint
+        optimizer=optimizer.state_dict(),
+        random=random_state(),
+        progress=vars(progress),
+    )
 
 
 def save_model(path: Path, model: Llama, half: bool) -> None:
-    """A checkpoint for `load_pretrained`; a tied output matrix is written once."""
-    save_weights(path, sharding.whole_weights(model), model.config, half)
-
-
-def save_weights(
-    path: Path, weights: dict[str, torch.Tensor], config: LlamaConfig, half: bool
-) -> None:
+    """Write a checkpoint for `load_pretrained`; a tied output matrix is written once."""
+    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
     if half:
         weights = {name: tensor.half() for name, tensor in weights.items()}
-    save_torch_file(path, {"model": weights, "model_args": config.to_dict()})
+    save_torch_file(path, {"model": weights, "model_args": model.config.to_dict()})
 
 
-def train(run: Run, device: torch.device, eval_minutes: float, save_minutes: float) -> None:
-    """Takes steps until the budget's tokens are read or its minutes have passed.
-
-    On `Stopped`, which comes between two steps, the run is saved first. ValueError where a loss is
-    not finite; what was saved before stays. Several ranks take equal shares of each step's rows, by
-    the first one's clock.
-    """
-    with run.ranks.signals() as signals:
-        try:
-            _take_steps(run, device, eval_minutes, save_minutes, signals)
-        except Stopped as stopped:
-            with signals.held_back():
-                run.save()
-            stopped.is_resumable = True
-            raise
+def write_history(path: Path, history: list[dict[str, float]]) -> None:
+    with atomic_write(path) as file:
+        writer = csv.DictWriter(file, list(history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
 
 
-def _take_steps(
-    run: Run, device: torch.device, eval_minutes: float, save_minutes: float, signals: Signals
-) -> None:
-    options, ranks = run.settings, run.ranks
-    n_rows = options["batch_tokens"] // options["seq_len"]
-    total_steps = -(-run.budget["tokens"] // options["batch_tokens"])
-    total_seconds = 60 * (run.budget["minutes"] or math.inf)
-    started = time.monotonic() - run.seconds
-    evaluated = saved = time.monotonic()
-    bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=None, mininterval=2.0)
-    factor = 0.0
-    run.model.train()
-    while (progress := max(run.step / total_steps, run.seconds / total_seconds)) < 1.0:
-        factor = learning_rate_factor(run.step, progress, options["warmup"], options["decay_from"])
-        with signals.held_back():
-            loss = _backward(run, run.stream.next_batch(n_rows), device)
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"step {run.step + 1}, learning rate {factor} of its peak: the loss is "
-                    f"{loss}; {DIVERGED}"
-                )
-            take_step(run.optimizers, factor, options["max_grad_norm"])
-            run.loss_sum += loss
-            run.n_losses += 1
-            run.step += 1
-            now = time.monotonic()
-            is_due = now - evaluated >= 60 * eval_minutes, now - saved >= 60 * save_minutes
-            run.seconds, to_evaluate, to_save = ranks.of_first(now - started, *is_due)
-        signals.heed()
-        bar.update()
-        if to_evaluate:
-            bar.write(run.evaluate(factor, n_rows, signals), file=sys.stdout)
-            sys.stdout.flush()
-            evaluated = time.monotonic()
-        if to_save:
-            with signals.held_back():
-                run.save()
-            saved = time.monotonic()
-    bar.close()
-    if run.n_losses:
-        print(run.evaluate(factor, n_rows, signals))
-    with signals.held_back():
-        run.save()
+def _progress_bar(recipe: Recipe, step: int) -> tqdm:
+    hidden = None if distributed.is_main() else True  # None: hidden unless on a terminal
+    return tqdm(total=recipe.n_steps, initial=step, unit="step", mininterval=2.0, disable=hidden)
 
 
-def _backward(run: Run, batch: torch.Tensor, device: torch.device) -> float:
-    """Adds the gradient of the mean loss of the windows (N, T + 1), of all ranks, and returns it.
+def _say(text: str) -> None:
+    if distributed.is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
-    Each rank takes its share, in as many passes as `micro_rows` makes of the largest share; where
-    it has no window left for one it takes one of weight 0, as all have to take part in each.
-    """
-    ranks = run.ranks
-    largest = -(-len(batch) // ranks.size)
-    own, micro_rows = batch[ranks.rows(len(batch))], run.micro_rows or largest
-    total = 0.0
-    for start in range(0, largest, micro_rows):
-        part = own[start : start + micro_rows]
-        share = len(part) / len(batch)
-        part = (part if len(part) else batch[:1]).to(device, non_blocking=True)
-        with ranks.exchanging(run.trained, is_last=start + micro_rows >= largest):
-            with precision(device, run.settings["bf16"]):
-                loss = lm_loss(run.trained, part)
-            (loss * (share * ranks.size)).backward()  # the exchange takes the mean
-        total += share * loss.item()
-    return ranks.sum(total)[0]
+
+def _in_words(measured: dict[str, float]) -> str:
+    """{"reviews bits/byte": 1.4512} -> "reviews 1.451 bits/byte"."""
+    parts = [(*key.rsplit(" ", 1), value) for key, value in measured.items()]
+    return "; ".join(f"{name} {value:.3f} {unit}" for name, unit, value in parts)

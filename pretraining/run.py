@@ -1,39 +1,51 @@
-"""Language-model training of a Llama, from scratch or continued from a checkpoint.
+"""Train a Llama on text, from scratch or from a checkpoint.
 
     python -m pretraining.run --text reviews.txt.xz stories.txt.xz --out DIR --minutes 60
 
-writes DIR/model.pt, DIR/tokenizer.model, DIR/history.csv, and DIR/state.pt, from which `--resume`
-continues, on CPUs bit for bit where the number of threads is the same. With `--minutes` the
-learning rate follows the clock, so such a run is never repeated exactly; with `--tokens` it is.
+writes DIR/model.pt, DIR/tokenizer.model and DIR/history.csv. The same command continues an
+interrupted run from DIR/state.pt. With `--tokens` it ends, on one machine's CPU, in the same bits
+as an uninterrupted run; with `--minutes` the learning rate follows the clock and no run repeats.
 """
 
 import argparse
-import contextlib
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import cli
 from config import LlamaConfig
+from fast.memory import keep_freed_memory
 from llama import Llama, load_pretrained
-from pretraining import sharding
-from pretraining.corpus import (
-    TokenStream,
-    digest_of,
-    encode_documents,
-    read_documents,
-    split_heldout,
-    train_tokenizer,
-    without_overlap,
-)
-from pretraining.loop import FILES, HeldOut, Run, in_words, make_optimizers, train
+from pretraining.corpus import digest_of, encode_documents, load_corpus, train_tokenizer
+from pretraining.loop import HeldOut, Recipe, train_language_model
 from tokenizer import Tokenizer, find_tokenizer_model
 from training import distributed
-from training.distributed import Ranks
-from training.locks import sole_writer
-from utils import atomic_write, keep_freed_memory, pick_device, seed_everything
+from training.options import (
+    add_state_options,
+    count,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    probability_below_one,
+    require_outputs,
+    seed_int,
+    state_mode,
+)
+from training.state import StateFile, only_writer
+from utils import (
+    ArgumentParser,
+    InputError,
+    atomic_write,
+    pick_device,
+    run_script,
+    seed_everything,
+    sha256_of,
+)
 
 SHAPE = {
     "dim": 192,
@@ -44,258 +56,210 @@ SHAPE = {
     "vocab_size": 4096,
     "max_seq_len": 1024,
 }
-# What is not compared between a run and its resumption: the budget, which may be given anew and
-# stretches the rest of the schedule; paths, because the hash of the tokens tells texts apart; what
-# does not touch the weights; and use_gpu, because the device itself is compared.
-_NOT_COMPARED = (
-    *("tokens", "minutes", "text", "exclude", "init", "tokenizer_path", "out", "resume"),
-    *("half", "eval_minutes", "save_minutes", "use_gpu", "micro_tokens", "shard"),
-)
+OUTPUTS = ("model.pt", "tokenizer.model", "history.csv")  # beside state.pt
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.ArgumentParser(prog="pretraining.run", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--text", nargs="+", required=True, metavar="FILE", help=".txt, .xz or .gz, a document a "
-        "line; a file named twice is read twice as often")  # fmt: skip
-    add("--out", required=True, metavar="DIR")
-    add("--init", metavar="CHECKPOINT", help="continue from it, with its shape and tokenizer")
-    add("--tokenizer_path", help="an existing tokenizer; default: that of --init, else a new one")
-    shape = parser.add_argument_group("shape, without --init")
-    for name, default in SHAPE.items():
-        shape.add_argument(f"--{name}", type=cli.positive_int, help=f"default {default}")
-    add("--tokens", type=cli.count, help="to read, such as 30M; default: the text once")
-    add(
-        "--minutes",
-        type=cli.positive_float,
-        help="end at the latest this long after the first step",
-    )
-    add("--batch_tokens", type=cli.positive_int, default=4096, help="tokens of an update")
-    add("--micro_tokens", type=cli.positive_int,
-        help="of a pass, several of which make an update (default: all of its tokens)")  # fmt: skip
-    add("--seq_len", type=cli.positive_int, default=256)
-    add("--optimizer", choices=("adamw", "muon"), default="adamw",
-        help="muon: for the matrices of the layers, AdamW for the rest")  # fmt: skip
-    add("--lr", type=cli.positive_float, default=3e-3, help="peak, of AdamW")
-    add("--muon_lr", type=cli.positive_float, default=6e-3, help="peak, of Muon if chosen")
-    add("--weight_decay", type=cli.non_negative_float, default=0.1, help="of matrices")
-    add("--warmup", type=cli.non_negative_int, default=100, help="steps")
-    add("--decay_from", type=cli.probability_below_one, default=0.4,
-        help="share of the run from which the rate falls linearly, to 0 at its end")  # fmt: skip
-    add("--max_grad_norm", type=cli.positive_float, default=1.0)
-    add("--seed", type=cli.seed_int, default=1337)
-    add("--bf16", action=argparse.BooleanOptionalAction,
-        help="autocast to bfloat16; default: on CUDA")  # fmt: skip
-    add("--shard", action="store_true",
-        help="cut the model over torchrun's ranks, for one that no device holds")  # fmt: skip
-    add("--half", action="store_true", help="write model.pt in half precision")
-    add("--heldout", type=cli.positive_int, default=200, help="documents held out of each file")
-    add("--exclude", nargs="+", default=[], metavar="FILE",
-        help="drop documents that share --exclude_words words in a row with these")  # fmt: skip
-    add("--exclude_words", type=cli.positive_int, default=9)
-    add("--eval_minutes", type=cli.non_negative_float, default=5.0)
-    add("--save_minutes", type=cli.non_negative_float, default=5.0)
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--use_gpu", action="store_true", help="CUDA, else Apple MPS")
+    parser = ArgumentParser(prog="pretraining.run", description=__doc__.split("\n")[0])
+    _add_data_options(parser)
+    _add_training_options(parser)
+    add_state_options(parser)
     args = parser.parse_args(argv)
     if args.init and any(getattr(args, name) for name in SHAPE):
         parser.error("--init brings its own shape; leave out --dim and the like")
-    if (args.init or args.tokenizer_path) and args.vocab_size:
-        parser.error("a given tokenizer brings its own vocabulary; leave out --vocab_size")
-    if args.shard and not distributed.is_launched():
-        parser.error("--shard is for several ranks; start it by torchrun")
-    if args.shard and args.optimizer == "muon":
-        parser.error("--shard and --optimizer muon exclude each other: Muon takes whole matrices")
+    if args.tokenizer_path and args.vocab_size:
+        parser.error("--tokenizer_path brings its own vocabulary; leave out --vocab_size")
     if args.batch_tokens % args.seq_len:
         parser.error(
-            f"--batch_tokens {args.batch_tokens} is no multiple of --seq_len {args.seq_len}"
+            f"--batch_tokens {args.batch_tokens} is not a multiple of --seq_len {args.seq_len}"
         )
     return args
 
 
-def load_corpus(args: argparse.Namespace) -> tuple[list[str], dict[str, list[str]]]:
-    """(training documents, held-out documents of each file by its name)."""
-    evaluation = [text for path in args.exclude for text in read_documents(path)]
-    evaluation = [text.partition(" ||| ")[2] or text for text in evaluation]
-    splits, heldout = {}, {}
-    for path in dict.fromkeys(args.text):
-        documents = read_documents(path)
-        n_read = len(documents)
-        if evaluation:
-            documents = without_overlap(documents, evaluation, args.exclude_words)
-        n_dropped = n_read - len(documents)
-        if len(documents) < 2:
-            raise ValueError(
-                f"{path}: has {len(documents)} documents, one a line, after {n_dropped} were "
-                "dropped for overlap; one has to be held out and one to be left"
-            )
-        try:
-            kept, held = split_heldout(documents, args.heldout)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; lower --heldout") from error
-        name = Path(path).name.split(".")[0]
-        if name in heldout:
-            raise ValueError(f"--text: two files are called {name}; rename one")
-        heldout[name] = held
-        counts = f"{n_read:,} documents, {n_dropped} dropped for overlap, {len(held)} held out"
-        splits[path] = kept, counts
-    twins = {text for held in heldout.values() for text in held}
-    train_texts = []
-    for path, (kept, counts) in splits.items():
-        others = [text for text in kept if text not in twins]  # what occurs twice is held out whole
-        if not others:
-            raise ValueError(f"{path}: all its documents are held out, or equal to one that is")
-        repeats = args.text.count(path)
-        train_texts += others * repeats
-        print(f"{path}: {counts}, {len(others):,} to train on {repeats} times an epoch")
-    return train_texts, heldout
+def _add_data_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--text", nargs="+", required=True, metavar="FILE", help="one document a line, plain, .xz "
+        "or .gz; a file named twice is read twice an epoch")  # fmt: skip
+    add("--out", required=True, metavar="DIR", help="folder of the outputs; made if missing")
+    add("--init", metavar="CHECKPOINT",
+        help="start from its weights, shape and tokenizer (default: from scratch)")  # fmt: skip
+    add("--tokenizer_path", metavar="FILE",
+        help="existing tokenizer (default: the one of --init, else a new one)")  # fmt: skip
+    add("--heldout", type=positive_int, default=200,
+        help="documents of each file that are held out (default: %(default)s)")  # fmt: skip
+    add("--exclude", nargs="+", default=[], metavar="FILE",
+        help="drop documents that share a run of words with these (default: none)")  # fmt: skip
+    add("--exclude_words", type=positive_int, default=9,
+        help="length of such a run (default: %(default)s)")  # fmt: skip
+    shape = parser.add_argument_group("shape of a new model")
+    for name, default in SHAPE.items():
+        shape.add_argument(f"--{name}", type=positive_int, help=f"(default: {default})")
 
 
-def prepare_folder(args: argparse.Namespace) -> Path:
-    """--out, made if need be; ValueError where it holds a run's files and --resume is not given."""
-    folder = Path(args.out)
-    state = folder / "state.pt"
-    if args.resume and not state.is_file():
-        raise ValueError(f"{state}: no such file, so there is nothing to --resume")
-    held = [name for name in FILES if (folder / name).exists()]
-    if held and not args.resume:
-        remedy = "--resume continues the run, or " if "state.pt" in held else ""
-        raise ValueError(f"{folder}: holds {', '.join(held)}; {remedy}name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _add_training_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+
+    def add(name: str, kind: Callable, default: object, words: str) -> None:
+        words = words if default is None else f"{words} (default: {default})"
+        group.add_argument(name, type=kind, default=default, help=words)
+
+    add("--tokens", count, None, "tokens to read, such as 30M (default: the text once)")
+    add(
+        "--minutes",
+        positive_float,
+        None,
+        "of training, after which it ends earlier (default: no limit)",
+    )
+    add("--seq_len", positive_int, Recipe.seq_len, "tokens of a window")
+    add("--batch_tokens", positive_int, Recipe.batch_tokens, "tokens of a step")
+    add("--micro_tokens", positive_int, None, "tokens of a pass, to save memory (default: all)")
+    add("--lr", positive_float, Recipe.lr, "peak learning rate")
+    add("--weight_decay", non_negative_float, Recipe.weight_decay, "of matrices; norms have none")
+    add("--warmup", non_negative_int, Recipe.warmup, "steps until the peak rate")
+    add("--decay_from", probability_below_one, Recipe.decay_from,
+        "share of the run after which the rate falls linearly to 0")  # fmt: skip
+    add("--max_grad_norm", positive_float, Recipe.max_grad_norm, "norm that gradients are cut to")
+    add("--seed", seed_int, Recipe.seed, "of initial weights, order and dropout")
+    add("--eval_minutes", non_negative_float, 5.0, "between evaluations")
+    flag = group.add_argument
+    flag("--bf16", action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16, keep float32 weights (default: on CUDA)")  # fmt: skip
+    flag("--half", action="store_true", help="write model.pt in float16 (default: float32)")
+    flag("--use_gpu", action="store_true", help="use CUDA, else Apple's MPS (default: the CPU)")
 
 
-def prepare_tokenizer(args: argparse.Namespace, folder: Path, texts: list[str]) -> Tokenizer:
-    """The tokenizer in `folder`: of an earlier sitting, a copy of a given one, or a new one."""
-    path = folder / "tokenizer.model"
-    if not args.resume:
-        given = args.tokenizer_path or (args.init and find_tokenizer_model(args.init))
-        if given:
-            Tokenizer(tokenizer_model=given)  # or one line that says what is wrong with it
-            with open(given, "rb") as source, atomic_write(path, "wb") as copy:
-                shutil.copyfileobj(source, copy)
-        else:
-            train_tokenizer(texts, args.vocab_size or SHAPE["vocab_size"], path)
-    return Tokenizer(tokenizer_model=path)
+def require_unused(folder: Path) -> None:
+    """Raise InputError if `folder` holds a finished run, or outputs without a state."""
+    held = [name for name in OUTPUTS if (folder / name).exists()]
+    if "model.pt" in held or (held and not (folder / "state.pt").exists()):
+        raise InputError(
+            f"{folder}: already holds {', '.join(held)}; name another --out, or --restart to begin "
+            "anew and keep what is there as *.old.*"
+        )
 
 
-def _new_config(args: argparse.Namespace, vocab_size: int) -> LlamaConfig:
-    shape = {name: getattr(args, name) or default for name, default in SHAPE.items()}
-    if args.seq_len > shape["max_seq_len"]:
-        raise ValueError(f"--seq_len {args.seq_len} exceeds --max_seq_len {shape['max_seq_len']}")
-    return LlamaConfig(**{**shape, "vocab_size": vocab_size, "attention": "causal"})
+def keep_old(folder: Path) -> None:
+    """Rename the outputs of an earlier run: model.pt to model.old.pt."""
+    for path in (folder / name for name in OUTPUTS):
+        if path.exists():
+            path.replace(path.with_name(f"{path.stem}.old{path.suffix}"))
 
 
-def make_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Llama:
-    if args.init:
-        model = load_pretrained(args.init, attention="causal")
+def make_model(
+    init: str | None, shape: dict[str, int], tokenizer_path: str | PathLike | None, seq_len: int
+) -> Llama:
+    """Return the model of a checkpoint, or a new one; attention is causal."""
+    if tokenizer_path:
+        tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
+        shape = {**shape, "vocab_size": tokenizer.n_words}
+    if init:
+        model = load_pretrained(init, attention="causal")
+        tokenizer.require_vocab_size(model.config.vocab_size)
     else:
-        model = Llama(_new_config(args, tokenizer.n_words))
-    tokenizer.require_vocab_size(model.config.vocab_size)
-    if args.seq_len > model.config.max_seq_len:
-        raise ValueError(f"--seq_len {args.seq_len} exceeds {model.config.max_seq_len} positions")
+        model = Llama(LlamaConfig(**shape, attention="causal"))
+    if seq_len > model.config.max_seq_len:
+        raise InputError(f"--seq_len {seq_len} exceeds max_seq_len {model.config.max_seq_len}")
     return model
 
 
-def main(argv: list[str] | None = None) -> None:
-    with distributed.silent_but_first():
-        args = get_args(argv)
-        with distributed.joined(args.use_gpu) as ranks:
-            _main(args, ranks)
+def write_tokenizer(
+    path: Path, given: str | PathLike | None, texts: list[str], vocab_size: int
+) -> None:
+    """Copy a given tokenizer to `path`, or train one there."""
+    if given:
+        with atomic_write(path, "wb") as copy:
+            copy.write(Path(given).read_bytes())
+    else:
+        train_tokenizer(texts, vocab_size, path)
 
 
-def _main(args: argparse.Namespace, ranks: Ranks) -> None:
-    device = pick_device(args.use_gpu)
-    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
-    seed_everything(args.seed)
-    with contextlib.ExitStack() as held:
-        with ranks.agreed():
-            if not args.init:  # an impossible shape is said before the text is read
-                _new_config(args, args.vocab_size or SHAPE["vocab_size"])
-            if ranks.is_first:
-                folder = prepare_folder(args)
-                held.enter_context(sole_writer(*(folder / name for name in FILES)))
-        _pretrain(args, Path(args.out), device, bf16, ranks)
+def pretrain(
+    model: Llama,
+    texts: list[str],
+    heldout_texts: dict[str, list[str]],
+    folder: Path,
+    recipe: Recipe,
+    *,
+    tokenizer_path: str | PathLike | None,
+    state_file: StateFile,
+    **options: Any,
+) -> None:
+    """Tokenize the texts and train on them; for `options` see `train_language_model`.
 
-
-@contextlib.contextmanager
-def _taken_back(path: Path) -> Iterator[None]:
-    """After an error in this context the file is gone, which would bar the next command's way."""
+    A new run writes tokenizer.model first, and removes it if the texts cannot be trained on.
+    """
+    path = folder / "tokenizer.model"
+    is_new = state_file.saved is None
+    if is_new and distributed.is_main():
+        keep_old(folder)
+        write_tokenizer(path, tokenizer_path, texts, model.config.vocab_size)
+    distributed.all_sum(torch.zeros(1))  # nobody reads it before it is written
+    tokenizer = Tokenizer(tokenizer_model=path)
+    documents = encode_documents(tokenizer, texts)
+    keep_freed_memory()
+    heldout = [
+        HeldOut(name, held, tokenizer, recipe.seq_len) for name, held in heldout_texts.items()
+    ]
+    print(
+        f"processes: {distributed.world_size()}, device: {model.norm.weight.device}, "
+        f"bf16: {recipe.bf16}, attention: causal, "
+        f"parameters: {sum(p.numel() for p in model.parameters()):,}, "
+        f"text: {sum(map(len, documents)):,} tokens",
+        flush=True,
+    )
     try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
+        train_language_model(
+            model, documents, heldout, folder, recipe, state_file=state_file, **options
+        )
+    except InputError:
+        if is_new and not state_file.path.exists():  # the folder is as it was
+            path.unlink(missing_ok=True)
         raise
 
 
-def _pretrain(
-    args: argparse.Namespace, folder: Path, device: torch.device, bf16: bool, ranks: Ranks
-) -> None:
-    begins = ranks.is_first and not args.resume
-    with _taken_back(folder / "tokenizer.model") if begins else contextlib.nullcontext():
-        run = _prepare(args, folder, device, bf16, ranks)
-    if args.init and not args.resume:
-        before = run.measure(args.batch_tokens // args.seq_len)
-        print(f"before: {in_words(before)}", flush=True)
-    train(run, device, args.eval_minutes, args.save_minutes)
-    print(f"wrote {folder / 'model.pt'}, {folder / 'tokenizer.model'}, {folder / 'history.csv'}")
-
-
-def _prepare(
-    args: argparse.Namespace, folder: Path, device: torch.device, bf16: bool, ranks: Ranks
-) -> Run:
-    """The run of `args` at its first step, saved, or where the one to be resumed stands."""
-    with ranks.agreed():
-        texts, heldout_texts = load_corpus(args)
-        if ranks.is_first:
-            prepare_tokenizer(args, folder, texts)
-    with ranks.copy_of(folder / "tokenizer.model") as path:
-        tokenizer = Tokenizer(tokenizer_model=path)
-    with ranks.agreed():
-        model = make_model(args, tokenizer)
-    if args.shard:
-        sharding.shard(model, ranks)
-    else:
-        model.to(device)
-    encoded = encode_documents(tokenizer, texts)
-    n_tokens = sum(map(len, encoded))
-    keep_freed_memory()
-    settings = {key: value for key, value in vars(args).items() if key not in _NOT_COMPARED}
-    settings |= {"text_sha256": digest_of(encoded), "bf16": bf16, "device": device.type}
-    settings |= {"heldout_names": list(heldout_texts)}  # which the history's columns carry
-    settings |= {f"model_{key}": value for key, value in model.config.to_dict().items()}
-    ranks.require_same({**settings, **{key: vars(args)[key] for key in ("tokens", "minutes")}})
-    run = Run(
-        folder,
-        model,
-        make_optimizers(model, args.optimizer, args.lr, args.muon_lr, args.weight_decay),
-        TokenStream(encoded, args.seq_len, args.seed),
-        [HeldOut(name, held, tokenizer, args.seq_len) for name, held in heldout_texts.items()],
-        settings,
-        args.half,
-        ranks,
-        args.micro_tokens and max(1, args.micro_tokens // args.seq_len),
-    )
-    if args.resume:
-        run.load()
-        print(f"resumed at step {run.step:,}")
-    else:
-        ranks.seed_apart(args.seed)
-        run.budget["tokens"] = n_tokens
-    for key, given in (("tokens", args.tokens), ("minutes", args.minutes)):
-        run.budget[key] = given or run.budget[key]
-    with ranks.agreed():
-        run.stream.require(args.batch_tokens // args.seq_len)
-    if not args.resume:
-        run.save()  # so that a kill at any time leaves something to resume
-    print(
-        (f"ranks: {ranks.size}, " if ranks.size > 1 else "")
-        + f"device: {device}, bf16: {bf16}, attention: causal, parameters: "
-        f"{sum(p.numel() for p in model.parameters()):,}, text: {n_tokens:,} tokens",
-        flush=True,
-    )
-    return run
+def main(argv: list[str] | None = None) -> None:
+    args = get_args(argv)
+    folder = Path(args.out)
+    tokenizer_path = args.tokenizer_path or (args.init and find_tokenizer_model(args.init))
+    with distributed.joined(args.use_gpu):
+        device = pick_device(args.use_gpu)
+        args.bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
+        recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+        shape = {name: getattr(args, name) or default for name, default in SHAPE.items()}
+        seed_everything(args.seed)
+        model = make_model(args.init, shape, tokenizer_path, args.seq_len).to(device)
+        folder.mkdir(parents=True, exist_ok=True)
+        outputs = [str(folder / name) for name in (*OUTPUTS, "state.pt")]
+        require_outputs(outputs, [*args.text, *args.exclude, args.init, tokenizer_path])
+        if not args.restart:
+            require_unused(folder)
+        with only_writer(folder / "state.pt") if distributed.is_main() else nullcontext():
+            texts, heldout = load_corpus(args.text, args.heldout, args.exclude, args.exclude_words)
+            settings = {
+                **asdict(recipe),
+                **{f"model_{key}": value for key, value in model.config.to_dict().items()},
+                "device": device.type,
+                "init_sha256": sha256_of(args.init) if args.init else None,
+                "tokenizer_sha256": sha256_of(tokenizer_path) if tokenizer_path else None,
+                "text_sha256": digest_of(texts),
+                **{f"heldout_{name}_sha256": digest_of(held) for name, held in heldout.items()},
+            }
+            pretrain(
+                model,
+                texts,
+                heldout,
+                folder,
+                recipe,
+                tokenizer_path=tokenizer_path,
+                state_file=StateFile(
+                    folder / "state.pt", settings, state_mode(args), args.save_minutes
+                ),
+                micro_tokens=args.micro_tokens,
+                eval_minutes=args.eval_minutes,
+                half=args.half,
+            )
+        print(f"wrote {', '.join(outputs[:-1])}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)
