@@ -1,61 +1,60 @@
-"""Which words carried a decision of a finetuned classifier.
+"""Show which words carried the prediction of a finetuned classifier.
 
     python -m tools.explain --checkpoint FILE "a sentence" "another" [--out page.html]
     python -m tools.explain --errors predictions.jsonl [--checkpoint FILE]
 
-Two attributions to the words of a sentence, those between white space, both in nats:
+Two methods give each word, a piece between white space, a value in nats:
 
-- leave-one-out: log p(label | sentence) - log p(label | sentence without the word), the difference
-  of which Li, Monroe and Jurafsky (2016, arXiv 1612.08220) take the share. Two words that say the
-  same cover for each other, and both get little.
-- gradient x input: the gradient of log p(label | sentence) by a token's embedding, times that
-  embedding (Shrikumar et al. 2016, arXiv 1605.01713), summed over the tokens of a word. Over all
-  tokens, bos too, it sums to d/ds log p at s = 1, where s scales every embedding. RMSNorm does not
-  see that scale: what is left is how an embedding weighs against what the layers add to it, so of
-  the two this is the rougher, and the faster by as many passes as there are words.
+- leave-one-out: log p(label | sentence) - log p(label | sentence without the word) (Li, Monroe and
+  Jurafsky 2016, arXiv 1612.08220). Two words with the same meaning cover for each other and both
+  get little.
+- gradient x input: the gradient of log p(label | sentence) by a token's embedding, times the
+  embedding (Shrikumar et al. 2016, arXiv 1605.01713), summed over the tokens of a word. It takes
+  one pass and is rougher: RMSNorm ignores the scale of an embedding, which this method measures.
 
-Of a sentence that the model is sure of all values are small: log p has nearly reached its upper end
-at 0, with any word and without. The shares, which the colors show, are then what there is to read.
+All values are small if the model is sure: log p is then near 0 with and without any word.
 """
 
 import argparse
 import os
 import re
 import sys
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from bisect import bisect_right
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-import cli
-from config import shown
-from tokenizer import Tokenizer
-from tools import picture, rendering
+from tools.lines import open_input, read_arguments
 from tools.mistakes import find_mistakes
-from tools.predict import Predictor, load_predictor, open_lines
-from tools.rendering import Explanation, printable
+from tools.predict import Predictor, load_predictor
+from tools.rendering import Explanation, page, table
 from training.dataset import Example, SentenceDataset
+from training.evaluation import forward_pass
 from training.labelled import NO_GOLD_LABEL
-from training.loop import log_probs_of
-from training.options import require_folder
-from utils import pick_device
+from training.options import positive_int, require_outputs
+from utils import (
+    ArgumentParser,
+    InputError,
+    atomic_write,
+    brief,
+    on_one_line,
+    pick_device,
+    printable,
+    run_script,
+)
 
-METHODS = {"leave_one_out": "leave-one-out", "gradient": "gradient x input"}
 BATCH_SIZE = 32
-TOP = 10
-SMALLEST = torch.finfo(torch.float32).tiny  # a probability below it counts as it
+SMALLEST = torch.finfo(torch.float32).tiny  # stands for a probability that float32 rounds to 0
 
 
 class Reading(NamedTuple):
-    """How a model reads a sentence: its words, and the words that each token covers."""
+    """A sentence, its tokens and its words."""
 
     sentence: str
-    spans: list[tuple[int, int]]  # of the words, in characters
-    example: Example  # bos first
-    covered: list[range]  # for each token but bos, indices of words
+    example: Example  # the tokens that the model reads, bos first
+    spans: list[tuple[int, int]]  # the words, in characters
+    word_of_token: list[int]  # without bos; len(spans) for a space after the last word
 
     @property
     def words(self) -> list[str]:
@@ -64,41 +63,30 @@ class Reading(NamedTuple):
     @property
     def read_words(self) -> list[int]:
         """Indices of the words of which the model reads a token."""
-        return sorted({word for words in self.covered for word in words})
+        return sorted(set(self.word_of_token) & set(range(len(self.spans))))
 
     def without(self, word: int) -> str:
-        """The sentence less a word and the white space behind it, or before it at the end."""
+        """Return the sentence without a word and the white space after it (or before the last)."""
         if word + 1 < len(self.spans):
             return self.sentence[: self.spans[word][0]] + self.sentence[self.spans[word + 1][0] :]
         return self.sentence[: self.spans[word - 1][1]] if word else ""
 
 
 def read(predictor: Predictor, sentence: str) -> Reading:
-    """ValueError where the sentence has no word."""
+    """Tokenize a sentence and assign each token to the word that holds its last character.
+
+    Raises InputError if the sentence has no word.
+    """
     spans = [match.span() for match in re.finditer(r"\S+", sentence)]
     if not spans:
-        raise ValueError(f"the sentence {shown(sentence)} has no word")
-    data, _ = predictor.encode([sentence])
-    covered = words_of_tokens(predictor.tokenizer, sentence, spans)
-    return Reading(sentence, spans, data[0], covered[: len(data[0].tokens) - 1])
-
-
-def words_of_tokens(
-    tokenizer: Tokenizer, sentence: str, spans: list[tuple[int, int]]
-) -> list[range]:
-    """For each token of the sentence, which bos is not, the words it covers: indices of `spans`.
-
-    A space goes with the word behind it, and one behind the last word with none. The bytes of a
-    letter that the vocabulary lacks stand where that letter stands.
-    """
-    begins, ends = zip(*spans, strict=True)
-    offsets = tokenizer.sp_model.encode(sentence, return_type="offset_mapping")["offsets"]
-    covered = []
-    for begin, end in offsets:  # in characters; of a letter's bytes all but the last are empty
-        first = bisect_right(ends, begin)
-        behind = max(bisect_left(begins, end), first + 1)
-        covered.append(range(first, min(behind, len(spans))))
-    return covered
+        raise InputError(f"the sentence {brief(sentence)} has no word")
+    example = predictor.encode([sentence])[0].examples[0]
+    ends = [end for _, end in spans]
+    encoded = predictor.tokenizer.sp_model.encode(sentence, return_type="offset_mapping")
+    # A character that the vocabulary lacks is several byte tokens; all except the last are empty.
+    last_characters = [max(begin, end - 1) for begin, end in encoded["offsets"]]
+    word_of_token = [bisect_right(ends, character) for character in last_characters]
+    return Reading(sentence, example, spans, word_of_token[: len(example.tokens) - 1])
 
 
 def explain(
@@ -106,74 +94,70 @@ def explain(
     sentence: str,
     label: int | None = None,
     gold: str | None = None,
-    methods: Iterable[str] = tuple(METHODS),
 ) -> Explanation:
-    """What the classifier says of a sentence, alone in its batch, and why.
+    """Explain a label (None: the predicted one) of a sentence that is alone in its batch.
 
-    `label` is the one to explain, None the predicted one. A word of which the model reads no
-    token, since it lies behind what finetuning or the model's positions keep, has the value None.
-    ValueError where the sentence has no word.
+    A word has the value None if the model reads none of its tokens, because finetuning or the
+    model's positions cut the sentence.
     """
     reading = read(predictor, sentence)
-    probs = predictor.probs(_dataset(predictor, reading.example), 1)[0].tolist()
-    predicted = max(range(len(probs)), key=probs.__getitem__)
+    probs = predictor.probs(_dataset(predictor, reading.example), 1)[0]  # (n_labels,)
+    predicted = int(probs.argmax())
     label = predicted if label is None else label
-    attribute = {"leave_one_out": leave_one_out, "gradient": gradient_x_input}
     values = {}
-    for method in methods:
-        found = attribute[method](predictor, reading, label)
-        values[METHODS[method]] = [found.get(word) for word in range(len(reading.spans))]
+    for method, attribute in METHODS.items():
+        by_word = attribute(predictor, reading, label)
+        values[method] = [by_word.get(word) for word in range(len(reading.spans))]
     names = predictor.label_names
     return Explanation(
-        names[predicted], probs[predicted], names[label], probs[label], gold, reading.words, values
+        predicted=names[predicted],
+        probability=probs[predicted].item(),
+        label=names[label],
+        label_probability=probs[label].item(),
+        gold=gold,
+        words=reading.words,
+        values=values,
     )
 
 
 def leave_one_out(predictor: Predictor, reading: Reading, label: int) -> dict[int, float]:
-    """log p(label | sentence) - log p(label | sentence without the word), of each word read.
+    """Return log p(label | sentence) - log p(label | sentence without the word) by word.
 
-    Without its only word bos alone is left. Where the model reads but the beginning of a sentence,
-    what follows moves up.
+    Without its only word a sentence is bos alone. In a sentence that was cut, later words move up.
     """
-    (whole,) = _log_probs(predictor, [reading.sentence], label)
-    words, values = reading.read_words, []
-    for start in range(0, len(words), BATCH_SIZE):
-        shortened = [reading.without(word) for word in words[start : start + BATCH_SIZE]]
-        values += [whole - log_p for log_p in _log_probs(predictor, shortened, label)]
-    return dict(zip(words, values, strict=True))
-
-
-def _log_probs(predictor: Predictor, sentences: list[str], label: int) -> list[float]:
-    """log p(label | sentence) of each; a model that reads its padding gets none of it."""
-    data, _ = predictor.encode(sentences)
-    probs = predictor.probs(data, BATCH_SIZE if predictor.model.reads_lengths else 1)
-    return probs[:, label].clamp_min(SMALLEST).log().tolist()
+    words = reading.read_words
+    shortened = [reading.sentence, *(reading.without(word) for word in words)]
+    data, _ = predictor.encode(shortened)
+    batch_size = BATCH_SIZE if predictor.model.reads_lengths else 1  # 1 has no padding to read
+    probs = predictor.probs(data, batch_size)[:, label]
+    log_probs = probs.clamp_min(SMALLEST).log()
+    return dict(zip(words, (log_probs[0] - log_probs[1:]).tolist(), strict=True))
 
 
 def gradient_x_input(predictor: Predictor, reading: Reading, label: int) -> dict[int, float]:
-    """The sum over its tokens, of each word read; a token of several words is shared alike."""
+    """Return the sum of `token_gradients_x_input` over the tokens of each word."""
     sums = dict.fromkeys(reading.read_words, 0.0)
-    by_token = token_gradients_x_input(predictor, reading.example, label)
-    for value, words in zip(by_token[1:], reading.covered, strict=True):
-        for word in words:
-            sums[word] += value / len(words)
+    values = token_gradients_x_input(predictor, reading.example, label)
+    for word, value in zip(reading.word_of_token, values[1:], strict=True):
+        if word in sums:
+            sums[word] += value
     return sums
 
 
 def token_gradients_x_input(predictor: Predictor, example: Example, label: int) -> list[float]:
-    """The gradient of log p(label | example) by each token's embedding, times it; bos first."""
+    """Return the gradient of log p(label) by each token's embedding times the embedding, bos first.
+
+    Their sum is d/ds log p(label) at s = 1, where s scales every embedding.
+    """
     embeddings = []
 
-    def cut(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    def make_leaf(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         embeddings.append(output.detach().requires_grad_())  # (1, T, dim)
         return embeddings[0]
 
     batch = _dataset(predictor, example).collate_fn([example])
-    hook = predictor.model.llama.tok_embeddings.register_forward_hook(cut)
-    try:
-        log_probs = log_probs_of(predictor.model, batch, predictor.device)  # (1, n_labels)
-    finally:
-        hook.remove()
+    with predictor.model.llama.tok_embeddings.register_forward_hook(make_leaf):
+        log_probs = forward_pass(predictor.model, batch, predictor.device)  # (1, n_labels)
     (gradient,) = torch.autograd.grad(log_probs[0, label], embeddings)
     return (gradient * embeddings[0].detach()).sum(dim=-1)[0].tolist()
 
@@ -182,130 +166,103 @@ def _dataset(predictor: Predictor, example: Example) -> SentenceDataset:
     return SentenceDataset([example], predictor.tokenizer.pad_id)
 
 
+METHODS = {"leave-one-out": leave_one_out, "gradient x input": gradient_x_input}
+
+
 # ---------------------------------------------------------------- the command
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.ArgumentParser(prog="tools.explain", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(prog="python -m tools.explain", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("sentences", nargs="*", metavar="SENTENCE", help="or all `label ||| sentence`")
-    add("--checkpoint", help="what run_llama.py --option finetune, or advanced.run, left")
-    add("--label", metavar="NAME", help="explain this label (default: the predicted one)")
-    add("--method", choices=("both", *METHODS), help="default both")
-    add("--out", metavar="FILE", help="a page FILE.html, or a picture FILE.png")
-    add("--errors", metavar="FILE",
-        help="list the mistakes in what --option predict wrote as jsonl or csv, - is standard "
-        "input; --checkpoint explains them")  # fmt: skip
-    add("--top", type=cli.positive_int, metavar="N", help=f"mistakes to list (default {TOP})")
-    add("--tokenizer_path", help="default: where it was when the checkpoint was trained")
-    add("--use_gpu", action="store_true", help="CUDA, else Apple MPS")
+    add("sentences", nargs="*", metavar="SENTENCE",
+        help="a sentence, or 'label ||| sentence' (default: those of --errors)")  # fmt: skip
+    add("--checkpoint", metavar="FILE",
+        help="a finetuned checkpoint (default: none, --errors lists mistakes alone)")  # fmt: skip
+    add("--errors", metavar="FILE", help="list and explain the mistakes in the output of "
+        "tools.predict --format jsonl; - reads standard input (default: none)")  # fmt: skip
+    add("--top", type=positive_int, default=10, metavar="N",
+        help="mistakes to list (default: %(default)s)")  # fmt: skip
+    add("--label", metavar="NAME", help="label to explain (default: the predicted one)")
+    add("--out", metavar="FILE.html", help="also write a page (default: none)")
+    add("--tokenizer_path", metavar="FILE",
+        help="default: the tokenizer that the checkpoint records")  # fmt: skip
+    add("--use_gpu", action="store_true", help="use CUDA, else Apple MPS (default: the CPU)")
     args = parser.parse_args(argv)
     if bool(args.sentences) == (args.errors is not None):
         parser.error("give either sentences or --errors FILE")
-    if args.sentences and args.top is not None:
-        parser.error("--top goes with --errors")
-    if args.sentences and args.checkpoint is None:
-        parser.error("sentences need --checkpoint, such as finetune-sst-5-2e-05.pt")
-    for name in ("label", "method", "out", "tokenizer_path", "use_gpu"):
-        if args.checkpoint is None and getattr(args, name) not in (None, False):
-            parser.error(f"--{name} needs --checkpoint")
-    if args.out is not None and Path(args.out).suffix.lower() not in (".html", ".png"):
-        parser.error(f"--out {args.out}: ends in neither .html nor .png")
+    if args.checkpoint is None and (args.sentences or args.out is not None):
+        parser.error("name --checkpoint, such as finetune-sst-5-2e-05.pt")
+    if args.out is not None and not args.out.lower().endswith((".html", ".htm")):
+        parser.error(f"--out {args.out}: must end in .html")
     return args
 
 
-def _is_picture(out: str) -> bool:
-    return out.lower().endswith(".png")
+def read_mistakes(path: str, top: int) -> list[tuple[str, str, str]]:
+    """Print the counts and return (heading, sentence, gold label) of the worst mistakes."""
+    with open_input(path) as file:
+        worst, n_mistakes, n_gold = find_mistakes(file, path, top)
+    print(f"{n_mistakes:,} mistakes of {n_gold:,} with a gold label")
+    return [
+        (
+            f"{one.probability:.3f} predicted {one.predicted}, gold {one.gold} | "
+            f"line {one.line} | {one.sentence}",
+            one.sentence,
+            one.gold,
+        )
+        for one in worst
+    ]
 
 
-def listed(names: list[str]) -> str:
-    return ", ".join(map(printable, names))
+def read_labelled(sentences: list[str], names: list[str]) -> list[tuple[str, str, str | None]]:
+    """Return ("", sentence, gold label) of the command line's sentences."""
+    lines = read_arguments(sentences, names)
+    if not lines:
+        raise InputError("no sentence has a word; write one in quotation marks")
+    return [
+        ("", line.sentence, None if line.gold in (None, NO_GOLD_LABEL) else names[line.gold])
+        for line in lines
+    ]
 
 
-def label_named(name: str, names: list[str]) -> int:
-    if name not in names:
-        raise ValueError(f"--label {name}: the checkpoint's labels are {listed(names)}")
-    return names.index(name)
-
-
-def print_explanation(explanation: Explanation) -> None:
-    """Followed by an empty line."""
-    as_text = rendering.colored if is_colored() else rendering.table
-    print(as_text(explanation), end="\n\n", flush=True)
-
-
-def is_colored() -> bool:
-    """A terminal that has colors, and no wish for none (https://no-color.org)."""
+def wants_color() -> bool:
+    """Whether standard output is a terminal with colors and no NO_COLOR (https://no-color.org)."""
     has_colors = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     return has_colors and not os.environ.get("NO_COLOR")
 
 
-def explain_sentences(
-    sentences: list[str], names: list[str], explain_one: Callable[..., Explanation]
-) -> Iterator[Explanation]:
-    """Each printed when it is done; ValueError where none has a word."""
-    with open_lines(sentences, None, len(names), None) as blocks:
-        lines = [line for block in blocks for line in block]
-    if not lines:
-        raise ValueError("no sentence has a word; write one in quotation marks")
-    for line in lines:
-        gold = None if line.gold in (None, NO_GOLD_LABEL) else names[line.gold]
-        explanation = explain_one(line.sentence, gold=gold)
-        print_explanation(explanation)
-        yield explanation
-
-
-def explain_mistakes(
-    path: str, names: list[str], top: int, explain_one: Callable[..., Explanation] | None
-) -> Iterator[Explanation]:
-    """Lists the mistakes, each followed by its explanation, if there is what explains; `names` are
-    then its labels, and ValueError says that the file is of others."""
-    if path == "-":
-        found = find_mistakes(cli.standard_input(), "standard input", top)
-    else:
-        with open(path, "rb") as file:
-            found = find_mistakes(file, path, top)
-    print(f"{found.n_mistakes:,} mistakes of {found.n_gold:,} with a gold label")
-    for one in found.worst:
-        predicted, gold = printable(one.predicted), printable(one.gold)
-        judged = f"{one.probability:.3f} predicted {predicted}, gold {gold}"
-        print(f"{judged} | line {one.line} | {printable(one.sentence)}")
-        if explain_one is not None:
-            if not {one.predicted, one.gold} <= set(names):
-                raise ValueError(
-                    f"{path}: its labels are not the checkpoint's, {listed(names)}; name the "
-                    "checkpoint that predicted it"
-                )
-            explanation = explain_one(one.sentence, gold=one.gold)
-            print_explanation(explanation)
-            yield explanation
-
-
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
+    predictor, label = None, None
     if args.out is not None:
-        require_folder(args.out)
-        if _is_picture(args.out):
-            cli.require_packages("matplotlib", or_else=", or name a .html")
-    explain_one, names = None, []
+        require_outputs([args.out], [args.checkpoint, args.errors, args.tokenizer_path])
     if args.checkpoint is not None:
         predictor = load_predictor(args.checkpoint, args.tokenizer_path, pick_device(args.use_gpu))
-        names = predictor.label_names
-        label = None if args.label is None else label_named(args.label, names)
-        methods = tuple(METHODS) if args.method in (None, "both") else (args.method,)
-        explain_one = partial(explain, predictor, label=label, methods=methods)
-        if is_colored():
-            print(rendering.colored_legend(), end="\n\n")
+        label = args.label and label_index(args.label, predictor.label_names)
     if args.errors is not None:
-        explanations = list(explain_mistakes(args.errors, names, args.top or TOP, explain_one))
+        items = read_mistakes(args.errors, args.top)
     else:
-        explanations = list(explain_sentences(args.sentences, names, explain_one))
+        items = read_labelled(args.sentences, predictor.label_names)
+    explanations = []
+    for heading, sentence, gold in items:
+        if heading:
+            print(on_one_line(heading))
+        if predictor is not None:
+            explanations.append(explain(predictor, sentence, label, gold))
+            print(table(explanations[-1], wants_color()), end="\n\n", flush=True)
     if args.out is not None:
-        title = f"Which words carried the decisions of {Path(args.checkpoint).name}"
-        write = picture.write_picture if _is_picture(args.out) else rendering.write_page
-        write(args.out, explanations, title)
+        title = f"Which words carried the predictions of {Path(args.checkpoint).name}"
+        with atomic_write(args.out) as file:
+            file.write(page(explanations, title))
         print(f"wrote {args.out}")
 
 
+def label_index(name: str, names: list[str]) -> int:
+    if name not in names:
+        known = printable(", ".join(names))
+        raise InputError(f"--label {name}: the checkpoint's labels are {known}")
+    return names.index(name)
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

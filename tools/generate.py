@@ -1,15 +1,47 @@
-"""A prefix continued: one text or several, as they are made."""
+"""Continue a text with a pretrained Llama.
 
-from collections.abc import Callable, Iterator
+    python -m tools.generate "Once upon a time" --top_p 0.9 --num_samples 3
+
+Standard output holds the texts alone, divided by lines of hyphens. On a terminal the first text
+appears token by token.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from llama import Llama
-from tokenizer import Tokenizer
+from config import ATTENTION_MODES
+from fast.decode import next_tokens
+from llama import Llama, load_pretrained
+from tokenizer import Tokenizer, find_tokenizer_model
 from tools.sampling import pick_next
+from training.options import (
+    DATA,
+    fill_inputs,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    seed_int,
+    share,
+)
+from utils import (
+    ArgumentParser,
+    InputError,
+    pick_device,
+    printable,
+    run_script,
+    seed_everything,
+)
 
-AT_ONCE = 64  # samples of a pass, so that their caches do not outgrow the memory
+PREFIX = (
+    "I have wanted to see this thriller for a while, and it didn't disappoint. "
+    "Keanu Reeves, playing the hero John Wick, is"
+)
+BATCH_SIZE = 64  # samples that are generated together; it bounds the memory of the KV cache
 
 
 def continue_text(
@@ -25,11 +57,10 @@ def continue_text(
     stop_at_eos: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """`num_samples` texts, each the prefix and up to `max_new_tokens` tokens more.
+    """Return `num_samples` texts: the prefix and up to `max_new_tokens` tokens.
 
-    With `stop_at_eos` a text ends before its first eos, or bos: llama2.c's models were trained on
-    stories with a bos between them, so that is how they end one. `on_text` gets the first text in
-    pieces, the prefix first.
+    With `stop_at_eos` a text ends before its first eos or bos; llama2.c's models separate stories
+    by a bos. `on_text` receives the first text piece by piece, the prefix first.
     """
     start = tokenizer.encode(prefix, bos=True, eos=False)
     idx = torch.tensor([start], device=llama.norm.weight.device)  # (1, T)
@@ -39,51 +70,132 @@ def continue_text(
     stream.show(start)
     texts: list[list[int]] = []
     while len(texts) < num_samples:
-        n = min(AT_ONCE, num_samples - len(texts))
-        tokens = llama.next_tokens(idx, max_new_tokens, pick, n)
-        texts += _collected(start, tokens, n, ends, stream if not texts else None)
-    stream.show(texts[0], is_whole=True)
+        n = min(BATCH_SIZE, num_samples - len(texts))
+        rows, unfinished = [list(start) for _ in range(n)], set(range(n))
+        for tokens in next_tokens(llama, idx, max_new_tokens, pick, n):  # (n, 1)
+            for row, token in enumerate(tokens.flatten().tolist()):
+                if token in ends:
+                    unfinished.discard(row)
+                if row in unfinished:
+                    rows[row].append(token)
+            if not texts:
+                stream.show(rows[0])
+            if not unfinished:
+                break
+        texts += rows
+    stream.show(texts[0], is_complete=True)
     return [tokenizer.decode(ids) for ids in texts]
 
 
-def _collected(
-    start: list[int],
-    steps: Iterator[torch.Tensor],
-    n: int,
-    ends: set[int],
-    stream: "_Stream | None",
-) -> list[list[int]]:
-    """n lists of tokens from `start` on, each to its end, if it comes to one."""
-    texts, ended = [list(start) for _ in range(n)], [False] * n
-    for tokens in steps:
-        for row, token in enumerate(tokens.flatten().tolist()):
-            ended[row] = ended[row] or token in ends
-            if not ended[row]:
-                texts[row].append(token)
-        if stream is not None:
-            stream.show(texts[0])
-        if all(ended):
-            break
-    return texts
-
-
 class _Stream:
-    """Hands on what a growing list of tokens adds to a text.
+    """Pass on the characters that new tokens add to a text.
 
-    A letter may be spelled by several tokens, one a byte: until the last of them is there the text
-    ends in U+FFFD, which is held back.
+    A character may take several tokens, one for each byte. Until the last of them arrives the
+    decoded text ends in U+FFFD, which waits.
     """
 
     def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None] | None):
         self.tokenizer = tokenizer
         self.on_text = on_text
-        self.shown = 0
+        self.n_shown = 0
 
-    def show(self, ids: list[int], is_whole: bool = False) -> None:
+    def show(self, ids: list[int], is_complete: bool = False) -> None:
         if self.on_text is None:
             return
         text = self.tokenizer.decode(ids)
-        fit = text if is_whole else text.rstrip("\ufffd")
-        if len(fit) > self.shown:
-            self.on_text(fit[self.shown :])
-            self.shown = len(fit)
+        text = text if is_complete else text.rstrip("\ufffd")
+        if len(text) > self.n_shown:
+            self.on_text(text[self.n_shown :])
+            self.n_shown = len(text)
+
+
+def read_prefix(prefix: str) -> str:
+    """Return the prefix, or standard input without its last newline if the prefix is "-"."""
+    content = os.fsencode(prefix)
+    if prefix == "-":
+        if sys.stdin is None:
+            raise InputError("standard input is closed; type the prefix, or send it by a pipe")
+        content = sys.stdin.buffer.read().replace(b"\r\n", b"\n").removesuffix(b"\n")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise InputError(f"the prefix has byte 0x{byte:02x}, which is not UTF-8") from error
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m tools.generate", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("prefix", nargs="?", default=PREFIX, metavar="PREFIX",
+        help="text to continue; - reads standard input (default: the assignment's)")  # fmt: skip
+    add("--pretrained-model-path", metavar="FILE", help=".pt or llama2.c .bin (default: "
+        "stories42M.pt, or the bundled data/mini/model.pt if that is missing)")  # fmt: skip
+    add("--tokenizer_path", metavar="FILE",
+        help="default: the .model file beside the checkpoint, else tokenizer.model")  # fmt: skip
+    add("--attention", choices=ATTENTION_MODES,
+        help="default: what the checkpoint records, else full, which has no mask")  # fmt: skip
+    add("--max_new_tokens", type=non_negative_int, default=75, metavar="N",
+        help="length of the continuation (default: %(default)s)")  # fmt: skip
+    add("--temperature", type=non_negative_float, default=1.0, metavar="T",
+        help="divides the logits; 0 takes the likeliest token (default: %(default)s)")  # fmt: skip
+    add("--top_k", type=positive_int, metavar="K",
+        help="sample among the K likeliest tokens (default: all)")  # fmt: skip
+    add("--top_p", type=share, metavar="P",
+        help="sample among the likeliest tokens that sum to P (default: all)")  # fmt: skip
+    add("--num_samples", type=positive_int, default=1, metavar="N",
+        help="number of texts (default: %(default)s)")  # fmt: skip
+    add("--stop_at_eos", action="store_true",
+        help="end a text where the model ends it (default: at --max_new_tokens)")  # fmt: skip
+    add("--seed", type=seed_int, default=1337, help="default: %(default)s")
+    add("--use_gpu", action="store_true", help="use CUDA, else Apple MPS (default: the CPU)")
+    parser.set_defaults(**dict.fromkeys(DATA))  # `fill_inputs` reads these, generation does not
+    return parser.parse_args(argv)
+
+
+def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    """Load the model onto its device, and its tokenizer; one line on standard error names both."""
+    fill_inputs(args, [])
+    path = args.pretrained_model_path
+    device = pick_device(args.use_gpu)
+    llama = load_pretrained(path, attention=args.attention).to(device)
+    tokenizer = Tokenizer(tokenizer_model=args.tokenizer_path or find_tokenizer_model(path))
+    tokenizer.require_vocab_size(llama.config.vocab_size)
+    print(f"{path}: {llama.config.attention} attention, {device}", file=sys.stderr)
+    return llama, tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_args(argv)
+    prefix = read_prefix(args.prefix)
+    seed_everything(args.seed)
+    llama, tokenizer = load(args)
+    n_tokens, window = len(tokenizer.encode(prefix, bos=True, eos=False)), llama.config.max_seq_len
+    if n_tokens > window:
+        print(
+            f"warning: the prefix has {n_tokens} tokens; the model reads the last {window}",
+            file=sys.stderr,
+        )
+    is_terminal = sys.stdout.isatty()
+
+    def show(text: str) -> None:
+        print(printable(text, kept="\n\t") if is_terminal else text, end="", flush=True)
+
+    first, *others = continue_text(
+        llama,
+        tokenizer,
+        prefix,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        num_samples=args.num_samples,
+        stop_at_eos=args.stop_at_eos,
+        on_text=show if is_terminal else None,
+    )
+    show("\n" if is_terminal else f"{first}\n")
+    for text in others:
+        show(f"---------------\n{text}\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,101 +1,64 @@
-"""What a finetuned checkpoint says of sentences: read as a stream, answered in its order.
+"""Label sentences with a finetuned checkpoint.
 
-Memory does not grow with the number of lines. What is read at a time is what one read finds, so a
-file comes by the hundred lines and a typist gets each answer at once.
+    python -m tools.predict --checkpoint FILE "a sentence" "another"
+    python -m tools.predict --checkpoint FILE --input reviews.csv --column text --format jsonl
+
+A file holds a sentence per line, or `label ||| sentence` on every line. Labels add accuracy, macro
+F1 and the confusion matrix on standard error. Predictions are written while lines arrive, so memory
+does not grow with the input.
 """
 
-import contextlib
+import argparse
 import csv
-import io
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import cli
+from classifier import LlamaEmbeddingClassifier
 from tokenizer import Tokenizer, open_tokenizer
+from tools.lines import Line, in_blocks, is_typed, read_arguments, read_input
+from training.checkpoint import load_classifier
 from training.dataset import SentenceDataset, encode_examples
-from training.labelled import (
-    NO_GOLD_LABEL,
-    PLACEHOLDER_SIZE,
-    SEPARATOR,
-    are_placeholders,
-    decode,
-    parse_line,
-)
-from training.loop import (
-    LlamaEmbeddingClassifier,
-    load_classifier,
-    log_probs_of,
-    macro_f1,
-)
+from training.evaluation import predict_probs
+from training.labelled import NO_GOLD_LABEL
+from training.options import positive_int
+from utils import ArgumentParser, InputError, pick_device, printable, run_script
 
-READ_SIZE = 2**16
-LONGEST_LINE = 2**20
-BATCHES_AT_ONCE = 32  # enough to sort by length
 CPU = torch.device("cpu")
-_IS_LABELLED = re.compile(rf"\s*-?[0-9]{{1,9}}{re.escape(SEPARATOR)}")
-
-
-class Line(NamedTuple):
-    number: int  # in its file, from 1
-    sentence: str
-    gold: int | None  # None where the file has no labels, NO_GOLD_LABEL where a label is not known
-
-
-class Prediction(NamedTuple):
-    line: Line
-    probs: list[float]  # by label
-
-    @property
-    def label(self) -> int:
-        return max(range(len(self.probs)), key=self.probs.__getitem__)
+BATCHES_PER_BLOCK = 32  # sorting by length needs several batches
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A finetuned classifier in eval mode, with all that it needs to read a sentence."""
+    """A finetuned classifier in eval mode with everything that reading a sentence takes."""
 
     model: LlamaEmbeddingClassifier
     tokenizer: Tokenizer
     label_names: list[str]
-    max_sentence_len: int | None  # what finetuning cut its sentences at, in tokens
+    max_sentence_len: int | None  # tokens that finetuning kept of a sentence
     device: torch.device
 
     def encode(self, sentences: list[str]) -> tuple[SentenceDataset, int]:
-        """The tokens as finetuning saw them, and how many sentences the model's positions cut."""
-        examples, n_cut = encode_examples(
+        """Return the tokens as finetuning saw them, and how many sentences exceed the model's
+        positions and lose their end."""
+        examples, n_truncated = encode_examples(
             [(sentence, NO_GOLD_LABEL) for sentence in sentences],
             self.tokenizer,
             max_tokens=self.model.llama.config.max_seq_len,
             max_sentence_len=self.max_sentence_len,
         )
-        return SentenceDataset(examples, self.tokenizer.pad_id), n_cut
+        return SentenceDataset(examples, self.tokenizer.pad_id), n_truncated
 
-    @torch.inference_mode()
     def probs(self, data: SentenceDataset, batch_size: int) -> torch.Tensor:
-        """(N, n_labels) in the order of `data`.
-
-        Batches are of similar lengths where the model masks its padding. With pooling "position" it
-        reads it, so there a batch is what stands together in the data, as in the assignment.
-        """
-        order = list(range(len(data)))
-        if self.model.reads_lengths:
-            order.sort(key=lambda i: len(data[i].tokens))
-        probs = torch.empty(len(data), len(self.label_names))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = data.collate_fn([data[i] for i in chosen])
-            probs[chosen] = log_probs_of(self.model, batch, self.device).float().exp().cpu()
-        return probs
+        """Return probabilities (N, n_labels) in the order of `data`."""
+        return predict_probs(self.model, data, batch_size, self.device)
 
 
 def load_predictor(
@@ -103,263 +66,145 @@ def load_predictor(
     tokenizer_path: str | os.PathLike | None = None,
     device: torch.device = CPU,
 ) -> Predictor:
-    """Reads what finetuning wrote; `tokenizer_path` is for a tokenizer that was moved.
+    """Read a finetuned checkpoint; `tokenizer_path` names a tokenizer that was moved.
 
-    Raises ValueError, naming the file, where the tokenizer is gone or is another one.
+    Raises InputError if the tokenizer is missing or not the one of the training.
     """
     model, saved = load_classifier(checkpoint)
     tokenizer = open_tokenizer(checkpoint, saved, tokenizer_path)
     tokenizer.require_vocab_size(model.llama.config.vocab_size)
     names = saved.get("label_names") or [str(label) for label in range(model.num_labels)]
-    if len(set(names)) != model.num_labels or len(names) != model.num_labels:
-        raise ValueError(
-            f"{checkpoint}: has {len(names)} label names, of which {len(set(names))} differ, for "
-            f"{model.num_labels} labels"
-        )
-    max_sentence_len = saved.get("max_sentence_len")
-    if not (max_sentence_len is None or (type(max_sentence_len) is int and max_sentence_len > 0)):
-        raise ValueError(f"{checkpoint}: max_sentence_len is no positive number of tokens")
-    return Predictor(model.to(device), tokenizer, names, max_sentence_len, device)
-
-
-# ---------------------------------------------------------------- reading
-
-
-@contextlib.contextmanager
-def open_lines(
-    sentences: list[str], path: str | None, n_labels: int, batch_size: int | None
-) -> Iterator[Iterable[list[Line]]]:
-    """Blocks of the lines that are to be answered: the sentences, or those of a file, or of
-    standard input where neither is given, or the file is "-".
-
-    With `batch_size` in whole batches, as `in_whole_batches` says, but those of a typist.
-    """
-    with contextlib.ExitStack() as stack:
-        if sentences:
-            argv = b"\n".join(b" ".join(os.fsencode(s).splitlines()) for s in sentences)
-            blocks = read_blocks(io.BytesIO(argv), "sentence", n_labels)
-        elif path in (None, "-"):
-            file = cli.standard_input()
-            if is_typed(sentences, path):
-                print("one sentence a line; Ctrl-D ends", file=sys.stderr)
-                batch_size = None
-            blocks = read_blocks(file, "standard input", n_labels, _has_placeholders(file))
-        else:
-            file = stack.enter_context(open(path, "rb"))
-            blocks = read_blocks(file, path, n_labels, _has_placeholders(file))
-        yield blocks if batch_size is None else in_whole_batches(blocks, batch_size)
-
-
-def _has_placeholders(file: BinaryIO) -> bool:
-    """Whether its labels are known to be none. A pipe cannot be looked at twice: it is believed."""
-    if not file.seekable():
-        return False
-    start = file.tell()
-    content = file.read(PLACEHOLDER_SIZE + 1)
-    file.seek(start)
-    return are_placeholders(content)
-
-
-def is_typed(sentences: list[str], path: str | None) -> bool:
-    """Whether lines come from a keyboard."""
-    return not sentences and path in (None, "-") and sys.stdin is not None and sys.stdin.isatty()
-
-
-def read_blocks(
-    file: BinaryIO, name: str, n_labels: int, has_placeholders: bool = False
-) -> Iterator[list[Line]]:
-    """The lines but blank ones, as many at a time as one read finds.
-
-    A file is labelled if its first line reads `label ||| sentence`; then all its lines must, and
-    else none may. Labels that are placeholders, as those of the published cfimdb-test.txt, are not
-    known. Raises ValueError naming file, line and value.
-    """
-    is_labelled = None
-    for numbered in _numbered_lines(file, name):
-        block = []
-        for number, text in numbered:
-            if not text.strip():
-                continue
-            has_label = _IS_LABELLED.match(f"{text} ") is not None  # see `parse_line` for the space
-            if is_labelled is None:
-                is_labelled = has_label
-            place = f"{name}:{number}"
-            if has_label and not is_labelled:
-                raise ValueError(
-                    f"{place}: reads 'label{SEPARATOR}sentence' and the first line does not; label "
-                    "every line or none"
-                )
-            sentence, gold = text.strip(), None
-            if is_labelled:
-                by = "the checkpoint"
-                sentence, gold = parse_line(text, place, n_labels, unlabelled=True, by=by)
-                gold = NO_GOLD_LABEL if has_placeholders else gold
-            block.append(Line(number, sentence, gold))
-        if block:
-            yield block
-
-
-def _numbered_lines(file: BinaryIO, name: str) -> Iterator[Iterator[tuple[int, str]]]:
-    first, rest = 1, b""
-    while block := file.read1(READ_SIZE):
-        whole, newline, rest = (rest + block).rpartition(b"\n")
-        if newline:
-            *lines, _ = decode(whole + newline, name, first).split("\n")
-            yield enumerate(lines, first)
-            first += len(lines)
-        if len(rest) > LONGEST_LINE:
-            raise ValueError(
-                f"{name}:{first}: is longer than {LONGEST_LINE:,} bytes; write one sentence a line"
-            )
-    if rest:
-        yield enumerate(decode(rest, name, first).split("\n"), first)
-
-
-def in_whole_batches(blocks: Iterable[list[Line]], batch_size: int) -> Iterator[list[Line]]:
-    """The same lines in blocks of a multiple of `batch_size`, but for the last one.
-
-    Then where a batch begins does not depend on what a read happened to find.
-    """
-    rest: list[Line] = []
-    for block in blocks:
-        rest = [*rest, *block]
-        n_whole = len(rest) // batch_size * batch_size
-        if n_whole:
-            yield rest[:n_whole]
-            rest = rest[n_whole:]
-    if rest:
-        yield rest
-
-
-def in_pieces(blocks: Iterable[list[Line]], n: int) -> Iterator[list[Line]]:
-    """The same lines in blocks of at most n, so that none has to wait long for its answer."""
-    for block in blocks:
-        for start in range(0, len(block), n):
-            yield block[start : start + n]
-
-
-# ---------------------------------------------------------------- answering
-
-
-@dataclass
-class Tally:
-    """What is counted of a stream."""
-
-    confusion: np.ndarray  # row: gold, column: predicted
-    n_lines: int = 0
-    n_cut: int = 0
-
-
-def answered(
-    predictor: Predictor, blocks: Iterable[list[Line]], batch_size: int, tally: Tally
-) -> Iterator[list[Prediction]]:
-    """The blocks with their answers, counted, in pieces of several batches."""
-    for block in in_pieces(blocks, BATCHES_AT_ONCE * batch_size):
-        data, n_cut = predictor.encode([line.sentence for line in block])
-        probs = predictor.probs(data, batch_size).tolist()
-        answers = [Prediction(line, p) for line, p in zip(block, probs, strict=True)]
-        for answer in answers:
-            if answer.line.gold not in (None, NO_GOLD_LABEL):
-                tally.confusion[answer.line.gold, answer.label] += 1
-        tally.n_lines += len(block)
-        tally.n_cut += n_cut
-        yield answers
-
-
-def print_predictions(
-    predictor: Predictor,
-    blocks: Iterable[list[Line]],
-    batch_size: int,
-    kind: str,
-    shows_bar: bool = True,
-) -> None:
-    """A line for each on standard output, written when its block is answered; what it comes to on
-    standard error, so that `> FILE` and `|` get the predictions alone. ValueError where there is no
-    sentence."""
-    names = predictor.label_names
-    if kind != "text" and hasattr(sys.stdout, "reconfigure"):  # for programs, whatever the locale
-        sys.stdout.reconfigure(encoding="utf-8", errors="strict", newline="\n")
-    tally = Tally(np.zeros((len(names), len(names)), dtype=int))
-    header, as_text = formatter(kind, names)
-    started = time.monotonic()
-    with tqdm(unit=" sentences", disable=None if shows_bar else True, leave=False) as bar:
-        for block in answered(predictor, blocks, batch_size, tally):
-            with tqdm.external_write_mode(sys.stdout):
-                sys.stdout.write(header + as_text(block))
-                sys.stdout.flush()
-            header = ""
-            bar.update(len(block))
-    if not tally.n_lines:
-        raise ValueError("there is no sentence to predict; write one a line")
-    for line in summary(tally, names, time.monotonic() - started):
-        print(line, file=sys.stderr)
+    if len(names) != model.num_labels:
+        raise InputError(f"{checkpoint}: {len(names)} label names for {model.num_labels} labels")
+    return Predictor(model.to(device), tokenizer, names, saved.get("max_sentence_len"), device)
 
 
 # ---------------------------------------------------------------- writing
 
 
-def formatter(kind: str, names: list[str]) -> tuple[str, Callable[[list[Prediction]], str]]:
-    """What stands before the first block, and what turns blocks into text."""
-    if kind == "jsonl":
-        return "", lambda block: "".join(f"{_json(p, names)}\n" for p in block)
-    if kind == "csv":
-        columns = ["line", "label", "probability", *(f"p({n})" for n in names), "gold", "sentence"]
-        return _csv([columns]), lambda block: _csv(_cells(p, names) for p in block)
-    shown = [cli.on_one_line(name) for name in names]
-    return "", lambda block: "".join(f"{_text(p, shown)}\n" for p in block)
+def writer(style: str, names: list[str]) -> Callable[[Line, int, list[float]], None]:
+    """Return a function that prints a line's label and probabilities as text, jsonl or csv."""
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if style != "text":  # programs expect UTF-8 in any locale
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+    if style == "csv":
+        columns = [f"p({name})" for name in names]
+        table.writerow(["line", "label", "probability", *columns, "gold", "sentence"])
+
+    def write(line: Line, label: int, probs: list[float]) -> None:
+        predicted, probability = names[label], probs[label]
+        gold = None if line.gold in (None, NO_GOLD_LABEL) else names[line.gold]
+        by_name = dict(zip(names, probs, strict=True))
+        if style == "csv":
+            table.writerow([line.number, predicted, probability, *probs, gold, line.sentence])
+        elif style == "jsonl":
+            row = {"line": line.number, "label": predicted, "probability": probability}
+            row |= {"probabilities": by_name, "gold": gold, "sentence": line.sentence}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            wrong = "" if gold in (None, predicted) else f" (gold: {gold})"
+            each = ", ".join(f"{name} {p:.3f}" for name, p in by_name.items())
+            text = f"{predicted} {probability:.3f}{wrong} | {each} | {line.sentence}"
+            print(printable(text))
+
+    return write
 
 
-def _gold(prediction: Prediction, names: list[str]) -> str | None:
-    gold = prediction.line.gold
-    return None if gold in (None, NO_GOLD_LABEL) else names[gold]
+def print_predictions(
+    predictor: Predictor, blocks: Iterable[list[Line]], batch_size: int, style: str
+) -> None:
+    """Print predictions on standard output as blocks arrive, then a summary on standard error."""
+    names, write = predictor.label_names, None
+    confusion = np.zeros((len(names), len(names)), dtype=int)  # row: gold, column: predicted
+    n_lines = n_truncated = 0
+    started = time.monotonic()
+    with tqdm(unit=" sentences", disable=sys.stdout.isatty() or None, leave=False) as bar:
+        for block in blocks:
+            data, n = predictor.encode([line.sentence for line in block])
+            probs = predictor.probs(data, batch_size)  # (N, n_labels)
+            labels, rounded = probs.argmax(dim=1).tolist(), probs.double().round(decimals=6)
+            write = write or writer(style, names)
+            for line, label, row in zip(block, labels, rounded.tolist(), strict=True):
+                write(line, label, row)
+                if line.gold not in (None, NO_GOLD_LABEL):
+                    confusion[line.gold, label] += 1
+            sys.stdout.flush()
+            n_lines, n_truncated = n_lines + len(block), n_truncated + n
+            bar.update(len(block))
+    if not n_lines:
+        raise InputError("there is no sentence to predict; write one per line")
+    speed = n_lines / max(time.monotonic() - started, 1e-3)
+    print(f"{n_lines:,} sentences, {speed:.1f} per second", file=sys.stderr)
+    if n_truncated:
+        print(f"warning: {n_truncated:,} sentences lost their end, they exceed the model's "
+            "positions", file=sys.stderr)  # fmt: skip
+    if confusion.any():
+        print(summary(confusion, names), file=sys.stderr)
 
 
-def _text(prediction: Prediction, names: list[str]) -> str:
-    predicted, gold = names[prediction.label], _gold(prediction, names)
-    wrong = f" (gold: {gold})" if gold not in (None, predicted) else ""
-    of_all = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, prediction.probs, strict=True))
-    sentence = cli.printable(prediction.line.sentence)
-    return f"{predicted} {max(prediction.probs):.3f}{wrong} | {of_all} | {sentence}"
+def summary(confusion: np.ndarray, names: list[str]) -> str:
+    """Return accuracy, macro F1 and the confusion matrix, whose rows are the gold labels."""
+    from sklearn.metrics import f1_score
 
-
-def _json(prediction: Prediction, names: list[str]) -> str:
-    row = {
-        "line": prediction.line.number,
-        "label": names[prediction.label],
-        "probability": round(max(prediction.probs), 6),
-        "probabilities": {n: round(p, 6) for n, p in zip(names, prediction.probs, strict=True)},
-    }
-    if prediction.line.gold is not None:
-        row["gold"] = _gold(prediction, names)
-    return json.dumps({**row, "sentence": prediction.line.sentence}, ensure_ascii=False)
-
-
-def _cells(prediction: Prediction, names: list[str]) -> list[str | int | float | None]:
-    probs = [round(p, 6) for p in prediction.probs]
-    predicted = [prediction.line.number, names[prediction.label], max(probs), *probs]
-    return [*predicted, _gold(prediction, names), prediction.line.sentence]
-
-
-def _csv(rows: Iterable[list[str | int | float | None]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def summary(tally: Tally, names: list[str], seconds: float) -> Iterator[str]:
-    """Throughput; accuracy, macro F1 and confusion matrix of the lines with a gold label."""
-    yield f"{tally.n_lines:,} sentences, {tally.n_lines / max(seconds, 1e-3):.1f} a second"
-    if tally.n_cut:
-        yield f"warning: {tally.n_cut:,} do not fit the model's positions and lost their end"
-    confusion, n_gold = tally.confusion, int(tally.confusion.sum())
-    if not n_gold:
-        return
-    accuracy = np.trace(confusion) / n_gold
-    yield f"acc :: {accuracy:.3f} of {n_gold:,}, macro f1 :: {macro_f1(confusion):.3f}"
-    names = [cli.on_one_line(name) for name in names]
-    table = [["gold \\ predicted", *names]]
-    table += [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)]
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*table, strict=True)]
+    n_gold = confusion.sum()
+    gold, predicted = np.nonzero(confusion)
+    counts = confusion[gold, predicted]
+    f1 = f1_score(gold, predicted, sample_weight=counts, average="macro", zero_division=0.0)
+    lines = [f"acc :: {np.trace(confusion) / n_gold:.3f} of {n_gold:,}, macro f1 :: {f1:.3f}"]
+    names = [printable(name) for name in names]
+    rows = [[name, *map(str, row)] for name, row in zip(names, confusion.tolist(), strict=True)]
+    table = [["gold \\ predicted", *names], *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for first, *cells in table:
-        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        yield "  ".join([f"{first:<{widths[0]}}", *padded])
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *padded]))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m tools.predict", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("sentences", nargs="*", metavar="SENTENCE",
+        help="a sentence, or 'label ||| sentence' (default: --input)")  # fmt: skip
+    add("--checkpoint", required=True, metavar="FILE",
+        help="a finetuned checkpoint of run_llama.py or advanced.run (required)")  # fmt: skip
+    add("--input", default="-", metavar="FILE",
+        help="a sentence, or 'label ||| sentence', per line (default: -, which is standard "
+        "input)")  # fmt: skip
+    add("--column", metavar="NAME",
+        help="column of sentences if --input is CSV, or TSV with a name in .tsv (default: none, "
+        "the file is read by lines)")  # fmt: skip
+    add("--format", choices=("text", "jsonl", "csv"), default="text",
+        help="format of the predictions (default: %(default)s)")  # fmt: skip
+    add("--batch_size", type=positive_int, default=8, metavar="N",
+        help="sentences per batch (default: %(default)s)")  # fmt: skip
+    add("--tokenizer_path", metavar="FILE",
+        help="default: the tokenizer that the checkpoint records")  # fmt: skip
+    add("--use_gpu", action="store_true", help="use CUDA, else Apple MPS (default: the CPU)")
+    args = parser.parse_args(argv)
+    if args.sentences and (args.input != "-" or args.column is not None):
+        parser.error("give sentences or --input, not both")
+    if args.column is None and args.input.lower().endswith((".csv", ".tsv")):
+        parser.error(f"--input {args.input}: name its column of sentences by --column NAME")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_args(argv)
+    predictor = load_predictor(args.checkpoint, args.tokenizer_path, pick_device(args.use_gpu))
+    names, multiple_of = predictor.label_names, 1
+    if args.sentences:
+        lines = read_arguments(args.sentences, names)
+    else:
+        lines = read_input(args.input, args.column, names)
+        if not predictor.model.reads_lengths and not is_typed(args.input):
+            multiple_of = args.batch_size  # it reads padding: whole batches are reproducible
+    blocks = in_blocks(lines, BATCHES_PER_BLOCK * args.batch_size, multiple_of)
+    print_predictions(predictor, blocks, args.batch_size, args.format)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,157 @@
+"""Sentences from files, pipes, CSV columns and the command line, as they arrive."""
+
+import csv
+import io
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from training.labelled import NO_GOLD_LABEL, SEPARATOR, decode, has_placeholder_labels, parse_line
+from utils import InputError, brief, printable
+
+READ_SIZE = 2**16
+LONGEST_LINE = 2**20
+
+
+class Line(NamedTuple):
+    number: int  # in its file, from 1
+    sentence: str
+    gold: int | None  # None if the file has no labels, NO_GOLD_LABEL if this label is unknown
+
+
+def arriving_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str] | None]:
+    """Yield (number, line) without line ends; None says that the next line may have to wait."""
+    first, rest = 1, b""
+    while block := file.read1(READ_SIZE):
+        complete, newline, rest = (rest + block).rpartition(b"\n")
+        if newline:
+            *lines, _ = decode(complete + newline, name, first).split("\n")
+            yield from enumerate(lines, first)
+            first += len(lines)
+        if len(rest) > LONGEST_LINE:
+            place = f"{name}:{first}"
+            raise InputError(f"{place}: is longer than {LONGEST_LINE:,} bytes; split the sentence")
+        yield None
+    if rest:
+        yield from enumerate(decode(rest, name, first).split("\n"), first)
+
+
+def read_lines(
+    file: BinaryIO, name: str, label_names: list[str], has_placeholders: bool = False
+) -> Iterator[Line | None]:
+    """Yield the lines that are not blank. Either every line reads `label ||| sentence` or none.
+
+    None says that the next line may have to wait. Placeholder labels are unknown. Raises
+    InputError with file, line number and value.
+    """
+    is_labelled = None
+    for numbered in arriving_lines(file, name):
+        if numbered is None:
+            yield None
+            continue
+        number, text = numbered
+        if not text.strip():
+            continue
+        place = f"{name}:{number}"
+        has_label = SEPARATOR in f"{text} "  # an editor may have cut the last space
+        is_labelled = has_label if is_labelled is None else is_labelled
+        if is_labelled:
+            sentence, gold = parse_labelled(text, place, label_names)
+            yield Line(number, sentence, NO_GOLD_LABEL if has_placeholders else gold)
+        elif not has_label:
+            yield Line(number, text.strip(), None)
+        else:
+            raise InputError(
+                f"{place}: {brief(text)} has '{SEPARATOR}' but the first line does not; write a "
+                "label on every line or on none"
+            )
+
+
+def parse_labelled(text: str, place: str, label_names: list[str]) -> tuple[str, int]:
+    """Return (sentence, label) of `label ||| sentence`, whose label is a number or a name."""
+    label, separator, _ = f"{text} ".partition(SEPARATOR)
+    label = label.strip()
+    if separator and not re.fullmatch("-?[0-9]+", label) and label not in label_names:
+        labels = f"0 to {len(label_names) - 1} or {', '.join(map(printable, label_names))}"
+        raise InputError(
+            f"{place}: {brief(text)} has no label before '{SEPARATOR}'; write one of {labels}, or "
+            "sentences alone"
+        )
+    return parse_line(text, place, len(label_names), True, label_names, accepts_names=True)
+
+
+def read_column(file: BinaryIO, name: str, column: str) -> Iterator[Line]:
+    """Yield the cells of a CSV column that are not blank; a name in .tsv means tabs.
+
+    Raises InputError that lists the columns if there is no such column.
+    """
+    texts = (f"{numbered[1]}\n" for numbered in arriving_lines(file, name) if numbered)
+    delimiter = "\t" if name.lower().endswith(".tsv") else ","
+    reader = csv.DictReader(texts, delimiter=delimiter, strict=True)
+    try:
+        columns = reader.fieldnames or []
+        if column not in columns:
+            listed = printable(", ".join(columns)) or "none, the file is empty"
+            raise InputError(f"{name}: has no column {brief(column)}; its columns are {listed}")
+        for row in reader:
+            sentence = " ".join((row[column] or "").split())
+            if sentence:
+                yield Line(reader.line_num, sentence, None)
+    except csv.Error as error:
+        raise InputError(f"{name}:{reader.line_num}: is not CSV: {error}") from error
+
+
+def read_arguments(sentences: list[str], label_names: list[str]) -> list[Line]:
+    """Return the sentences of a command line; they may all read `label ||| sentence`."""
+    content = "\n".join(" ".join(sentence.split()) for sentence in sentences)
+    lines = read_lines(io.BytesIO(os.fsencode(content)), "sentence", label_names)
+    return [line for line in lines if line is not None]
+
+
+def in_blocks(
+    lines: Iterable[Line | None], size: int, multiple_of: int = 1
+) -> Iterator[list[Line]]:
+    """Yield blocks of `size` lines, and shorter ones where the next line may have to wait.
+
+    All blocks except the last have a multiple of `multiple_of` lines.
+    """
+    block: list[Line] = []
+    for line in lines:
+        if line is not None:
+            block.append(line)
+        is_waiting = line is None and len(block) % multiple_of == 0
+        if block and (is_waiting or len(block) == size):
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def read_input(path: str, column: str | None, label_names: list[str]) -> Iterator[Line | None]:
+    """Read a file, or standard input if the path is "-"; `column` is one of a CSV file."""
+    if is_typed(path):
+        print("one sentence per line; Ctrl-D ends", file=sys.stderr)
+    with open_input(path) as file:
+        if column is not None:
+            yield from read_column(file, file.name, column)
+            return
+        is_small = path != "-" and 0 < Path(path).stat().st_size < LONGEST_LINE
+        has_placeholders = is_small and has_placeholder_labels(Path(path).read_bytes())
+        yield from read_lines(file, file.name, label_names, has_placeholders)
+
+
+def open_input(path: str) -> BinaryIO:
+    """Open a file, or standard input if the path is "-"."""
+    if path != "-":
+        return open(path, "rb")
+    if sys.stdin is None:
+        raise InputError("standard input is closed; name a file instead of -")
+    return sys.stdin.buffer
+
+
+def is_typed(path: str) -> bool:
+    """Whether `read_input` reads from a keyboard."""
+    return path == "-" and sys.stdin is not None and sys.stdin.isatty()
