@@ -95,22 +95,22 @@ def open_tokenizer(
 
     Raises InputError if it is not there any more, or is another than the recorded one.
     """
-    digest, recorded = saved.get("tokenizer_sha256"), saved.get("tokenizer_path")
-    candidates = [path or find_tokenizer_model(checkpoint)]
+    recorded = saved.get("tokenizer_path")
     if path is None and recorded is not None:
         folders = (Path(), Path(checkpoint).parent, TOKENIZER_MODEL.parent)
-        candidates = [folder / str(recorded) for folder in folders]
-        candidates = [found for found in candidates if os.path.isfile(found)]  # noqa: PTH113, a name may be too long
-    for candidate in candidates:
-        tokenizer = Tokenizer(tokenizer_model=candidate)
-        if digest in (None, sha256_of(tokenizer.model_path)):
-            return tokenizer
-    if candidates:
+        found = [folder / str(recorded) for folder in folders]
+        found = [place for place in found if os.path.isfile(place)]  # noqa: PTH113, of any length
+        if not found:
+            raise InputError(
+                f"{checkpoint}: its tokenizer {brief(recorded)} is not there any more; name the "
+                "place it was moved to by --tokenizer_path"
+            )
+        same = [place for place in found if sha256_of(place) == saved.get("tokenizer_sha256")]
+        path = [*same, *found][0]
+    tokenizer = Tokenizer(tokenizer_model=path or find_tokenizer_model(checkpoint))
+    if saved.get("tokenizer_sha256") not in (None, sha256_of(tokenizer.model_path)):
         raise InputError(
-            f"{checkpoint}: was trained with another tokenizer than {candidates[0]}; name its own "
-            "by --tokenizer_path"
+            f"{checkpoint}: was trained with another tokenizer than {tokenizer.model_path}; name "
+            "its own by --tokenizer_path"
         )
-    raise InputError(
-        f"{checkpoint}: its tokenizer {brief(recorded)} is not there any more; name the place it "
-        "was moved to by --tokenizer_path"
-    )
+    return tokenizer

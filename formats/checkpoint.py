@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from formats.llama2c import read_bin
-from formats.torch_file import LEGACY_MAGIC, ZIP_MAGIC, listed, load_torch_file
+from formats.torch_file import is_torch_file, listed, load_torch_file
 from utils import InputError, brief
 
 Weights = dict[str, torch.Tensor]
@@ -43,7 +43,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], Weights]:
         raise InputError(f"{path}: is empty; delete it and download it again")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull`")
-    if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
+    if is_torch_file(path):
         return parse_checkpoint(path, load_torch_file(path))
     try:
         return read_bin(path)

@@ -1,37 +1,37 @@
-"""A Llama as transformers describes it: its config.json, its tensors' names and order of rows.
+"""A transformers folder of LlamaForCausalLM, written and read with `transformers` (an extra).
 
-Rotary embeddings turn pairs of numbers of a query or key by an angle. Ours are neighbors, (2i,
-2i + 1), as in Meta's code and llama2.c; in transformers they are half a head apart, (i, i + D/2).
-A dot product does not depend on the order of its terms, so the two models compute the same if the
-rows of both matrices are brought from one order to the other.
+Rotary embeddings turn pairs of a head's numbers: neighbors (2i, 2i + 1) here, as in Meta's code and
+llama2.c, and (i, i + D/2) in transformers. So the rows of the query and key matrices are permuted.
+
+Shapes: H heads, D head size.
 """
 
-import re
+import random
+from pathlib import Path
 from typing import Any
 
 import torch
 
-import cli
-from config import LlamaConfig, shown
-from formats.checkpoint import listed
-from llama import Llama
+from config import LlamaConfig
+from formats.torch_file import listed
+from tokenizer import Tokenizer
+from utils import InputError, brief, require_package
 
 THETA = 10000.0
-_ARGS = {  # transformers' name -> ours
+_ARGS = {  # ours -> transformers'
     "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "intermediate_size": "hidden_dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "max_position_embeddings": "max_seq_len",
-    "rms_norm_eps": "layer_norm_eps",
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "max_seq_len": "max_position_embeddings",
+    "layer_norm_eps": "rms_norm_eps",
 }
-_DEFAULTS = {"num_key_value_heads": None, "rms_norm_eps": 1e-6}  # what old files leave out
 _OUTER = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
 }
 _LAYER = {
     "attention_norm": "input_layernorm",
@@ -44,125 +44,230 @@ _LAYER = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
-_OUTER_BACK = {theirs: ours for ours, theirs in _OUTER.items()}
-_LAYER_BACK = {theirs: ours for ours, theirs in _LAYER.items()}
-_DERIVED = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")  # in old files
 
 
-def hf_config(model: Llama) -> dict[str, Any]:
-    """The config.json of LlamaForCausalLM, without the ids of special tokens."""
-    c = model.config
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{theirs: getattr(c, ours) for theirs, ours in _ARGS.items()},
-        "intermediate_size": model.layers[0].feed_forward.w1.weight.shape[0],
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rope_theta": THETA,  # for version 4; the next is for version 5
-        "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
-        "tie_word_embeddings": model.output.weight is model.tok_embeddings.weight,
-        "dtype": "float32",
-    }
+def write_model(
+    folder: Path, config: LlamaConfig, weights: dict[str, torch.Tensor], tokenizer: Tokenizer
+) -> None:
+    """Write config.json, generation_config.json and model.safetensors; no output.weight is tied."""
+    require_package("transformers")
+    import transformers
+
+    pad_id = tokenizer.sp_model.piece_to_id("<0x00>")
+    args = {theirs: getattr(config, ours) for ours, theirs in _ARGS.items()}
+    args["intermediate_size"] = len(weights["layers.0.feed_forward.w1.weight"])
+    is_tied = "output.weight" not in weights
+    their_config = transformers.LlamaConfig(
+        **args,
+        tie_word_embeddings=is_tied,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=pad_id if has_padding(tokenizer) else None,
+    )
+    names = _names(config.n_layers)
+    theirs = {names[name]: _permuted(config, name, w, (-1, 2)) for name, w in weights.items()}
+    if is_tied:
+        theirs["lm_head.weight"] = theirs["model.embed_tokens.weight"]
+    with torch.device("meta"):  # shapes without memory
+        model = transformers.LlamaForCausalLM(their_config)
+    model.load_state_dict(theirs, strict=True, assign=True)
+    model.tie_weights()
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
 
 
-def hf_weights(model: Llama) -> dict[str, torch.Tensor]:
-    """All tensors under transformers' names and in its order of rows; a tied output is left out."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        layer = re.fullmatch(r"layers\.([0-9]+)\.(.+)\.weight", name)
-        theirs = f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.weight" if layer else _OUTER[name]
-        n_heads = _n_turned_heads(model.config, name)
-        weights[theirs] = _reordered(tensor, n_heads, (-1, 2)) if n_heads else tensor
-    if model.output.weight is model.tok_embeddings.weight:
-        del weights["lm_head.weight"]
-    return weights
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> bool:
+    """Write tokenizer.json and tokenizer_config.json, if they split texts as SentencePiece does.
 
-
-def llama_from_hf(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Llama:
-    """The causal Llama of a config.json and its tensors, whose memory it may take.
-
-    ValueError for a model that ours cannot compute, and for missing, unexpected and misshapen
-    tensors.
+    Returns whether they do, on the vocabulary's pieces in random order. It is byte-pair encoding
+    (Sennrich et al. 2016, arXiv 1508.07909) in both: SentencePiece merges the pair whose piece has
+    the highest score, `tokenizers` the pair that comes first in a list. Unigram models differ.
     """
-    _require_computable(config)
-    absent = [name for name in _ARGS if name not in {**_DEFAULTS, **config}]
-    if absent:
-        raise ValueError(f"config.json has no {', '.join(absent)}")
-    args = {ours: {**_DEFAULTS, **config}[theirs] for theirs, ours in _ARGS.items()}
-    c = LlamaConfig(**args, attention="causal")
-    weights = {name: tensor for name, tensor in weights.items() if not _DERIVED.fullmatch(name)}
-    _require_same_tie(config, weights)
-    ours = {name: _our_name(name) for name in weights}
-    if None in ours.values():
-        unknown = listed(cli.shown(name) for name in weights if ours[name] is None)
-        raise ValueError(f"unexpected: {unknown}; only a plain LlamaForCausalLM is read")
-    model = Llama.from_weights(c, {ours[name]: tensor for name, tensor in weights.items()})
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if n_heads := _n_turned_heads(c, name):
-                tensor.copy_(_reordered(tensor, n_heads, (2, -1)))
-    return model
+    require_package("transformers")
+    import transformers
 
-
-def _require_computable(config: dict[str, Any]) -> None:
-    """ValueError that lists all of a config.json that this Llama cannot compute."""
-    wanted: dict[str, Any] = {
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "quantization_config": None,
-    }
-    wanted |= {"attention_bias": False, "mlp_bias": False, "rope_theta": THETA}
-    found = {**wanted, "model_type": None, **{k: config[k] for k in wanted if k in config}}
-    if config.get("head_dim") is not None:
-        sizes = config.get("hidden_size"), config.get("num_attention_heads")
-        if all(type(size) is int and size > 0 for size in sizes):
-            wanted["head_dim"], found["head_dim"] = sizes[0] // sizes[1], config["head_dim"]
-    rope_wanted = {"rope_type": "default", "rope_theta": THETA, "partial_rotary_factor": 1.0}
-    for key in ("rope_scaling", "rope_parameters"):  # versions 4 and 5
-        rope = config.get(key) or {}
-        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-        rope = {"rope_type": rope.get("type", "default"), **rope}
-        for name, value in rope_wanted.items():
-            wanted[f"{key}.{name}"], found[f"{key}.{name}"] = value, rope.get(name, value)
-    faults = [
-        f"{key}={shown(found[key])} (only {shown(value)})"
-        for key, value in wanted.items()
-        if found[key] != value
+    sp = tokenizer.sp_model
+    pieces = [sp.id_to_piece(i) for i in range(len(sp))]
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_byte_pair_encoding(tokenizer, pieces),
+        unk_token=pieces[sp.unk_id()],
+        bos_token=pieces[tokenizer.bos_id],
+        eos_token=pieces[tokenizer.eos_id],
+        pad_token="<0x00>" if has_padding(tokenizer) else None,
+        split_special_tokens=True,  # "<s>" in a text is three characters
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_seq_len,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    rng = random.Random(0)
+    texts = [
+        "",
+        "  a  b  ",
+        "a\nb",
+        "\u00e9\u6f22\U0001f600",
+        "\ufb01\u00a0x",
+        "<s>",
+        "-- ... ----",
     ]
-    if faults:
-        raise ValueError(f"config.json wants what this Llama cannot compute: {', '.join(faults)}")
+    texts += ["".join(rng.choices(pieces, k=8)).replace("▁", " ") for _ in range(500)]
+    if any(
+        fast(text)["input_ids"] != tokenizer.encode(text, bos=True, eos=False) for text in texts
+    ):
+        return False
+    fast.save_pretrained(folder)
+    return True
 
 
-def _require_same_tie(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
-    """ValueError where config.json and the tensors disagree on whether there is an output matrix,
-    as then transformers draws one at random or, by its version, ignores the one that is there."""
-    is_tied = config.get("tie_word_embeddings", False)
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return model_args (causal) and float32 weights under CMU names.
+
+    Reads safetensors only, runs no code of the folder, and asks no network. Raises InputError for
+    what our Llama cannot compute.
+    """
+    require_package("transformers")
+    import transformers
+
+    weights = _read_safetensors(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # OSError, ValueError, TypeError and KeyError, by what is wrong
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{folder}: its config.json cannot be read: {reason[:300]}") from error
+    _require_computable(folder, config, len(weights))
+    args = {ours: getattr(config, theirs) for ours, theirs in _ARGS.items()}
+    args = {**args, "attention": "causal"}
     output, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
-    if output is None and not is_tied:
-        raise ValueError("missing: lm_head.weight, and tie_word_embeddings is not set")
-    if output is not None and embedding is not None and is_tied and not output.equal(embedding):
-        raise ValueError("tie_word_embeddings is set, but lm_head.weight is not the embedding")
+    if output is None and not config.tie_word_embeddings:
+        raise InputError(f"{folder}: missing: lm_head.weight, and tie_word_embeddings is not set")
+    if output is not None and config.tie_word_embeddings and not output.equal(embedding):
+        raise InputError(f"{folder}: tie_word_embeddings is set, but lm_head.weight differs")
+    ours = {theirs: ours for ours, theirs in _names(config.num_hidden_layers).items()}
+    unknown = [name for name in weights if name not in ours]
+    if unknown:
+        raise InputError(f"{folder}: unexpected: {listed(unknown)}; it is no plain Llama")
+    c = LlamaConfig(**args)
+    return args, {
+        ours[name]: _permuted(c, ours[name], tensor.float(), (2, -1))
+        for name, tensor in weights.items()
+    }
 
 
-def _our_name(name: str) -> str | None:
-    """model.layers.0.self_attn.q_proj.weight -> layers.0.attention.compute_query.weight"""
-    layer = re.fullmatch(r"model\.layers\.([0-9]+)\.(.+)\.weight", name)
-    if layer and layer[2] in _LAYER_BACK:
-        return f"layers.{layer[1]}.{_LAYER_BACK[layer[2]]}.weight"
-    return _OUTER_BACK.get(name)
+def has_padding(tokenizer: Tokenizer) -> bool:
+    sp = tokenizer.sp_model
+    return sp.id_to_piece(sp.piece_to_id("<0x00>")) == "<0x00>"
 
 
-def _n_turned_heads(c: LlamaConfig, name: str) -> int:
-    """The heads that a matrix's rows belong to, if rotary embeddings turn what it computes."""
-    if name.endswith("compute_query.weight"):
-        return c.n_heads
-    return c.n_kv_heads if name.endswith("compute_key.weight") else 0
+def _names(n_layers: int) -> dict[str, str]:
+    """Return {our name: transformers' name} of every tensor."""
+    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _OUTER.items()}
+    for i in range(n_layers):
+        for ours, theirs in _LAYER.items():
+            names[f"layers.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
+    return names
 
 
-def _reordered(weight: torch.Tensor, n_heads: int, pairs: tuple[int, int]) -> torch.Tensor:
-    """The rows of (heads * D, dim), of each head: pairs (-1, 2) from neighbors to halves, (2, -1)
-    back."""
-    split = weight.view(n_heads, *pairs, weight.shape[1])  # (H, D/2, 2, dim), or (H, 2, D/2, dim)
-    return split.transpose(1, 2).reshape(weight.shape)
+def _permuted(
+    config: LlamaConfig, name: str, weight: torch.Tensor, pairs: tuple[int, int]
+) -> torch.Tensor:
+    """Reorder the rows (H D, dim) of each head, if `name` is a query or key matrix.
+
+    pairs (-1, 2) goes from neighbors to halves, (2, -1) back.
+    """
+    heads = {"compute_query": config.n_heads, "compute_key": config.n_kv_heads}
+    n_heads = heads.get(name.split(".")[-2])
+    if n_heads is None:
+        return weight
+    return weight.unflatten(0, (n_heads, *pairs)).transpose(1, 2).reshape(weight.shape)
+
+
+def _byte_pair_encoding(tokenizer: Tokenizer, pieces: list[str]) -> Any:
+    """Return the `tokenizers.Tokenizer` of a SentencePiece model, bos first."""
+    from tokenizers import Regex, decoders, models, normalizers, processors
+    from tokenizers import Tokenizer as FastTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    sp = tokenizer.sp_model
+    is_special = [sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) for i in range(len(sp))]
+    ids = {piece: i for i, piece in enumerate(pieces) if not is_special[i]}
+    merges = generate_merges(ids, {piece: sp.get_score(i) for piece, i in ids.items()})
+    bos = pieces[tokenizer.bos_id]
+    fast = FastTokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=merges,
+            unk_token=pieces[sp.unk_id()],
+            fuse_unk=True,
+            byte_fallback=has_padding(tokenizer),
+        )
+    )
+    steps = [normalizers.Replace(" ", "▁")]
+    adds_space = sp.normalize("a").startswith("▁")
+    removes_spaces = "▁▁" not in sp.normalize("a  b")
+    if adds_space:
+        steps.insert(0, normalizers.Prepend("▁"))
+    if removes_spaces:
+        replace = normalizers.Replace
+        before = [replace(Regex(r"\A +"), ""), replace(Regex(" {2,}"), " ")]
+        steps = [*before, *steps, replace(Regex(r"▁+\z"), "")]
+    fast.normalizer = normalizers.Sequence(steps)
+    n_stripped = 2**20 if removes_spaces else int(adds_space)
+    fast.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", n_stripped, 0),
+        ]
+    )
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos}:1 $B:1",
+        special_tokens=[(bos, tokenizer.bos_id)],
+    )
+    return fast
+
+
+def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*.safetensors"))
+    if not files and list(folder.glob("pytorch_model*.bin")):
+        raise InputError(
+            f"{folder}: has only pytorch_model.bin, a pickle, which is not read; load it in "
+            "transformers and call `save_pretrained`, which writes model.safetensors"
+        )
+    if not files:
+        raise InputError(f"{folder}: has no model.safetensors")
+    weights = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"{file}: is no safetensors file, or damaged: {error}") from error
+    return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _require_computable(folder: Path, config: Any, n_tensors: int) -> None:
+    """Raise InputError that lists all of a config that our Llama cannot compute."""
+    if config.model_type != "llama":
+        raise InputError(f"{folder}: its model_type is {brief(config.model_type)}, not 'llama'")
+    if config.num_hidden_layers > n_tensors:
+        raise InputError(
+            f"{folder}: config.json wants {config.num_hidden_layers} layers, but there are only "
+            f"{n_tensors} tensors"
+        )
+    rope = {"rope_type": "default", "rope_theta": THETA, "partial_rotary_factor": 1.0}
+    found = {
+        "hidden_act": (config.hidden_act, "silu"),
+        "attention_bias": (config.attention_bias, False),
+        "mlp_bias": (config.mlp_bias, False),
+        "head_dim": (config.head_dim, config.hidden_size // config.num_attention_heads),
+        "quantization_config": (getattr(config, "quantization_config", None), None),
+        **{key: (config.rope_parameters.get(key, value), value) for key, value in rope.items()},
+    }
+    faults = [f"{k}={brief(v)} (only {brief(w)})" for k, (v, w) in found.items() if v != w]
+    if faults:
+        raise InputError(
+            f"{folder}: config.json wants what this Llama cannot compute: {', '.join(faults)}"
+        )

@@ -17,11 +17,17 @@ import torch
 
 from utils import InputError, atomic_write, brief, printable
 
-ZIP_MAGIC = b"PK\x03\x04"
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of files written before torch 1.6
+_ZIP_MAGIC = b"PK\x03\x04"
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of files written before torch 1.6
 # torch interprets a pickle in Python, and about 10^5 nested tuples crash Python itself. A file of
 # 1,000 tensors and their optimizer has a tenth of these.
 _MAX_INSTRUCTIONS, _MAX_TUPLES = 500_000, 50_000
+
+
+def is_torch_file(path: str | os.PathLike) -> bool:
+    """Whether a file begins as a torch file does, whatever its name."""
+    with open(path, "rb") as file:
+        return file.read(len(_LEGACY_MAGIC)).startswith((_ZIP_MAGIC, _LEGACY_MAGIC))
 
 
 def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def listed(names: Iterable[Any]) -> str:
 def _require_bounded(path: str | os.PathLike) -> None:
     """Raise InputError if a zip unpacks to more than its size, or a pickle is too long."""
     with open(path, "rb") as file:
-        is_zip = file.read(4) == ZIP_MAGIC
+        is_zip = file.read(4) == _ZIP_MAGIC
         file.seek(0)
         if not is_zip:  # magic number, version, system, content, names of the storages
             _require_short_pickles(file, 5)
