@@ -1,171 +1,198 @@
-"""Files are written whole or not at all; seeds make draws repeat."""
+"""Scripts end in one line and an exit code; files are written whole or not at all; seeds repeat."""
 
 import os
 import random
-import subprocess
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-import utils
-from conftest import ROOT
-from formats.checkpoint import load_torch_file
 from utils import (
-    allow_tf32,
+    ArgumentParser,
+    InputError,
     atomic_write,
+    brief,
+    is_device,
+    on_one_line,
     pick_device,
-    random_state,
-    save_torch_file,
+    printable,
+    require_package,
+    run_script,
     seed_everything,
-    set_random_state,
     sha256_of,
 )
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def end_of(main):
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    return ended.value.code or 0
+
+
+# ---------------------------------------------------------------- errors and scripts
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+class Terminated(KeyboardInterrupt):
+    exit_code = 143
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (InputError("a\nb"), 2, "error: a b"),
+        (FileNotFoundError(2, "no such file", "x.txt"), 2, "error: x.txt: no such file"),
+        (MemoryError(), 2, "error: out of memory; use smaller batches or shorter sentences"),
+        (torch.OutOfMemoryError("CUDA"), 2, "error: out of memory; use smaller batches or shorter"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Terminated("saved"), 143, "saved"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_a_code(error, code, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["folder/script.py"])
+    assert end_of(raising(error)) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"script.py: {words}")
+
+
+def test_a_cpu_without_memory_is_one_line(capsys):
+    assert end_of(lambda: torch.empty(2**50)) == 2
+    assert "error: out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ZeroDivisionError(),
+        ValueError("too many values to unpack"),
+        OSError("no file is named"),
+        RuntimeError("Tensors must have the same number of dimensions"),
+    ],
+)
+def test_a_bug_keeps_its_traceback(bug):
+    with pytest.raises(type(bug)):
+        run_script(raising(bug))
+
+
+def test_the_return_value_is_the_exit_code():
+    assert [end_of(lambda code=code: code) for code in (None, 0, 1)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["--data-file"], "argument --data-file: expected one argument"),
+        (["--nothing-like-it"], "unrecognized arguments: --nothing-like-it"),
+        (["--data_file", "x"], "unknown option --data_file; did you mean --data-file?"),
+        (["--data_file=x"], "did you mean --data-file?"),
+        (["--max-epochs", "3"], "did you mean --max_epochs?"),
+    ],
+)
+def test_a_usage_error_is_one_line_that_names_the_option_meant(typed, words, capsys):
+    parser = ArgumentParser(prog="script.py")
+    parser.add_argument("--data-file")
+    parser.add_argument("--max_epochs", type=int)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(typed)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1
+    assert err.startswith("script.py: error: ") and words in err and "--help" in err
+
+
+def test_a_missing_package_is_named_with_its_remedy():
+    require_package("torch")
+    with pytest.raises(InputError, match=r"no_such_package is missing; `bash setup.sh --dev`"):
+        require_package("no_such_package")
+
+
+def test_text_for_a_terminal_has_no_control_characters():
+    assert printable("a\x1b[31m\u202eb\n") == r"a\x1b[31m\u202eb\n"
+    assert printable("a\n\tb", kept="\n") == "a\n\\tb"
+    kept = "naïve 电影 👩\u200d🚀 می\u200cکن"
+    assert printable(kept) == on_one_line(kept) == kept
+    assert on_one_line(" a\n b\x07 ") == r"a b\x07"
+
+
+def test_a_value_in_a_message_is_short():
+    assert brief("word") == "'word'" and brief(1.5) == "1.5"
+    assert max(len(brief(value)) for value in ("a" * 10**6, ["a"] * 10**6, 10**1000)) < 200
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), OSError(28, "No space left on device")])
+def test_a_failed_write_leaves_the_old_file_and_an_error_of_the_disk_names_it(error, tmp_path):
     path = tmp_path / "out.txt"
     path.write_text("old", encoding="utf-8")
-    with pytest.raises(RuntimeError), atomic_write(path) as file:
+    with pytest.raises(type(error)) as caught, atomic_write(path) as file:
         file.write("half")
-        raise RuntimeError
+        raise error
+    assert getattr(caught.value, "filename", str(path)) == str(path)
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_is_followed_and_text_is_utf8_with_plain_newlines(tmp_path):
-    (tmp_path / "real.txt").touch()
-    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
-    with atomic_write(tmp_path / "link.txt") as file:
+def test_a_folder_that_is_not_there_is_an_error_with_the_callers_name(tmp_path):
+    path = tmp_path / "absent" / "out.txt"
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(path):
+        pass
+    assert caught.value.filename == str(path)
+
+
+@pytest.mark.parametrize("name", ["real.txt", "名" * 82 + ".txt", "a" * 255])
+def test_a_link_is_followed_and_text_is_utf8_with_plain_newlines(name, tmp_path):
+    """For names of up to the 255 bytes that file systems take."""
+    (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    with atomic_write(tmp_path / "link") as file:
         file.write("é\n")
-    assert (tmp_path / "link.txt").is_symlink()
-    assert (tmp_path / "real.txt").read_bytes() == "é\n".encode()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / name).read_bytes() == "é\n".encode()
 
 
-def test_a_device_stays_a_device():
+def test_a_device_or_a_pipe_stays_what_it_is(tmp_path):
     with atomic_write(os.devnull) as file:
         file.write("gone")
-    assert not os.path.isfile(os.devnull)  # noqa: PTH113
+    assert is_device(os.devnull) and not os.path.isfile(os.devnull)  # noqa: PTH113
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        assert is_device(tmp_path / "pipe")
+    assert not is_device(tmp_path) and not is_device(tmp_path / "absent")
 
 
-def test_a_long_name_is_no_obstacle(tmp_path):
-    path = tmp_path / ("名" * 82 + ".txt")
-    with atomic_write(path) as file:
-        file.write("x")
-    assert path.read_text(encoding="utf-8") == "x"
-
-
-def test_a_seed_repeats_the_draws_of_python_numpy_and_torch():
-    draws = []
-    for _ in range(2):
-        seed_everything(5)
-        draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
-    assert draws[0] == draws[1]
-
-
-def test_generators_go_on_where_a_stored_state_was_taken(tmp_path):
-    def draw():
-        normal = random.gauss(0, 1), np.random.randn()  # which keep a second number for later
-        return (*normal, random.random(), np.random.rand(), torch.rand(()).item())
-
-    seed_everything(5)
-    draw()
-    save_torch_file(tmp_path / "state", random_state())
-    draws = [draw() for _ in range(3)]
-    seed_everything(6)
-    set_random_state(load_torch_file(tmp_path / "state"))
-    assert [draw() for _ in range(3)] == draws
-
-
-def test_a_state_of_more_gpus_than_there_are_sets_those_that_there_are(monkeypatch):
-    state, was_set = random_state(), []
-    state["cuda"] = [torch.zeros(16, dtype=torch.uint8), torch.ones(16, dtype=torch.uint8)]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *args: was_set.append(args))
-    set_random_state(state)
-    assert len(was_set) == 1
-    assert was_set[0][0] is state["cuda"][0] and was_set[0][1] == 0
-
-
-def test_a_sum_tells_files_apart(tmp_path):
+def test_sha256_is_the_standards(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_of(tmp_path / "abc") == expected
 
 
-def test_an_error_of_the_disk_names_the_file_and_not_what_torch_makes_of_it(tmp_path, monkeypatch):
-    class Full:
-        def write(self, _):
-            raise OSError(28, "No space left on device")
-
-    @contextmanager
-    def atomic_write_on_a_full_disk(path, mode):
-        try:
-            yield Full()
-        except OSError as error:
-            error.filename = str(path)
-            raise
-
-    monkeypatch.setattr(utils, "atomic_write", atomic_write_on_a_full_disk)
-    with pytest.raises(OSError, match="No space left on device") as error:
-        save_torch_file(tmp_path / "x.pt", {"a": torch.zeros(1000)})
-    assert error.value.filename == str(tmp_path / "x.pt")
+# ---------------------------------------------------------------- seeds and devices
 
 
-def test_a_failed_write_tells_which_file(tmp_path):
-    path = tmp_path / "out.txt"
-    with pytest.raises(OSError, match="No space") as error, atomic_write(path):
-        raise OSError(28, "No space left on device")
-    assert error.value.filename == str(path)
+def test_a_seed_repeats_the_draws_of_python_numpy_and_torch():
+    draws = []
+    for seed in (5, 5, 6):
+        seed_everything(seed)
+        draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    assert draws[0] == draws[1]
+    assert not set(draws[0]) & set(draws[2])
 
 
-def test_without_use_gpu_the_device_is_the_cpu():
+def test_the_device_is_the_cpu_unless_a_gpu_is_asked_for_and_there(monkeypatch):
     assert pick_device(False).type == "cpu"
-
-
-def test_cuda_may_multiply_in_tf32_and_a_cpu_is_left_alone():
-    before = torch.backends.cuda.matmul.fp32_precision
-    a = torch.randn(64, 64)
-    exact = a @ a
-    try:
-        allow_tf32()
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-        assert torch.equal(a @ a, exact)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and glibc is Linux's")
-def test_freed_memory_that_lies_between_what_is_held_goes_back():
-    program = """
-import ctypes, os, pathlib
-import utils
-
-def held_mb():
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
-
-libc = ctypes.CDLL(None)
-if not hasattr(libc, "malloc_trim"):
-    raise SystemExit(3)
-libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
-blocks = [libc.malloc(64 * 1024) for _ in range(1600)]  # 100 MB, each too small for a mapping
-for block in blocks:
-    ctypes.memset(block, 1, 64 * 1024)
-for block in blocks[:-1]:  # the last one stays, at the top
-    libc.free(block)
-before = held_mb()
-utils.return_freed_memory()
-print(before - held_mb())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8"
-    )
-    if done.returncode == 3:
-        pytest.skip("not glibc")
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 80
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert pick_device(True).type == expected
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--use_gpu"):
+        pick_device(True)
