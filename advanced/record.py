@@ -1,7 +1,7 @@
-"""What runs leave behind: one JSON file for each data set, method and model.
+"""The JSON files of finished runs: one for each data set, method and model.
 
-Every seed and fold is an entry, written when it is finished, so that nothing is run twice. Of the
-data nothing is kept: for each sentence only whether it was classified right.
+Each seed and fold adds an entry when it is finished, so that no run is repeated. Of the data the
+file holds only whether each sentence was classified correctly.
 """
 
 import json
@@ -9,102 +9,112 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import confusion_matrix
 
+from training.evaluation import Evaluation
 from training.labelled import NO_GOLD_LABEL
-from training.loop import macro_f1
-from utils import atomic_write, differences
+from training.state import differences
+from utils import InputError, atomic_write
 
+Run = dict[str, Any]
 N_BINS = 10
 
 
-def figures(
-    predictions: list[int], labels: list[int], confidences: list[float], n_labels: int
-) -> dict[str, Any]:
-    """Accuracy, macro F1, confusion matrix (row: gold), calibration, of the sentences that have a
-    gold label; None where none has.
+def metrics_of(result: Evaluation, n_labels: int) -> dict[str, Any]:
+    """Return accuracy, macro F1, confusion matrix (rows: gold) and calibration, of the sentences
+    with a gold label.
 
     The expected calibration error is sum_b n_b / N |accuracy_b - confidence_b| over ten bins of
     equal width (Guo et al. 2017, arXiv 1706.04599, equation 3).
     """
-    known = np.array(labels) != NO_GOLD_LABEL
+    known = np.array(result.labels) != NO_GOLD_LABEL
     if not known.any():
-        return {"n_sentences": len(labels), "accuracy": None, "macro_f1": None}
-    gold, predicted, sure = (np.array(v)[known] for v in (labels, predictions, confidences))
-    confusion = np.zeros((n_labels, n_labels), dtype=int)
-    np.add.at(confusion, (gold, predicted), 1)
-    right = gold == predicted
-    bins = np.minimum((sure * N_BINS).astype(int), N_BINS - 1)
-    reliability: dict[str, list] = {"count": [], "confidence": [], "accuracy": []}
-    ece = 0.0
-    for b in range(N_BINS):
-        here = bins == b
-        confidence = float(np.mean(sure[here])) if here.any() else None
-        accuracy = float(np.mean(right[here])) if here.any() else None
-        reliability["count"].append(int(here.sum()))
-        reliability["confidence"].append(confidence)
-        reliability["accuracy"].append(accuracy)
-        if here.any():
-            ece += float(here.mean()) * abs(accuracy - confidence)
+        return {"n_sentences": len(known), "accuracy": None, "macro_f1": None}
+    gold, predicted = np.array(result.labels)[known], np.array(result.predictions)[known]
+    confidences = np.array(result.confidences)[known]
+    is_correct = gold == predicted
+    bins = np.minimum((confidences * N_BINS).astype(int), N_BINS - 1)
+    counts = np.bincount(bins, minlength=N_BINS)
+    sums = {
+        "confidence": np.bincount(bins, confidences, N_BINS),
+        "accuracy": np.bincount(bins, is_correct, N_BINS),
+    }
+    means = {
+        key: [float(total / n) if n else None for total, n in zip(values, counts, strict=True)]
+        for key, values in sums.items()
+    }
+    gaps = np.abs(sums["accuracy"] - sums["confidence"])  # n_b |accuracy_b - confidence_b|
     return {
         "n_sentences": len(gold),
-        "accuracy": float(right.mean()),
-        "macro_f1": macro_f1(confusion),
-        "confusion": confusion.tolist(),
-        "right": "".join("01"[int(is_right)] for is_right in right),
-        "reliability": reliability,
-        "ece": ece,
+        "accuracy": result.accuracy,
+        "macro_f1": result.macro_f1,
+        "confusion": confusion_matrix(gold, predicted, labels=range(n_labels)).tolist(),
+        "right": "".join("01"[int(correct)] for correct in is_correct),
+        "reliability": {"count": counts.tolist(), **means},
+        "ece": float(gaps.sum() / len(gold)),
     }
 
 
-class Record:
-    """The file at `path`: read if it is there, begun if not.
+def flattened(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity with its settings and files among its keys, for `differences`."""
+    rest = {key: value for key, value in identity.items() if key not in ("settings", "files")}
+    return {**rest, **identity["settings"], **identity["files"]}
 
-    `identity` is all that decides a result but seed, fold and what `chosen` says; a file with
-    another one is a ValueError, as its runs and new ones would not compare.
+
+class Record:
+    """The file at `path`, read if it exists.
+
+    `identity` is everything that decides a result except seed, fold and the values in `chosen`.
+    Raise InputError for a file with another identity, whose runs would not be comparable.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], command: str):
         self.path = path
-        identity = json.loads(json.dumps(identity))  # as it reads in the file
-        self.content = {**identity, "command": command, "search": [], "chosen": None}
-        self.content |= {"trials": [], "runs": []}
-        if not path.exists():
-            return
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            _require_entries(saved)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}: is no record of runs; move it away") from error
-        differing = differences(saved, identity)
-        if differing:
-            raise ValueError(
-                f"{path}: is of other runs ({differing}); move it away or give these a --name"
-            )
-        self.content = {**saved, "command": command}
+        identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
+        self.content = {**identity, "search": [], "chosen": None, "trials": [], "runs": []}
+        if path.exists():
+            try:
+                self.content = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{path}: is not JSON ({error}); move it away") from error
+            saved = {key: self.content.get(key) for key in identity}
+            differing = differences(flattened(saved), flattened(identity))
+            if differing:
+                what = "; ".join(f"{key}: {words}" for key, words in differing.items())
+                raise InputError(
+                    f"{path}: holds other runs ({what}); move it away, or give these a --name"
+                )
+        self.content["command"] = command
+
+    @property
+    def runs(self) -> list[Run]:
+        return self.content["runs"]
 
     def find(
-        self, where: str, hyperparameters: dict[str, Any], seed: int, fold: int | None = None
-    ) -> dict[str, Any] | None:
-        """The entry among "runs" or "trials" of these hyperparameters, seed and fold."""
-        for run in self.content[where]:
+        self, key: str, hyperparameters: dict[str, Any], seed: int, fold: int | None = None
+    ) -> Run | None:
+        """Return the entry among "runs" or "trials", if there is one."""
+        for run in self.content[key]:
             if (run["hyperparameters"], run["seed"], run["fold"]) == (hyperparameters, seed, fold):
                 return run
         return None
 
-    def add(self, where: str, run: dict[str, Any]) -> None:
-        self.content[where].append(run)
-        if where == "runs":
-            self.content["runs"].sort(key=lambda run: (run["seed"], run["fold"] or 0))
+    def add(self, key: str, run: Run) -> None:
+        self.content[key].append(run)
+        if key == "runs":
+            self.runs.sort(key=lambda run: (run["seed"], run["fold"] or 0))
         self.write()
 
     def choose(self, seed: int) -> dict[str, Any]:
-        """Of the seed's trials the one of the highest dev accuracy, the first of equals, becomes
-        its run. Of one that diverged the accuracy is None."""
+        """Make the seed's trial with the highest dev accuracy (the first of equals) its run.
+
+        Return its hyperparameters. A trial that diverged has the accuracy None.
+        """
         trials = [run for run in self.content["trials"] if run["seed"] == seed]
-        ended = [run for run in trials if run["dev"]["accuracy"] is not None]
-        if not ended:
-            raise ValueError(f"{self.path}: every trial of the grid diverged; try lower rates")
-        best = max(ended, key=lambda run: run["dev"]["accuracy"])
+        finished = [run for run in trials if run["dev"]["accuracy"] is not None]
+        if not finished:
+            raise InputError(f"{self.path}: every trial of the grid diverged; try lower rates")
+        best = max(finished, key=lambda run: run["dev"]["accuracy"])
         self.content["search"] = [
             {**run["hyperparameters"], "dev_accuracy": run["dev"]["accuracy"]} for run in trials
         ]
@@ -117,11 +127,3 @@ class Record:
         with atomic_write(self.path) as file:
             json.dump(self.content, file, indent=1)
             file.write("\n")
-
-
-def _require_entries(saved: Any) -> None:
-    """KeyError, TypeError or ValueError where a file has not the form of a record."""
-    if not isinstance(saved["chosen"], (dict, type(None))):
-        raise ValueError("chosen")
-    for run in [*saved["trials"], *saved["runs"]]:
-        _ = run["seed"], run["fold"], run["hyperparameters"], run["dev"]["accuracy"]

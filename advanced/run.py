@@ -1,11 +1,11 @@
-"""Finetunes by the methods of this folder, alone or composed, over seeds.
+"""Finetune by the methods of this folder, alone or composed, over seeds.
 
     python -m advanced.run --method pretrain --method lora --seeds 1,2,3,4,5 --grid lr=1e-3,2e-3
 
-What is finished is kept in results/<data set>-<method>-<model>.json and not run again; what was
-interrupted goes on; weights and states lie in runs/. Of a --grid the first seed tries every
-combination, and the one with the best dev accuracy serves all seeds. The test split is looked at
-when all training is done.
+Finished runs are recorded in results/records/<data set>-<method>-<model>.json and not repeated; an
+interrupted command continues when it is given again. Weights and states are in runs/. With --grid
+the first seed tries every combination, and all seeds use the one with the best dev accuracy. The
+test split is evaluated after all training.
 """
 
 import argparse
@@ -14,312 +14,289 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import cli
-import run_llama
-from advanced.averages import soup, toward_pretrained
-from advanced.catalogue import METHODS, compose
-from advanced.experiment import FILES, OPTIONS_OF, SETTINGS, Experiment
-from advanced.record import Record
-from advanced.task import Rows
-from advanced.zero_shot import ZeroShot
-from training import distributed
-from training.interrupts import Stopped, held_back
-from training.locks import sole_writer
-from training.loop import Evaluation
-from training.options import (
-    add_data_options,
-    add_recipe_options,
-    add_training_options,
-    fill_inputs,
-    require_different,
-    require_output_names,
-)
-from training.state import DIVERGED
-from utils import allow_tf32, keep_freed_memory
+from advanced import produce
+from advanced.compose import AVERAGES, METHODS, OPTIONS, add_method_options, compose, options_of
+from advanced.experiment import SETTINGS, Experiment
+from advanced.record import Record, Run
+from fast.memory import keep_freed_memory
+from tokenizer import find_tokenizer_model
+from training import distributed, options
+from training.evaluation import write_predictions
+from training.loop import DivergedError
+from training.state import only_writer
+from utils import ArgumentParser, pick_device, run_script
 
 DEFAULTS = {"attention": "causal", "pooling": "mean", "batch_size": 32, "train_acc": "running"}
-MATRICES = ("compute_query", "compute_key", "compute_value", "compute_output", "w1", "w2", "w3")
+FILES = ("train", "dev", "test", "label_names", "pretrained_model_path", "tokenizer_path")
+
+
+# ---------------------------------------------------------------- options
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the options; `args.grid` becomes {option: values}, always with "lr"."""
     here = ", ".join(f"--{option} {value}" for option, value in DEFAULTS.items())
-    parser = cli.ArgumentParser(
+    parser = ArgumentParser(
         prog="advanced.run",
         description=__doc__.split("\n")[0],
-        epilog=f"Whatever stands above, the defaults here are {here}.",
+        epilog=f"Different from other commands, the defaults here are {here}.",
     )
     add = parser.add_argument
-    add("--list", action="store_true", help="say what each method does, and end")
+    add("--list", action="store_true", help="list what each method does, and exit")
     add("--method", action="append", choices=tuple(METHODS), metavar="NAME",
-        help="see --list; given again, the methods combine (default: plain)")  # fmt: skip
-    add("--name", help="in the results, in place of the method's, such as r_drop")
-    add("--seeds", type=_seeds, default=[1, 2, 3, 4, 5], help="default 1,2,3,4,5")
+        help="see --list; repeat it to combine methods (default: plain)")  # fmt: skip
+    add("--name", help="name in the results, such as r_drop (default: the methods' names)")
+    add("--seeds", type=_seeds, default=[1, 2, 3, 4, 5], help="default: 1,2,3,4,5")
     add("--grid", nargs="+", action="extend", default=[], metavar="OPTION=A,B",
-        help="values to choose from by the dev accuracy of the first seed")  # fmt: skip
-    add("--folds", type=_folds, help="cross-validate over train and dev together")
-    add("--train_share", type=cli.share, default=1.0, help="of each label's sentences")
-    add("--dev_out", help="for the predictions of the best seed by dev accuracy (default: none)")
-    add("--test_out", help="such as sst-test-advanced-output.txt (default: none)")
-    add("--results_dir", default="results/records", help="default results/records")
-    add("--runs_dir", default="runs", help="of weights and states (default runs)")
-    add_data_options(parser)
-    add_training_options(parser)
-    add_recipe_options(parser)
-    _add_method_options(parser)
+        help="values to choose by the dev accuracy of the first seed (default: none)")  # fmt: skip
+    add("--folds", type=_folds, help="cross-validate over train and dev together (default: off)")
+    add("--train_share", type=options.share, default=1.0,
+        help="share of each label's training sentences (default: 1)")  # fmt: skip
+    for split in ("dev", "test"):
+        add(f"--{split}_out", help="predictions of the seed with the best dev accuracy, such as "
+            f"sst-{split}-advanced-output.txt (default: none)")  # fmt: skip
+    add("--results_dir", default="results/records", help="for records (default: %(default)s)")
+    add("--runs_dir", default="runs", help="for weights and states (default: %(default)s)")
+    add("--save_minutes", type=options.non_negative_float, default=5.0,
+        help="save the state this often, and after each epoch (default: 5)")  # fmt: skip
+    options.add_data_options(parser)
+    options.add_training_options(parser)
+    options.add_recipe_options(parser)
+    add_method_options(parser)
     parser.set_defaults(**DEFAULTS)
     args = parser.parse_args(argv)
+    args.method = args.method or ["plain"]
     args.grid = _grid(parser, args)
-    _require_used(parser, args)
-    if args.name is not None and not re.fullmatch(r"[a-z0-9_+]{1,40}", args.name):
-        parser.error(f"--name {args.name!r}: write it in letters a-z, digits, _ and +")
-    if args.folds:
-        _require_no_choice_by_a_fold(parser, args)
+    _require_consistent(parser, args)
     return args
 
 
-def _require_no_choice_by_a_fold(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
-    """A fold judges what was trained without it, so it may not have a say in the training."""
-    if args.train_share < 1.0:
-        parser.error("--folds and --train_share exclude each other")
-    if args.grid:
-        parser.error("--folds takes no --grid: choose on the dev split first, then name the value")
-    if args.patience:
-        parser.error("--folds takes no --patience: a fold may not end its own training")
-    if args.dev_out or args.test_out:
-        parser.error("--folds writes no outputs: its models have read most of dev")
-    chosen = [name for name in args.method or () if name in ("wise_ft", "soup", "zero_shot")]
-    if chosen:
-        parser.error(f"--folds and {chosen[0]}: that chooses, or is not trained; leave out --folds")
-
-
-def _require_used(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
-    """A usage error for an option of a method that was not chosen."""
-    methods = args.method or ["plain"]
-    used = {key for name in methods for key in OPTIONS_OF.get(name, ())}
-    for name, keys in OPTIONS_OF.items():
-        for key in keys:
-            if key not in used and getattr(args, key) != parser.get_default(key):
-                parser.error(f"--{key} is an option of --method {name}, which was not chosen")
-
-
-def _grid(parser: cli.ArgumentParser, args: argparse.Namespace) -> dict[str, list[Any]]:
-    """--grid lr=1e-4,3e-4 as {"lr": [1e-4, 3e-4]}, each value checked as that of its option."""
-    methods = args.method or ["plain"]
-    known = {"lr", *SETTINGS, *(key for name in methods for key in OPTIONS_OF.get(name, ()))}
-    if "prompt" in methods:
-        known.remove("hidden_dropout_prob")  # of the head that a prompt does not have
-    numbers = {action.dest: action.type for action in parser._actions if action.type and
-               action.nargs is None and action.dest in known}  # fmt: skip
-    grid: dict[str, list[Any]] = {}
-    for word in args.grid:
-        key, _, values = word.partition("=")
-        if key not in numbers:
-            parser.error(f"--grid {word}: choose from {', '.join(sorted(numbers))}")
-        if key in grid:
-            parser.error(f"--grid names {key} twice; give all its values at once, as {key}=A,B")
-        try:
-            grid[key] = [numbers[key](value) for value in values.split(",")]
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"--grid {key}: {error}")
-        if len(set(grid[key])) < len(grid[key]):
-            parser.error(f"--grid {word}: has a value twice")
-    return grid
-
-
-def _add_method_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("options of single methods").add_argument
-    add("--pretrain_epochs", type=cli.positive_int, default=3, help="over the train split (3)")
-    add("--pretrain_lr", type=cli.positive_float, default=3e-4, help="default 3e-4")
-    add("--template", help="by its name in templates.json (default: the data set's first)")
-    add("--lora_rank", type=cli.positive_int, default=8, help="default 8")
-    add("--lora_alpha", type=cli.positive_float, default=16.0, help="alpha / rank scales BA (16)")
-    add("--lora_targets", nargs="+", choices=MATRICES, default=["compute_query", "compute_value"],
-        help="default: compute_query compute_value")  # fmt: skip
-    add("--adapter_size", type=cli.positive_int, default=16, help="width of the bottleneck (16)")
-    add("--mixout_p", type=cli.probability_below_one, default=0.5,
-        help="share of numbers put back to the pretrained ones (0.5)")  # fmt: skip
-    add("--l2sp_weight", type=cli.non_negative_float, default=0.01, help="of the Llama (0.01)")
-    add("--l2sp_head_weight", type=cli.non_negative_float, default=0.01, help="of the head (0.01)")
-    add("--smart_weight", type=cli.non_negative_float, default=1.0, help="of SMART's 1st term (1)")
-    add("--smart_radius", type=cli.positive_float, default=0.1,
-        help="/ RMS of the embeddings (0.1)")  # fmt: skip
-    add("--proximal_weight", type=cli.non_negative_float, default=1.0,
-        help="of SMART's 2nd term (1)")  # fmt: skip
-    add("--last", type=cli.positive_int, default=2, help="epochs that last_epochs averages (2)")
-    add("--soup", choices=("greedy", "uniform"), default="greedy",
-        help="add a seed where dev does not fall (greedy), or average all")  # fmt: skip
-
-
 def _seeds(text: str) -> list[int]:
-    seeds = [cli.seed_int(word) for word in text.split(",")]
+    seeds = [options.seed_int(word) for word in text.split(",")]
     if len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
     return seeds
 
 
 def _folds(text: str) -> int:
-    folds = cli.positive_int(text)
+    folds = options.positive_int(text)
     if folds < 2:
         raise argparse.ArgumentTypeError("1 fold leaves nothing to train on; take 2 or more")
     return folds
 
 
-def run_all(experiment: Experiment, record: Record) -> list[dict[str, Any]]:
-    """Runs what the record lacks; returns the wanted runs. The test split comes last."""
-    args = experiment.args
-    folds = range(args.folds) if args.folds else (None,)
-    grid = {"lr": [args.lr], **args.grid}
-    combinations = [dict(zip(grid, one, strict=True)) for one in itertools.product(*grid.values())]
-    for one in combinations:
-        experiment.require_buildable(one)
-    first = args.seeds[0]
-    if record.content["chosen"] is None and len(combinations) == 1:
-        record.content["chosen"] = combinations[0]
-    if record.content["chosen"] is None:
-        for one in combinations:
-            if record.find("trials", one, first) is None:
-                _add(experiment, record, "trials", _tried(experiment, one, first))
-        chosen = record.choose(first)
-        for one in combinations:
-            if one != chosen:
-                experiment.weights_path(one, first, None).unlink(missing_ok=True)
-    chosen = record.content["chosen"]
-    wanted = [(seed, fold) for seed in args.seeds for fold in folds]
-    for seed, fold in wanted:
-        if record.find("runs", chosen, seed, fold) is None:
-            _add(experiment, record, "runs", experiment.train_run(chosen, seed, fold))
-    runs = [record.find("runs", chosen, seed, fold) for seed, fold in wanted]
-    if not args.folds:
-        _test(experiment, record, runs)
+def _grid(parser: ArgumentParser, args: argparse.Namespace) -> dict[str, list[Any]]:
+    """Parse --grid lr=1e-4,3e-4 into {"lr": [1e-4, 3e-4]} by the types of the options."""
+    known = {"lr", *SETTINGS, *options_of(args.method)}
+    if "prompt" in args.method:
+        known.remove("hidden_dropout_prob")  # a prompt has no head
+    types = {action.dest: action.type for action in parser._actions if action.type and
+             action.nargs is None and action.dest in known}  # fmt: skip
+    grid: dict[str, list[Any]] = {}
+    for word in args.grid:
+        key, _, values = word.partition("=")
+        if key not in types:
+            parser.error(f"--grid {word}: choose from {', '.join(sorted(types))}")
+        try:
+            parsed = [types[key](value) for value in values.split(",")]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--grid {key}: {error}")
+        if key in grid or len(set(parsed)) < len(parsed):
+            parser.error(f"--grid {word}: give each option once, with different values")
+        grid[key] = parsed
+    return grid
+
+
+def _require_consistent(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error for options that have no effect or exclude each other."""
+    used = options_of(args.method)
+    for method, rows in OPTIONS.items():
+        for name, (_, default, _) in rows.items():
+            if name not in used and getattr(args, name) != default:
+                parser.error(f"--{name} is an option of --method {method}")
+    if args.name is not None and not re.fullmatch(r"[a-z0-9_+]{1,40}", args.name):
+        parser.error(f"--name {args.name!r}: use only a-z, digits, _ and +")
+    for split in ("dev", "test"):
+        outfile, ending = getattr(args, f"{split}_out"), f"{split}-advanced-output.txt"
+        if outfile is not None and not outfile.endswith(ending):
+            parser.error(f"--{split}_out {outfile}: must end in {ending}")
+    chosen = {"zero_shot", *AVERAGES} & set(args.method)
+    folds_exclude = {  # a fold judges a model, so it may not influence its training
+        "--train_share": args.train_share < 1.0,
+        "--grid": args.grid,
+        "--patience": args.patience,
+        "--dev_out": args.dev_out,
+        "--test_out": args.test_out,
+        **{f"--method {name}": True for name in sorted(chosen)},
+    }
+    for option, is_given in folds_exclude.items():
+        if args.folds and is_given:
+            parser.error(f"--folds cannot be combined with {option}")
+    if "zero_shot" in args.method and (args.grid or args.train_share < 1.0):
+        parser.error("zero_shot trains nothing; leave out --grid and --train_share")
+
+
+# ---------------------------------------------------------------- runs
+
+
+def run_all(experiment: Experiment, methods: tuple[str, ...], seeds: list[int]) -> list[Run]:
+    """Run and show what the records lack; return the runs of the last method.
+
+    `methods` has the averages, too.
+    """
+    record = Record(experiment.results_path(), experiment.identity(), command())
+    if "zero_shot" in methods:
+        if not record.runs:
+            run = produce.zero_shot(experiment, seeds[0])
+            record.content["chosen"] = run["hyperparameters"]
+            record.add("runs", run)
+        runs = record.runs
+    else:
+        runs = train_all(experiment, record, seeds)
+    show(record, runs)
+    if "wise_ft" in methods:
+        runs = average_all(experiment, "wise_ft", [[run] for run in runs])
+    if "soup" in methods:
+        average = "+".join(name for name in AVERAGES if name in methods)
+        runs = average_all(experiment, average, [runs])
     return runs
 
 
-def _tried(experiment: Experiment, hyperparameters: dict[str, Any], seed: int) -> dict[str, Any]:
-    """A trial of the search; what diverges has no accuracy and is not chosen."""
-    try:
-        return experiment.train_run(hyperparameters, seed)
-    except ValueError as error:
-        if DIVERGED not in str(error):
-            raise
-        print(f"{hyperparameters}: {error}", flush=True)
-        run = {"seed": seed, "fold": None, "hyperparameters": hyperparameters}
-        return {**run, "dev": {"accuracy": None}}
+def train_all(experiment: Experiment, record: Record, seeds: list[int]) -> list[Run]:
+    """Train what the record lacks and return all runs. The test split comes last."""
+    grid = experiment.grid
+    combinations = [dict(zip(grid, one, strict=True)) for one in itertools.product(*grid.values())]
+    for hyperparameters in combinations:
+        experiment.require_trainable(experiment.settings_with(hyperparameters))
+    if record.content["chosen"] is None and len(combinations) > 1:
+        _search(experiment, record, combinations, seeds[0])
+    chosen = record.content["chosen"] = record.content["chosen"] or combinations[0]
+    folds = range(experiment.folds) if experiment.folds else [None]
+    runs = []
+    for seed, fold in itertools.product(seeds, folds):
+        run = record.find("runs", chosen, seed, fold)
+        if run is None:
+            run = produce.trained(experiment, chosen, seed, fold)
+            record.add("runs", run)
+        produce.forget(experiment, run)
+        runs.append(run)
+    for run in runs:
+        if run["test"] is None and not experiment.folds:
+            settings = experiment.settings_with(chosen)
+            run["test"] = experiment.metrics(experiment.load(run), experiment.test, settings)
+            record.write()
+    return runs
 
 
-def _add(experiment: Experiment, record: Record, where: str, run: dict[str, Any]) -> None:
-    """Its record first, then what it needed to go on: a stop in between costs nothing."""
-    with held_back():
-        record.add(where, run)
-        experiment.forget(run)
+def _search(
+    experiment: Experiment, record: Record, combinations: list[dict[str, Any]], seed: int
+) -> None:
+    """Try every combination with one seed and make the best its run."""
+    for hyperparameters in combinations:
+        if record.find("trials", hyperparameters, seed) is None:
+            try:
+                trial = produce.trained(experiment, hyperparameters, seed)
+            except DivergedError as error:
+                print(f"{hyperparameters}: {error}", flush=True)
+                trial = {"seed": seed, "fold": None, "hyperparameters": hyperparameters}
+                trial["dev"] = {"accuracy": None}
+            record.add("trials", trial)
+    trials = list(record.content["trials"])
+    chosen = record.choose(seed)
+    for trial in trials:
+        produce.forget(experiment, trial)
+        if trial["hyperparameters"] != chosen:
+            experiment.weights_path(trial).unlink(missing_ok=True)
 
 
-def zero_shot(experiment: Experiment, record: Record) -> ZeroShot:
-    """Chooses a prompt on the train split, unless the record has one, and measures it."""
-    prompt = ZeroShot(experiment)
-    if not record.content["runs"]:
-        run = prompt.choose()
-        for split, rows in (("dev", experiment.dev), ("test", experiment.test)):
-            run[split] = experiment.figures(prompt.evaluate(run, rows))
-        record.content["chosen"] = run["hyperparameters"]
-        record.add("runs", run)
-    return prompt
+def average_all(experiment: Experiment, average: str, groups: list[list[Run]]) -> list[Run]:
+    """Return an average of each group of runs: "wise_ft", "soup", or a soup of "wise_ft+soup".
+
+    The record keeps the averages that are still of the same weights.
+    """
+    record = Record(experiment.results_path(average), experiment.identity(average), command())
+    is_soup, averages = average.endswith("soup"), []
+    make = produce.soup if is_soup else produce.interpolated
+    for runs in groups:
+        of = [run["weights_sha256"] for run in runs]
+        made = next((run for run in record.runs if run.get("of") == of), None)
+        if made is None:
+            made = make(experiment, runs, average)
+            chosen, seed = made["hyperparameters"], made["seed"]
+            others = [run for run in record.runs if run["seed"] != seed and not is_soup]
+            record.content["chosen"] = chosen
+            record.content["runs"] = [run for run in others if run["hyperparameters"] == chosen]
+            record.add("runs", made)
+        averages.append(made)
+    show(record, averages)
+    return averages
 
 
-def _test(experiment: Experiment, record: Record, runs: list[dict[str, Any]]) -> None:
-    untested = [run for run in runs if run["test"] is None]
-    options = experiment.options(record.content["chosen"])
-    data = experiment.encode(experiment.test, options) if untested else None
-    for run in untested:
-        result = experiment.evaluate(experiment.load(run), data, options)
-        run["test"] = experiment.figures(result)
-        record.write()
-
-
-def show(record: Record, runs: list[dict[str, Any]]) -> None:
-    """A line for each split: mean and standard deviation over the runs."""
+def show(record: Record, runs: list[Run]) -> None:
+    """Print mean and standard deviation over the runs, a line for each split."""
     for split in ("dev", "test"):
         values = [run[split]["accuracy"] for run in runs if run[split] is not None]
         values = [value for value in values if value is not None]
         if values:
             spread = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
-            of = f"{len(values)} run{'s' if len(values) > 1 else ''}"
-            print(f"{split} acc :: {statistics.mean(values):.3f}{spread}, {of}")
+            n_runs = f"{len(values)} run{'s' if len(values) > 1 else ''}"
+            print(f"{split} acc :: {statistics.mean(values):.3f}{spread}, {n_runs}")
     print(f"wrote {record.path}")
+
+
+# ---------------------------------------------------------------- the command
 
 
 def command() -> str:
     return shlex.join(["python", "-m", "advanced.run", *sys.argv[1:]])
 
 
-def _write_outputs(experiment: Experiment, predict: Callable[[Rows], Evaluation]) -> None:
-    """What one run predicts, as `pred ||| sentence` lines."""
-    for split, rows in (("dev", experiment.dev), ("test", experiment.test)):
-        outfile = getattr(experiment.args, f"{split}_out")
-        if outfile:
-            result = predict(rows)
-            print(f"{outfile}: predictions of the run with the best dev accuracy")
-            run_llama.write_predictions_to_file(
-                split, outfile, result.accuracy, result.predictions, result.sentences
-            )
-
-
 def main(argv: list[str] | None = None) -> None:
-    distributed.require_alone("advanced.run")
+    distributed.require_single_process("advanced.run")
     args = get_args(argv)
     if args.list:
-        for name, what in METHODS.items():
-            print(f"{name}: {what}")
+        for name, description in METHODS.items():
+            print(f"{name}: {description}")
         return
-    methods = compose(args.method or ["plain"])
-    if "zero_shot" in methods and (args.grid or args.train_share < 1.0):
-        raise ValueError("zero_shot trains nothing; leave out --grid and --train_share")
-    fill_inputs(args, ("train", "dev", "test"))
-    require_output_names(args, "advanced")
-    outputs = [path for path in (args.dev_out, args.test_out) if path is not None]
-    require_different(outputs, [getattr(args, key) for key in FILES])
+    methods = compose(args.method)
+    options.fill_inputs(args, ("train", "dev", "test"))
+    if args.tokenizer_path is None:
+        args.tokenizer_path = str(find_tokenizer_model(args.pretrained_model_path))
+    outputs = {split: getattr(args, f"{split}_out") for split in ("dev", "test")}
+    outputs = {split: path for split, path in outputs.items() if path is not None}
+    files = {key: getattr(args, key) for key in FILES}
+    options.require_outputs(outputs.values(), files.values())
     keep_freed_memory()
-    allow_tf32()
-    trained = tuple(name for name in methods if name not in ("wise_ft", "soup")) or ("plain",)
-    experiment = Experiment(args, trained)
-    experiment.require_enough()
-    Path(args.results_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        with sole_writer(experiment.results_path(), *outputs):
-            _run(experiment, methods)
-    except Stopped as stopped:
-        stopped.is_resumable, stopped.option = True, None
-        raise
-
-
-def _run(experiment: Experiment, methods: tuple[str, ...]) -> None:
-    record = Record(experiment.results_path(), experiment.identity(), command())
-    if "zero_shot" in methods:
-        prompt = zero_shot(experiment, record)
-        chosen = record.content["runs"][0]
-        show(record, [chosen])
-        _write_outputs(experiment, lambda rows: prompt.evaluate(chosen, rows))
-        return
-    runs = run_all(experiment, record)
-    show(record, runs)
-    if "wise_ft" in methods:
-        record, runs = toward_pretrained(experiment, runs, command())
-        show(record, runs)
-    if "soup" in methods:
-        record, runs = soup(experiment, runs, command())
-        show(record, runs)
-    best = max(runs, key=lambda run: run["dev"]["accuracy"])
-    options = experiment.options(best["hyperparameters"])
-
-    def predict(rows: Rows) -> Evaluation:
-        data = experiment.encode(rows, options)
-        return experiment.evaluate(experiment.load(best), data, options)
-
-    _write_outputs(experiment, predict)
+    experiment = Experiment(
+        methods=tuple(name for name in methods if name not in AVERAGES) or ("plain",),
+        files=files,
+        settings=SimpleNamespace(**vars(args)),
+        grid={"lr": [args.lr], **args.grid},
+        device=pick_device(args.use_gpu),
+        results_dir=Path(args.results_dir),
+        runs_dir=Path(args.runs_dir),
+        name=args.name,
+        folds=args.folds,
+        train_share=args.train_share,
+        save_minutes=args.save_minutes,
+    )
+    weights = experiment.runs_dir / experiment.stem()
+    for folder in (experiment.results_dir, weights):
+        folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(experiment.results_path(), weights, *outputs.values()):
+        runs = run_all(experiment, methods, args.seeds)
+        best = max(runs, key=lambda run: run["dev"]["accuracy"])
+        settings = experiment.settings_with(best["hyperparameters"])
+        for split, outfile in outputs.items():
+            rows = experiment.dev if split == "dev" else experiment.test
+            result = experiment.evaluate(experiment.load(best), rows, settings)
+            write_predictions(outfile, result)
+            print(f"wrote {outfile}: {split} predictions of seed {best['seed']}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

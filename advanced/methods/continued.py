@@ -1,37 +1,32 @@
 """Continued pretraining on a task's own sentences (Gururangan et al. 2020, arXiv 2004.10964).
 
-Before finetuning the model goes on with what it was pretrained on (section 4, "TAPT"), on the train
-split's sentences, without their labels:
+Before finetuning, the model continues its pretraining on the train split's sentences, without their
+labels (section 4, "TAPT"):
 
     L = -1/N sum_t log p(x_t | x_<t)
 
-It keeps its shape and its tokenizer; attention is causal. What differs here: the paper continues a
-masked language model for a hundred epochs, of masks drawn anew; here the next token is predicted,
-and three epochs are the default of `--pretrain_epochs`.
+The model keeps its shape and tokenizer; attention is causal. The paper continues a masked language
+model for a hundred epochs with new masks in each; here the next token is predicted, and
+`--pretrain_epochs` is 3 by default.
 """
 
+import csv
+import hashlib
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from llama import load_pretrained
-from pretraining.corpus import TokenStream, digest_of, encode_documents
-from pretraining.loop import (
-    FILES,
-    HeldOut,
-    Run,
-    in_words,
-    make_optimizers,
-    save_model,
-    train,
-)
+from pretraining.corpus import digest_of, encode_documents
+from pretraining.loop import HeldOut, Recipe, train_language_model
 from tokenizer import Tokenizer
-from training.locks import sole_writer
+from training.state import StateFile, only_writer
 from utils import seed_everything, sha256_of
 
 
-def continue_on(
+def continue_pretraining(
     sentences: list[str],
     heldout: list[str],
     checkpoint: str,
@@ -40,44 +35,55 @@ def continue_on(
     *,
     epochs: int,
     lr: float,
-    seed: int,
     device: torch.device,
     bf16: bool = False,
+    seed: int = 0,
 ) -> tuple[Path, float]:
-    """Reads the sentences `epochs` times: (path of the model that has read them, seconds).
+    """Train on the sentences; return (path of the model, seconds). `heldout` is only measured.
 
-    `heldout` sentences are measured alone. `folder` is the run's own: what is finished there is not
-    done again, what was interrupted goes on, and the traces of another run are a ValueError.
+    The name of the run's folder is `folder` and a digest of the settings. A finished run is not
+    repeated, and an interrupted one continues.
     """
     model = load_pretrained(checkpoint, attention="causal").to(device)
-    seed_everything(seed)
-    encoded = encode_documents(tokenizer, sentences)
-    n_tokens = sum(map(len, encoded))
-    seq_len = min(128, model.config.max_seq_len, n_tokens - 1)  # a few sentences are a window, too
+    documents = encode_documents(tokenizer, sentences)
+    recipe = _recipe(sum(map(len, documents)), model.config.max_seq_len, epochs, lr, seed, bf16)
+    settings = {**asdict(recipe), "text_sha256": digest_of(sentences), "device": device.type}
+    settings["model_sha256"] = sha256_of(checkpoint)
+    settings["tokenizer_sha256"] = sha256_of(tokenizer.model_path)
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:12]
+    folder = folder.with_name(f"{folder.name}-{digest}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path, history = folder / "model.pt", folder / "history.csv"
+    with only_writer(path):
+        if not path.exists() or (folder / "state.pt").exists():
+            seed_everything(seed)
+            train_language_model(
+                model,
+                documents,
+                [HeldOut("held out", heldout, tokenizer, recipe.seq_len)],
+                folder,
+                recipe,
+                state_file=StateFile(folder / "state.pt", settings),
+                eval_minutes=math.inf,
+            )
+    with history.open(encoding="utf-8") as file:
+        return path, 60 * float(list(csv.DictReader(file))[-1]["minutes"])
+
+
+def _recipe(
+    n_tokens: int, max_seq_len: int, epochs: int, lr: float, seed: int, bf16: bool
+) -> Recipe:
+    """Return the recipe for `epochs` passes over a text, of which a few sentences are a window."""
+    seq_len = min(128, max_seq_len, n_tokens - 1)
     n_rows = min(16, (n_tokens - 1) // seq_len)
     n_steps = math.ceil(epochs * n_tokens / (n_rows * seq_len))
-    settings = {"batch_tokens": n_rows * seq_len, "seq_len": seq_len}
-    settings["warmup"] = min(20, n_steps // 10)
-    settings |= {"decay_from": 0.0, "max_grad_norm": 1.0, "lr": lr, "epochs": epochs, "seed": seed}
-    settings |= {"bf16": bf16, "device": device.type, "text_sha256": digest_of(encoded)}
-    settings |= {"model_sha256": sha256_of(checkpoint)}
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Run(
-        folder,
-        model,
-        make_optimizers(model, "adamw", lr, muon_lr=0.0, weight_decay=0.1),
-        TokenStream(encoded, seq_len, seed),
-        [HeldOut("held out", heldout, tokenizer, seq_len)],
-        settings,
+    return Recipe(
+        tokens=epochs * n_tokens,
+        seq_len=seq_len,
+        batch_tokens=n_rows * seq_len,
+        lr=lr,
+        warmup=min(20, n_steps // 10),
+        decay_from=0.0,
+        seed=seed,
+        bf16=bf16,
     )
-    with sole_writer(*(folder / name for name in FILES)):
-        if (folder / "state.pt").exists():
-            run.load()
-        if run.step * settings["batch_tokens"] < epochs * n_tokens:
-            run.budget["tokens"] = epochs * n_tokens
-            if not run.step:
-                print(f"before: {in_words(run.measure(n_rows))}", flush=True)
-            train(run, device, eval_minutes=math.inf, save_minutes=5.0)
-        else:  # the last save may have been cut off between the state and the model
-            save_model(folder / "model.pt", run.model, half=False)
-    return folder / "model.pt", run.seconds

@@ -1,15 +1,13 @@
-"""Training a part of the weights that are there, and none that are not.
+"""Train a part of the existing weights.
 
-"norms": the gains of the RMSNorms and the head. It is the counterpart of BitFit (Ben Zaken et al.
-2022, arXiv 2106.10199), which trains the biases of BERT and the head; a Llama has no biases, and
-its gains are its only vectors. In dim * (2 n_layers + 1) numbers it scales features and moves
-none.
+"norms": the gains of the RMSNorms, and the head. This is the counterpart of BitFit (Ben Zaken et
+al. 2022, arXiv 2106.10199), which trains BERT's biases and the head; a Llama has no biases. The
+dim * (2 n_layers + 1) gains scale features.
 
-"head": what lies outside the Llama alone, over frozen states (linear probing). It is what
-`option="pretrain"` makes of a fresh classifier.
+"head": everything outside the Llama, on frozen states (linear probing).
 
-LoRA and bottleneck adapters train weights of their own instead; He et al. 2022, arXiv 2110.04366,
-put those two into one framework.
+LoRA and bottleneck adapters train new weights instead. He et al. 2022 (arXiv 2110.04366) put those
+two into one framework.
 """
 
 from torch import nn
@@ -19,24 +17,20 @@ from llama import RMSNorm
 PARTS = ("norms", "head")
 
 
-def train_only(model: nn.Module, which: str) -> None:
-    """Makes one of `PARTS` trainable and freezes the rest, whatever was trainable before.
+def train_only(model: nn.Module, part: str) -> None:
+    """Make one of `PARTS` trainable and freeze the rest.
 
-    All that lies outside `model.llama`, a pooling's own weights too, counts as the head. ValueError
-    for another word.
+    Everything outside `model.llama`, such as a pooling's own weights, belongs to the head.
     """
-    if which not in PARTS:
-        raise ValueError(f"which={which!r} to train: choose one of {', '.join(PARTS)}")
     model.requires_grad_(True)
     model.llama.requires_grad_(False)
-    if which == "norms":
-        for module in model.llama.modules():
-            if isinstance(module, RMSNorm):
-                module.requires_grad_(True)
+    for module in model.llama.modules():
+        if part == "norms" and isinstance(module, RMSNorm):
+            module.requires_grad_(True)
 
 
-def count_trainable(model: nn.Module) -> tuple[int, int]:
-    """(Numbers that are trained, all numbers) of the parameters; a tied weight counts once."""
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (number of trainable parameters, number of all); a tied weight counts once."""
     parameters = list(model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return trained, sum(parameter.numel() for parameter in parameters)
+    n_trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return n_trainable, sum(p.numel() for p in parameters)

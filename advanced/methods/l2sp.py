@@ -1,21 +1,16 @@
-"""L2-SP (Li, Grandvalet and Davoine 2018, arXiv 1802.01483, equation 3): weight decay to a start.
+"""L2-SP: weight decay toward the pretrained weights (Li, Grandvalet and Davoine 2018, arXiv
+1802.01483, equation 3).
 
     alpha / 2 ||w - w0||^2 + beta / 2 ||v||^2
 
-where w are the weights that were pretrained, w0 what they were before finetuning (the starting
-point, SP), and v those of the new head. It is a term of the loss, a `regularizer` of
-`training.train_classifier`; model and loop stay as they are.
+w are the pretrained weights in training, w0 their values before finetuning (the starting point,
+SP), v the weights of the new head. The penalty is a `regularizer` of `train_classifier`.
 
-What differs here, and why: the paper trains by SGD with momentum, here AdamW divides the gradient
-of the whole loss, this term's included, by its root mean square. A weight with large gradients is
-thereby pulled back more slowly than alpha says, one with small gradients faster (Loshchilov and
-Hutter 2019, arXiv 1711.05101, say so of L2). `AdamW`'s own weight decay, 0 in this project's
-finetuning, pulls to zero, not to w0; use one of the two.
-
-The 3.2 million numbers of the bundled model cost 6 ms a step on one thread of a CPU.
+Difference from the paper: it trains by SGD with momentum. AdamW divides the gradient of the whole
+loss, and so the penalty's, by its root mean square. A weight with large gradients is pulled back
+more slowly than alpha says (Loshchilov and Hutter 2019, arXiv 1711.05101). AdamW's own weight
+decay, 0 in this project's finetuning, pulls to zero and not to w0.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -23,43 +18,28 @@ from torch import nn
 
 
 class L2SP(nn.Module):
-    """weight / 2 ||w - w0||^2 + head_weight / 2 ||v||^2.
+    """alpha / 2 ||w - w0||^2 + beta / 2 ||v||^2, over the trainable parameters.
 
-    w are the pretrained parameters of `model.llama` that are trainable, and w0 the weights they
-    have, when this is built; v are all others that are: the head, adapters, and what reads the
-    states. w0 is not saved: a run that is resumed builds this on the pretrained model, before its
-    state is loaded. ValueError for a weight that is no number of at least 0, and where all of the
-    pretrained is frozen.
+    w are those of `model.llama` without adapters; v are all others. w0 is read from `model` here
+    and not saved: a resumed run builds this on the pretrained model before it loads its state.
     """
 
-    def __init__(self, model: nn.Module, weight: float, head_weight: float):
+    def __init__(self, model: nn.Module, alpha: float, beta: float):
         super().__init__()
-        for name, value in (("weight", weight), ("head_weight", head_weight)):
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"L2-SP's {name}={value} is not a number of at least 0")
-        self.weight = weight
-        self.head_weight = head_weight
-        trained = [name for name, p in model.llama.named_parameters() if p.requires_grad]
-        self.names = [name for name in trained if ".adapter." not in name]
-        if not self.names:
-            raise ValueError("L2-SP holds what is trained, but model.llama is frozen; finetune it")
-        for i, name in enumerate(self.names):  # a buffer's own name has no dots
-            start = model.llama.get_parameter(name).detach().clone()
-            self.register_buffer(f"start_{i}", start, persistent=False)
+        self.alpha, self.beta = alpha, beta
+        self.starts = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name.startswith("llama.") and ".adapter." not in name
+        }
 
     def forward(self, model: nn.Module, *_batch: object) -> torch.Tensor:
-        """The penalty, a scalar; of the batch it needs nothing."""
-        squares = [
-            # One pass over the memory each way, of which (w - w0).square().sum() takes two.
-            F.mse_loss(
-                model.llama.get_parameter(name), self.get_buffer(f"start_{i}"), reduction="sum"
-            )
-            for i, name in enumerate(self.names)
-        ]
-        held = {f"llama.{name}" for name in self.names}
-        new = [
-            parameter.square().sum()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and name not in held
-        ]
-        return self.weight / 2 * sum(squares) + self.head_weight / 2 * sum(new)
+        """Return the penalty, a scalar; it does not depend on the batch."""
+        pretrained = new = 0.0
+        for name, parameter in model.named_parameters():
+            if name in self.starts:
+                # mse_loss needs one pass over the memory in each direction, a difference two.
+                pretrained += F.mse_loss(parameter, self.starts[name], reduction="sum")
+            elif parameter.requires_grad:
+                new += parameter.square().sum()
+        return self.alpha / 2 * pretrained + self.beta / 2 * new

@@ -1,23 +1,22 @@
 """Zero-shot classification by prompts (`templates.py`), and finetuning through the same prompts.
 
-The score of a label is the log of sum_v p(v | prompt) over its strings v, p by the chain rule over
-tokens. It holds the model's liking for some strings whatever the sentence, so a `bias` is added
-before scores are normalized: minus the log of a label's mean probability
+The score of a label is log sum_v p(v | prompt) over its strings v, with p by the chain rule over
+tokens. A model prefers some strings whatever the sentence, so a `bias` is added before scores are
+normalized: minus the log of a label's mean probability
 
-- "contextual": given "N/A", "" and "[MASK]" for a sentence (Zhao et al. 2021, arXiv 2102.09690:
-  W = diag(p_cf)^-1, b = 0; here in log space, and normalized without a second softmax);
+- "contextual": given "N/A", "" and "[MASK]" as the sentence (Zhao et al. 2021, arXiv 2102.09690:
+  W = diag(p_cf)^-1, b = 0; here in log space, without their second softmax);
 - "pmi": given the template without a sentence (Holtzman et al. 2021, arXiv 2104.08315: domain
   conditional PMI, here of the sum over a label's strings);
-- "batch": given sentences, their labels unseen (Zhou et al. 2024, arXiv 2309.17249); here the train
-  split's, so that no prediction depends on other test sentences. It draws predictions toward
-  balanced labels.
+- "batch": given sentences without their labels (Zhou et al. 2024, arXiv 2309.17249), here those of
+  the train split, so that a prediction does not depend on other test sentences. It moves
+  predictions toward balanced labels.
 
-Prompt-based finetuning (Gao et al. 2021, LM-BFF, arXiv 2012.15723, eq. 1) trains the Llama on these
-same log-probabilities, with no new head; there the label fills a mask anywhere in the text, here it
-comes last, where a causal model has read the sentence.
+Prompt-based finetuning (Gao et al. 2021, LM-BFF, arXiv 2012.15723, eq. 1) trains the Llama on the
+same log-probabilities, without a new head. In the paper the label fills a mask anywhere in the
+text; here it comes last, where a causal model has read the sentence.
 """
 
-import math
 from types import SimpleNamespace
 
 import torch
@@ -27,10 +26,12 @@ from advanced.methods.templates import Template, render
 from classifier import LlamaZeroShotClassifier
 from llama import Llama
 from tokenizer import Tokenizer
-from training.dataset import Example, SentenceDataset, encode_examples, make_loader
+from training.dataset import Example, SentenceDataset, encode_examples
+from training.evaluation import predict_probs
+from utils import InputError
 
 SCORINGS = ("plain", "contextual", "pmi", "batch")
-CONTENT_FREE = ("N/A", "", "[MASK]")
+CONTENT_FREE = {"contextual": ("N/A", "", "[MASK]"), "pmi": ("",)}
 
 
 def encode_prompts(
@@ -41,8 +42,11 @@ def encode_prompts(
     max_tokens: int,
     max_sentence_len: int | None = None,
 ) -> tuple[list[Example], int]:
-    """`dataset.encode_examples` of the rendered sentences: one too long loses its end, never a word
-    of the template. Leave the model room for the labels: max_seq_len - `longest_label`."""
+    """Return (examples of the rendered sentences, the number of truncated ones).
+
+    A sentence that is too long loses its end; the template stays whole. `max_tokens` should be
+    max_seq_len - `longest_label`, to leave room for the label.
+    """
     before = tokenizer.encode(template.before, bos=True, eos=False)
     examples, n_truncated = encode_examples(
         rows,
@@ -51,40 +55,40 @@ def encode_prompts(
         max_sentence_len=max_sentence_len,
         suffix=template.after or None,
     )
-    examples = [e._replace(tokens=before + e.tokens[1:]) for e in examples]  # one bos is enough
+    examples = [e._replace(tokens=before + e.tokens[1:]) for e in examples]  # without a second bos
     return examples, n_truncated
 
 
 class PromptClassifier(LlamaZeroShotClassifier):
-    """(B, T), (B,) -> (B, n_labels): log-probabilities of labels that have one or more strings.
+    """(B, T), (B,) -> (B, n_labels): log-probabilities of labels with one or more strings.
 
-    `labels` are those of a `Template`. All strings of one token cost one pass together, each other
-    beginning of a string one more. The Llama is trained, or frozen with `trainable=False`; that it
-    is causal, and reads each row's last real token, keeps padding and other rows out of the result.
+    `labels` are those of a `Template`. All strings of one token share one pass; every other
+    beginning of a string costs another. The Llama must be causal.
     """
 
     def __init__(
         self,
         llama: Llama,
         tokenizer: Tokenizer,
-        labels: tuple[tuple[str, ...], ...] | list[list[str]],
+        labels: tuple[tuple[str, ...], ...],
         trainable: bool = True,
     ):
         if llama.config.attention != "causal":
-            raise ValueError(
-                f"attention={llama.config.attention!r} cannot prompt: each token would see the "
-                "next; choose a causal checkpoint, or --attention causal"
+            raise InputError(
+                f"attention={llama.config.attention!r} cannot prompt, because each token would see "
+                "the next; choose --attention causal"
             )
         strings = [string for group in labels for string in group]
         config = SimpleNamespace(num_labels=len(strings), pooling="last")
         super().__init__(config, tokenizer, strings, llama)
+        self.tokenizer = tokenizer
         self.num_labels = len(labels)
         self.group_sizes = [len(group) for group in labels]
         self.llama.requires_grad_(trainable)
         self.register_buffer("bias", torch.zeros(len(labels), device=llama.norm.weight.device))
 
-    def scores(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """log sum_v p(v | prompt) over each label's strings v, (B, n_labels), without the bias."""
+    def scores(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Return log sum_v p(v | prompt) over each label's strings v, (B, n_labels)."""
         of_strings = super().forward(input_ids, lengths).split(self.group_sizes, dim=1)
         return torch.stack([group.logsumexp(dim=1) for group in of_strings], dim=1)
 
@@ -93,48 +97,31 @@ class PromptClassifier(LlamaZeroShotClassifier):
 
 
 def longest_label(tokenizer: Tokenizer, template: Template) -> int:
-    """Positions that the template's labels need behind a prompt: all tokens but the last."""
+    """Return the positions that a label needs behind the prompt: all its tokens except the last."""
     strings = [string for group in template.labels for string in group]
     return max(len(tokenizer.encode(string, bos=False, eos=False)) for string in strings) - 1
 
 
-@torch.inference_mode()
-def label_scores(
-    model: PromptClassifier, examples: list[Example], batch_size: int = 32
-) -> torch.Tensor:
-    """`model.scores` of each example, (N, n_labels), in their order."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    dataset = SentenceDataset([examples[i] for i in order], model.tokenizer.pad_id)
-    device = model.bias.device
-    scores = torch.cat(
-        [
-            model.scores(batch["token_ids"].to(device), batch["lengths"].to(device))
-            for batch in make_loader(dataset, batch_size)
-        ]
-    )
-    return torch.empty_like(scores).index_copy_(0, torch.tensor(order, device=device), scores)
+def unbiased_probs(model: PromptClassifier, examples: list[Example]) -> torch.Tensor:
+    """Set the bias to zero and return the label probabilities (N, n_labels), on the CPU."""
+    model.bias.zero_()
+    data = SentenceDataset(examples, model.tokenizer.pad_id)
+    return predict_probs(model, data, 32, model.bias.device)
 
 
 def calibrate(
-    model: PromptClassifier, scoring: str, template: Template, scores: torch.Tensor | None = None
+    model: PromptClassifier, scoring: str, template: Template, probs: torch.Tensor
 ) -> None:
-    """Sets the model's bias by one of SCORINGS: minus the log of each label's mean probability.
+    """Set the model's bias by one of SCORINGS: minus the log of each label's mean probability.
 
-    "batch" takes the mean over `scores` (N, n_labels), those of sentences whose labels it does not
-    see; the others make inputs of their own. Put the model in eval mode first.
+    `probs` (N, n_labels) are the unbiased probabilities of the sentences that "batch" reads.
     """
-    if scoring not in SCORINGS:
-        raise ValueError(f"scoring={scoring!r} is not one of {SCORINGS}")
-    if scoring == "plain":
-        model.bias.zero_()
-        return
-    if scoring != "batch":
-        inputs = CONTENT_FREE if scoring == "contextual" else ("",)
-        texts = [render(template, text) for text in inputs]
+    if scoring in CONTENT_FREE:
+        texts = [render(template, text) for text in CONTENT_FREE[scoring]]
         encode = model.tokenizer.encode
         examples = [Example(text, 0, encode(text, bos=True, eos=False)) for text in texts]
-        scores = label_scores(model, examples)
-    elif scores is None:
-        raise ValueError("scoring='batch' needs the scores of sentences")
-    log_means = F.log_softmax(scores, dim=-1).logsumexp(dim=0) - math.log(len(scores))
-    model.bias.copy_(-log_means)
+        probs = unbiased_probs(model, examples)
+    if scoring == "plain":
+        model.bias.zero_()
+    else:
+        model.bias.copy_(-probs.mean(dim=0).clamp_min(torch.finfo(probs.dtype).tiny).log())

@@ -1,47 +1,49 @@
-"""SMART (Jiang et al. 2020, arXiv 1911.03437, section 3): smooth around each input, small steps.
+"""SMART (Jiang et al. 2020, arXiv 1911.03437, section 3): smoothness around inputs, small steps.
 
     weight * E max_{||d||_inf <= radius} l(f(x + d; theta), f(x; theta))       (section 3.1)
     + proximal_weight * E l(f(x; theta), f(x; theta~))                         (section 3.2)
     theta~ <- momentum * theta~ + (1 - momentum) * theta
 
-is added to the loss; l is the symmetrized KL divergence, x the sentence's word embeddings, and d is
-sought as in algorithm 1. A hook perturbs the embeddings, so model and loop stay as they are.
+is added to the loss. l is the symmetrized KL divergence, x are the sentence's word embeddings, and
+algorithm 1 searches d. A hook perturbs the embeddings.
 
-What differs here, and why:
-- Units. The paper's radius, noise and step (1e-5, 1e-5, 1e-3) are absolute. Here the
-  radius is a fraction of the RMS of the pretrained embedding, noise and step are in radii; their
-  ratios, 1 and 100, are the paper's: what has 1 % of the largest gradient moves by a radius.
-  With the bundled model, finetuned a while on SST, a radius of 0.1 gives the first term a value of
-  0.09 beside a loss of 1.3 (noise as large gives 0.0001), and 0.02 gives 0.004. The paper's radius,
-  0.0001 of that embedding's RMS, would leave less than 1e-6. In bfloat16 0.1 gives 0.09, too.
-- Dropout. All passes of the two terms are in eval mode. With masks, l would measure these: a head's
-  dropout of 0.3 alone makes it 0.3 there. So the training pass cannot serve as f(x).
+Differences from the paper:
+
+- Units. The paper's radius, noise and step (1e-5, 1e-5, 1e-3) are absolute. Here the radius is a
+  fraction of the RMS of the pretrained embedding, and noise and step are in radii, in the paper's
+  ratios of 1 and 100. With the bundled model after some finetuning on SST:
+
+  | radius | first term, beside a loss of 1.3 |
+  |---|---|
+  | the paper's (0.0001 of the RMS) | < 1e-6 |
+  | 0.02 | 0.004 |
+  | 0.1 (also in bfloat16) | 0.09 |
+
+- Dropout. All passes of the two terms are in eval mode; otherwise l would measure the masks (a
+  head's dropout of 0.3 alone makes it 0.3). So the training pass cannot serve as f(x).
 - The momentum stays 0.99; the paper raises it to 0.999 after a tenth of the training.
 
-The first term costs two passes with gradients and `n_steps` for the search, the second one without.
 A step takes 3.8 times as long with the first term, 2.3 with the second, 4.1 with both.
 """
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-from training.steps import symmetric_kl
+from training.schedule import symmetric_kl
 
-Again = Callable[[nn.Module], torch.Tensor]  # another pass of the batch -> (B, n_labels)
+Forward = Callable[[nn.Module], torch.Tensor]  # a pass of the batch -> log-probabilities (B, C)
 
 
 class Smart(nn.Module):
-    """Both terms, as a `regularizer` of `training.train_classifier`; a weight of 0 drops its own.
+    """Both terms, as a `regularizer` of `train_classifier`; a weight of 0 drops its term.
 
-    Build it on the pretrained model, after what changes the model's modules and before a run's
-    state is loaded. `teacher` is theta~, a copy of the model that is saved with the run. With
-    `batch_size` a short batch, the last of an epoch, weighs as much less as it does in the training
-    loop's loss. ValueError for a number that is out of range.
+    Build it on the pretrained model, before a resumed run loads its state. `teacher`, theta~, is a
+    copy of the model and part of the saved state. With `batch_size` a short last batch weighs as
+    much less as in the training loop's loss.
     """
 
     def __init__(
@@ -57,69 +59,66 @@ class Smart(nn.Module):
         batch_size: int | None = None,
     ):
         super().__init__()
-        weights = {"weight": weight, "proximal_weight": proximal_weight}
-        # Without noise the search would stay where it begins: at d = 0 the gradient is 0.
-        sizes = {"radius": radius, "step_size": step_size, "noise": noise, "n_steps": n_steps}
-        for name, value in (weights | sizes).items():
-            if not 0.0 <= value < math.inf or (name in sizes and not value):
-                least = "above" if name in sizes else "of at least"
-                raise ValueError(f"SMART's {name}={value} is not a number {least} 0")
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"SMART's momentum={momentum} is not a number in [0, 1)")
         self.weight, self.proximal_weight, self.momentum = weight, proximal_weight, momentum
+        rms = model.llama.tok_embeddings.weight.detach().square().mean().sqrt().item()
+        self.radius = radius * rms
+        self.step_size, self.noise = step_size * self.radius, noise * self.radius
         self.n_steps = n_steps
         self.batch_size = batch_size
-        self.radius = (
-            radius * model.llama.tok_embeddings.weight.detach().square().mean().sqrt().item()
-        )
-        self.step_size, self.noise = step_size * self.radius, noise * self.radius
         if proximal_weight:
             self.teacher = copy.deepcopy(model).requires_grad_(False)
 
-    def forward(self, model: nn.Module, _log_probs: torch.Tensor, again: Again) -> torch.Tensor:
-        """The sum of the terms, a scalar. One call a step: each moves the teacher."""
-        embedded: list[torch.Tensor] = []
-        with _evaluating(model):
-            with _hooked(model, lambda _module, _inputs, output: embedded.append(output.detach())):
-                clean = again(model)
+    def forward(self, model: nn.Module, _log_probs: torch.Tensor, forward: Forward) -> torch.Tensor:
+        """Return the sum of the terms, a scalar. Call it once a step: it moves the teacher."""
+        with _eval_mode(model):
+            embedded: list[torch.Tensor] = []
+            with _embedding_hook(model, lambda output: embedded.append(output.detach())):
+                clean = forward(model)
             penalty = torch.zeros_like(clean[0, 0])
             if self.weight:
-                delta = self._search(model, clean.detach(), again, like=embedded[0])
+                delta = self._search(model, clean.detach(), forward, like=embedded[0])
                 with perturbed(model, delta):
-                    penalty = self.weight * symmetric_kl(again(model), clean)
+                    penalty = self.weight * symmetric_kl(forward(model), clean)
         if self.proximal_weight:
-            with torch.no_grad():
-                # What the model has now are the weights after the step before, theta_t.
-                for average, now in zip(self.teacher.parameters(), model.parameters(), strict=True):
-                    average.lerp_(now, 1.0 - self.momentum)
-                followed = again(self.teacher.eval())
+            followed = self._follow(model, forward)
             penalty = penalty + self.proximal_weight * symmetric_kl(clean, followed)
         return penalty * (len(clean) / (self.batch_size or len(clean)))
 
     def _search(
-        self, model: nn.Module, clean: torch.Tensor, again: Again, like: torch.Tensor
+        self, model: nn.Module, clean: torch.Tensor, forward: Forward, like: torch.Tensor
     ) -> torch.Tensor:
-        """d (B, T, dim) by projected gradient ascent; the parameters get no gradient of it."""
+        """Return d (B, T, dim) by projected gradient ascent, without gradients of the parameters.
+
+        It starts at noise, because the gradient at d = 0 is 0.
+        """
         delta = self.noise * torch.randn_like(like)
         for _ in range(self.n_steps):
             delta.requires_grad_()
             with perturbed(model, delta):
-                divergence = symmetric_kl(again(model), clean)
+                divergence = symmetric_kl(forward(model), clean)
             (gradient,) = torch.autograd.grad(divergence, delta)
             largest = gradient.abs().amax(dim=(1, 2), keepdim=True)  # of each sentence
             unit = gradient / largest.clamp_min(torch.finfo(largest.dtype).tiny)
             delta = (delta.detach() + self.step_size * unit).clamp_(-self.radius, self.radius)
         return delta
 
+    @torch.no_grad()
+    def _follow(self, model: nn.Module, forward: Forward) -> torch.Tensor:
+        """Move the teacher to the weights that the step before left; return its predictions."""
+        for average, current in zip(self.teacher.parameters(), model.parameters(), strict=True):
+            average.lerp_(current, 1.0 - self.momentum)
+        return forward(self.teacher.eval())
+
 
 def perturbed(model: nn.Module, delta: torch.Tensor) -> contextlib.AbstractContextManager:
-    """In this context `model` reads its word embeddings plus delta (B, T, dim)."""
-    return _hooked(model, lambda _module, _inputs, output: output + delta)
+    """Add delta (B, T, dim) to the word embeddings of `model` in this context."""
+    return _embedding_hook(model, lambda output: output + delta)
 
 
 @contextlib.contextmanager
-def _hooked(model: nn.Module, hook: Callable) -> Iterator[None]:
-    handle = model.llama.tok_embeddings.register_forward_hook(hook)
+def _embedding_hook(model: nn.Module, hook: Callable) -> Iterator[None]:
+    embedding = model.llama.tok_embeddings
+    handle = embedding.register_forward_hook(lambda _module, _inputs, output: hook(output))
     try:
         yield
     finally:
@@ -127,8 +126,8 @@ def _hooked(model: nn.Module, hook: Callable) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module is in the mode it had."""
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode and back into the mode it had."""
     were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
