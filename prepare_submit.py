@@ -1,47 +1,47 @@
-"""Packs a submission folder into ID.zip and checks it, or checks a zip that exists.
+"""Pack a submission folder into ID.zip, or check a zip.
 
     python prepare_submit.py DIR ID
     python prepare_submit.py FILE.zip ID
 
-Every violation is found before any is reported, all in one AssertionError. `ID.zip` appears in the
-current folder only after the finished archive has passed the check, and the same folder always
-gives the same bytes. What may be read of a zip is in `archive.py`, what an output file must hold in
-`outputs.py`, what a source may import in `sources.py`.
+This file needs Python 3.10 or newer and nothing else: copy it anywhere. With the assignment's
+`data/` beside it, or in DIR, the output files are compared with the splits line by line.
+
+All violations are listed in one AssertionError (exit code 1); a wrong ID or path is an InputError
+(exit code 2). `ID.zip` appears in the current folder only after it has passed the check, and the
+same folder always gives the same bytes.
 """
 
+import argparse
+import ast
+import json
 import os
+import re
 import stat
 import sys
+import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
-from string import ascii_letters, digits
+from typing import NoReturn
 
-import cli
-from archive import (
-    MAX_ENTRIES,
-    MAX_NAME,
-    crowd_problem,
-    is_read,
-    member_problems,
-    opened,
-    read_members,
-    within_bounds,
-)
-from outputs import (
-    GENERATED,
-    OUTPUTS,
-    PAIRS,
-    SPLITS,
-    References,
-    find_references,
-    is_blank,
-    output_problems,
-)
-from sources import source_problems
+DATA = Path(__file__).resolve().parent / "data"  # splits and label mappings to compare with
 
+GENERATED = ("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt")
+DATASETS, SPLIT_NAMES = ("sst", "cfimdb"), ("dev", "test")
+OUTPUTS = tuple(
+    f"{data}-{split}-{option}-output.txt"
+    for data in DATASETS
+    for split in SPLIT_NAMES
+    for option in ("prompting", "finetuning")
+)
+PAIRS = tuple(  # optional
+    tuple(f"{data}-{split}-advanced-output.txt" for split in SPLIT_NAMES) for data in DATASETS
+)
+ADVANCED = (*PAIRS[0], *PAIRS[1])
+SPLITS = tuple(f"data/{data}-{split}.txt" for data in DATASETS for split in SPLIT_NAMES)
+MAPPINGS = {f"data/{data}-label-mapping.json": data for data in DATASETS}
 REQUIRED = (
     *("run_llama.py", "base_llama.py", "llama.py", "rope.py", "classifier.py", "config.py"),
     *("optimizer.py", "sanity_check.py", "tokenizer.py", "utils.py"),
@@ -49,291 +49,479 @@ REQUIRED = (
     *GENERATED,
     *OUTPUTS,
 )
-MAX_SHOWN = 200  # violations
+# What setup.sh installs, the assignment's own or ours, by the names that `import` uses.
+INSTALLED = (
+    *("torch", "torchvision", "torchaudio", "numpy", "scipy", "sklearn", "sentencepiece", "tqdm"),
+    *("tokenizers", "requests", "filelock", "importlib_metadata"),
+)
 
-_VENV_NAMES = ("venv", "env", ".venv")
-_WEIGHTS = (".pt", ".pth", ".bin", ".safetensors", ".model", ".ckpt")
-_NEEDLESS_ENDINGS = (".pyc", ".egg-info", ".tmp", ".part")
-_FINDER = "__MACOSX"  # what macOS adds to the zips that its Finder makes
-_FORBIDDEN = ("git data", "a virtual environment", "weights", "a zip")  # even in a zip made by hand
-_OLDEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+MAX_ENTRIES = 2_000  # files of a submission; this project has about 60
+MAX_BYTES = 128 * 2**20  # of all files of a submission, unpacked
+WEIGHTS = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+LEFT_OUT = (*WEIGHTS, ".zip", ".md", ".pyc", ".tmp", ".part")  # files at the top of a folder
+FINDER = "__MACOSX/"  # what macOS adds to the zips that its Finder makes
+SEPARATOR = " ||| "
+OLDEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+class InputError(ValueError):
+    """An ID, a path or a file that the caller can mend: one line and exit code 2."""
+
+
+class ContentError(Exception):
+    """What is wrong in one file, with the file's name and the line."""
 
 
 def main(path: str | os.PathLike, aid: str) -> None:
-    """Packs the folder `path` into `{aid}.zip` here, or checks the zip `path`.
+    """Pack the folder `path` into `{aid}.zip`, or check the zip `path`.
 
-    Raises one AssertionError that lists all violations, and ValueError or OSError for an `aid` or
-    `path` that cannot be worked with. After any of them an old `{aid}.zip` is as it was.
+    Raises one AssertionError that lists all violations, and InputError for a wrong `aid` or `path`.
+    An old `{aid}.zip` survives both.
     """
-    if not aid or aid.startswith(".") or set(aid) - set(ascii_letters + digits + "-_."):
-        raise ValueError(f"ID {aid!r}: use letters, digits, '-', '_' and '.', and no '.' in front")
-    if not os.fspath(path) or not Path(path).exists():  # Path("") would be the current folder
-        raise ValueError(f"{os.fspath(path)!r}: no such folder or zip file")
+    aid = aid.strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", aid):
+        raise InputError(f"ID {aid!r}: use letters, digits, '-', '_' and '.', and no '.' in front")
+    if not os.fspath(path) or not Path(path).exists():
+        raise InputError(f"{os.fspath(path)!r}: no such folder or zip file")
     if Path(path).is_dir():
-        _pack(Path(path), aid)
+        pack(Path(path), aid)
     else:
         check_file(path, aid)
 
 
 def check_file(file: str | os.PathLike, check_aid: str) -> None:
-    """Prints what a zip holds and raises one AssertionError for all that is wrong with it."""
-    problems, listing = _inspect(Path(file), check_aid)
-    print(*listing, sep="\n", flush=True)
-    _raise_for(problems, file)
+    """Print what a zip holds, and raise one AssertionError that lists all violations."""
+    raise_for(inspect(Path(file), check_aid, [DATA]), file)
     print(f"{file}: a complete submission of {check_aid}", flush=True)
 
 
-def _raise_for(problems: Iterable[str], place: str | os.PathLike) -> None:
+def pack(folder: Path, aid: str) -> None:
+    """Write the submission in `folder` to `{aid}.zip`, if it passes the check."""
+    names, left_out = travelers(folder)
+    raise_for(too_large({name: (folder / name).stat().st_size for name in names}), folder)
+    target, temporary = Path(f"{aid}.zip"), Path(f".{aid}.zip.{os.getpid()}.tmp")
+    try:
+        write_zip(temporary, folder, names, aid)
+        problems = inspect(temporary, aid, [folder / "data", DATA])
+        print(f"left out: {', '.join(left_out) or 'nothing'}", flush=True)
+        raise_for(problems, folder)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"wrote {target}, {target.stat().st_size:,} bytes", flush=True)
+
+
+def raise_for(problems: Iterable[str], place: str | os.PathLike) -> None:
     problems = list(dict.fromkeys(problems))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        more = len(problems) - MAX_SHOWN
-        lines = [f"{count} in {cli.shown(os.fspath(place))}:", *problems[:MAX_SHOWN]]
-        lines += [f"... and {more:,} more"] if more > 0 else []
-        raise AssertionError("\n  ".join(lines))  # not `assert`, which `python -O` removes
+        headline = f"{count} in {shown(os.fspath(place))}:"
+        raise AssertionError("\n  ".join([headline, *problems]))  # `python -O` removes `assert`
 
 
-def _pack(folder: Path, aid: str) -> None:
-    if (folder / "pyvenv.cfg").exists():
-        _raise_for(["pyvenv.cfg: the folder is itself a virtual environment; move that"], folder)
-    files, bad_links = _travelers(folder)
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    readable, problems = within_bounds(sizes)
-    contents = {name: files[name].read_bytes() for name in readable if is_read(name)}
-    splits = {name: folder / name for name in SPLITS if _lies_in(folder / name, folder)}
-    references = find_references(contents, splits)
-    problems += _name_problems(files)
-    problems += _tree_problems(sizes, contents, references, bad_links)
-    if problems and (note := references.note()):
-        print(note, flush=True)
-    _raise_for(problems, folder)
-
-    target = Path(f"{aid}.zip")
-    temporary = Path(f".{aid}.zip.{os.getpid()}.tmp")
-    try:
-        _write_zip(temporary, files, aid)
-        problems, listing = _inspect(temporary, aid, splits)
-        _raise_for(problems, target)
-        temporary.replace(target)
-    except OSError as error:
-        if error.filename == str(temporary):
-            error.filename = str(target)  # the name that the caller knows
-        raise
-    finally:
-        with suppress(OSError):  # renamed, or never made
-            temporary.unlink()
-    print(*listing, f"wrote {target}, {target.stat().st_size:,} bytes", sep="\n", flush=True)
+def shown(text: str) -> str:
+    """Return a name fit for one line of a terminal."""
+    return text if text.isprintable() else ascii(text)
 
 
-def _travelers(folder: Path) -> tuple[dict[str, Path], set[str]]:
-    """The files to pack by their names in the zip, sorted; and the links that cannot be packed.
+# --- packing: which files travel ---
 
-    Only names below `folder` count: it may itself lie in a `.git` or a `data`.
+
+def travelers(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the files to pack, and the top-level names that stay out.
+
+    All Python files at the top travel, with everything that they import; so does `advanced/` beside
+    an advanced output. JSON files travel with the modules of their folder, and `data/fetch.py` with
+    what `setup.sh` needs.
     """
-    files, bad_links = {}, set()
-    for root, subfolders, names in os.walk(folder, onerror=_raise):
-        below = "".join(f"{part}/" for part in Path(root).relative_to(folder).parts)
-        venvs = [below + sub for sub in subfolders if _is_file(Path(root, sub, "pyvenv.cfg"))]
-        subfolders[:] = [sub for sub in subfolders if not _junk(f"{below}{sub}/", venvs)]
-        for name in names:
+    names = set(files_below(folder))
+    kept = {name for name in names if "/" not in name and not name.lower().endswith(LEFT_OUT)}
+    kept |= names & {"README.md", "structure.md"}
+    sources = {name: (folder / name).read_bytes() for name in names if name.endswith(".py")}
+    roots = [name for name in sources if name in kept or name == "data/fetch.py"]
+    if kept.intersection(ADVANCED):
+        roots += [name for name in sources if name.startswith("advanced/")]
+    modules, _ = follow_imports(roots, sources)
+    folders = {"data", *(name.rpartition("/")[0] for name in modules)} - {""}
+    kept |= {n for n in names if n.endswith(".json") and n.rpartition("/")[0] in folders}
+    kept |= modules
+    tops = {name.split("/")[0] for name in names} - {name.split("/")[0] for name in kept}
+    left_out = sorted(shown(f"{top}/" if (folder / top).is_dir() else top) for top in tops)
+    return sorted(kept), left_out
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Yield the files by their paths below `folder`, except hidden files and environments."""
+    for root, subfolders, files in os.walk(folder):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith((".", "__pycache__"))
+            and not Path(root, name, "pyvenv.cfg").exists()
+        ]
+        for name in files:
             path = Path(root, name)
-            if _junk(below + name):
-                continue
-            if _lies_in(path, folder):
-                files[below + name] = path
-            elif path.is_symlink():
-                bad_links.add(below + name)
-    return dict(sorted(files.items())), bad_links
+            if not name.startswith(".") and name.isprintable() and path.is_file():
+                yield path.relative_to(folder).as_posix()
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _lies_in(path: Path, folder: Path) -> bool:
-    """Whether it is a file, and no link leads out of the folder to it."""
-    return _is_file(path) and path.resolve().is_relative_to(folder.resolve())
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a link into a folder that may not be read
-        return False
-
-
-def _junk(name: str, venvs: Collection[str] = ()) -> tuple[str, str] | None:
-    """Why a path relative to the submission's folder stays out of the zip; None if it travels.
-
-    The answer is a kind and the outermost path to blame (`.git` for all that is in it), for a path
-    of several kinds one of `_FORBIDDEN`. A folder's path ends in "/"; `venvs` are the folders known
-    to hold a pyvenv.cfg.
-    """
-    parts = name.split("/")
-    found = []
-    for depth, part in enumerate(parts, start=1):
-        path = "/".join(parts[:depth])
-        kind = "a virtual environment" if path in venvs else _kind(part, depth < len(parts))
-        if kind:
-            found.append((kind, path))
-    if parts[0] == "data" and len(parts) > 1 and not name.endswith((".py", ".json", "/")):
-        found.append(("a dataset", name))
-    return min(found, key=lambda kind_and_path: kind_and_path[0] not in _FORBIDDEN, default=None)
-
-
-def _kind(part: str, is_folder: bool) -> str | None:
-    lower = part.lower()
-    if part == ".git":
-        return "git data"
-    if part == "pyvenv.cfg" or (is_folder and part in _VENV_NAMES):
-        return "a virtual environment"
-    if lower.endswith(_WEIGHTS):
-        return "weights"
-    if lower.endswith(".zip"):
-        return "a zip"
-    is_needless = part in ("__pycache__", _FINDER) or lower.endswith(_NEEDLESS_ENDINGS)
-    return "hidden or generated" if is_needless or part.startswith(".") else None
-
-
-def _write_zip(file: Path, files: Mapping[str, Path], aid: str) -> None:
+def write_zip(file: Path, folder: Path, names: Iterable[str], aid: str) -> None:
     with zipfile.ZipFile(file, "x") as archive:
-        for name, path in files.items():
-            info = zipfile.ZipInfo(f"{aid}/{name}", _OLDEST_ZIP_DATE)
+        for name in names:
+            path = folder / name
+            info = zipfile.ZipInfo(f"{aid}/{name}", OLDEST_ZIP_DATE)
             info.compress_type = zipfile.ZIP_DEFLATED
-            info.create_system = 3  # Unix, on every system, for the permissions in external_attr
+            info.create_system = 3  # Unix on every system, for the permissions in external_attr
             mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
             info.external_attr = (stat.S_IFREG | mode) << 16
             archive.writestr(info, path.read_bytes())
 
 
-def _inspect(
-    file: Path, aid: str, splits: Mapping[str, Path] | None = None
-) -> tuple[list[str], list[str]]:
-    """What is wrong with a zip, and the lines to print about what is in it."""
-    with opened(file) as archive:
-        infos = archive.infolist()
-        if len(infos) > MAX_ENTRIES:
-            return [crowd_problem(infos)], [f"{len(infos):,} entries"]
-        problems = _name_problems([info.filename for info in infos])
-        by_name = {info.filename: info for info in infos if not _is_unsafe(info.filename)}
-        top, top_problems = _top_folder(by_name, aid)
-        problems += top_problems
-        inside = {name.removeprefix(top): name for name in by_name if name.startswith(top)}
-        travelers, forbidden, junk_problems = _sort_out(inside)
-        problems += junk_problems
+# --- reading a zip ---
 
-        refused, refusals = member_problems(infos)
-        costs = {
-            name: max(info.file_size, info.compress_size)  # either can be the larger by far
-            for name, info in by_name.items()
-            if name not in forbidden | refused
+
+def inspect(file: Path, aid: str, data_folders: Iterable[Path]) -> list[str]:
+    """Print what a zip holds and return what is wrong with it."""
+    with open_zip(file) as archive:
+        infos = [info for info in archive.infolist() if not info.filename.startswith(FINDER)]
+        for info in infos[:MAX_ENTRIES]:
+            print(f"{info.file_size:12,} {shown(info.filename)}")
+        top, problems = top_folder(infos, aid)
+        problems += entry_problems(infos)
+        members = {
+            info.filename.removeprefix(top): info
+            for info in infos
+            if info.filename.startswith(top) and not info.is_dir()
         }
-        readable, bound_problems = within_bounds(costs, top)
-        wanted = {name: by_name[full] for name, full in travelers.items() if full in readable}
-        contents, read_problems = read_members(archive, wanted)
-    references = find_references(contents, splits or {})
-    sizes = {name: by_name[full].file_size for name, full in travelers.items()}
-    problems = [*refusals, *bound_problems, *read_problems, *problems]
-    problems += _tree_problems(sizes, contents, references)
-    return problems, [*_listing(infos), *filter(None, [references.note()])]
+        forbidden = {name for name in members if must_not_travel(name)}
+        problems += [
+            f"{shown(name)}: leave weights, zips, git data and virtual environments out of the zip"
+            for name in sorted(forbidden)
+        ]
+        members = {name: info for name, info in members.items() if name not in forbidden}
+        beyond = too_large({name: info.file_size for name, info in members.items()})
+        if beyond:
+            return problems + beyond + missing_problems(members, {})
+        contents, unreadable = read_members(archive, members)
+    problems += unreadable + missing_problems(members, contents)
+    sources = {name: content for name, content in contents.items() if name.endswith(".py")}
+    problems += follow_imports([name for name in REQUIRED if name in sources], sources)[1]
+    return problems + output_problems(contents, data_folders)
 
 
-def _sort_out(inside: Mapping[str, str]) -> tuple[dict[str, str], set[str], list[str]]:
-    """Of the members by their name below the top folder: those that travel, the full names of
-    those that must not be there, and what is wrong with these."""
-    venvs = {name.removesuffix("/pyvenv.cfg") for name in inside if name.endswith("/pyvenv.cfg")}
-    junk = {name: _junk(name, venvs) for name in inside}
-    travelers = {name: full for name, full in inside.items() if not junk[name]}
-    found = {name: why for name, why in junk.items() if why and why[0] in _FORBIDDEN}
-    problems = [
-        f"{cli.shown(culprit)}: {kind} must not be in the zip"
-        for kind, culprit in sorted(found.values())
-    ]
-    return travelers, {inside[name] for name in found}, problems
+def open_zip(file: Path) -> zipfile.ZipFile:
+    if not file.is_file():
+        raise InputError(f"{file}: not a zip file")
+    try:
+        return zipfile.ZipFile(file)
+    except Exception as error:  # zipfile has many for a damaged list of files
+        raise InputError(f"{file}: not a zip file that can be read ({error})") from error
 
 
-def _is_unsafe(name: str) -> bool:
-    """Whether unpacking may fail, or write elsewhere than at `name` below the current folder."""
-    parts = name.removesuffix("/").split("/")
-    is_odd = "\\" in name or name[1:2] == ":" or any(part in ("", ".", "..") for part in parts)
-    return is_odd or len(name) > MAX_NAME
-
-
-def _name_problems(names: Collection[str]) -> list[str]:
-    problems = []
-    for name, count in Counter(name.removesuffix("/") for name in names).items():
-        shown = cli.shown(name)
-        if count > 1:
-            problems.append(f"{shown}: {count} entries of this name")
-        if len(name) > MAX_NAME:
-            problems.append(f"{shown}: a name of {len(name):,} characters; use {MAX_NAME} at most")
-        elif _is_unsafe(name):
-            problems.append(f"{shown}: the name is absolute or has a '..', a '.' or a backslash")
-        if any("\ud800" <= letter <= "\udfff" for letter in name):  # how Python reads such bytes
-            problems.append(f"{shown}: the file name is not UTF-8")
-    return problems
-
-
-def _top_folder(names: Iterable[str], aid: str) -> tuple[str, list[str]]:
-    """The prefix of the submission's members, and what is wrong at the top of the zip."""
-    tops = sorted({name.split("/")[0] for name in names} - {_FINDER})
+def top_folder(infos: Iterable[zipfile.ZipInfo], aid: str) -> tuple[str, list[str]]:
+    """Return the prefix of the submission's files, and what is wrong at the top of the zip."""
+    tops = sorted({info.filename.split("/")[0] for info in infos})
     if tops == [aid]:
         return f"{aid}/", []
-    listed = ", ".join(map(cli.shown, tops[:5])) or "nothing"
-    listed += f" and {len(tops) - 5:,} more" if len(tops) > 5 else ""
-    problem = f"the top of the zip holds {listed}; it should hold the folder {aid}/ alone"
+    listed = ", ".join(map(shown, tops[:5])) + (", ..." if len(tops) > 5 else "")
+    problem = f"the top of the zip holds {listed or 'nothing'}; pack one folder, {aid}/"
     return f"{tops[0] if len(tops) == 1 else aid}/", [problem]
 
 
-def _listing(infos: Collection[zipfile.ZipInfo]) -> Iterator[str]:
-    yield f"{'bytes':>13} {'compressed':>13}"
+def entry_problems(infos: Collection[zipfile.ZipInfo]) -> list[str]:
+    """Return the entries that may not be unpacked: links, names that lead elsewhere, duplicates."""
+    problems = []
     for info in infos:
-        yield f"{info.file_size:13,} {info.compress_size:13,}  {cli.shown(info.filename)}"
-    size = sum(info.file_size for info in infos)
-    compressed = sum(info.compress_size for info in infos)
-    yield f"{size:13,} {compressed:13,}  total of {len(infos)} entries"
-    finder = sum(info.filename.startswith(f"{_FINDER}/") for info in infos)
-    if finder:
-        yield f"note: {finder} entries in {_FINDER}/ are not needed"
+        name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
+        parts = name.removesuffix("/").split("/")
+        if "\\" in name or name[1:2] == ":" or any(part in ("", ".", "..") for part in parts):
+            problems.append(f"{shown(name)}: the name is absolute or has '..', '.' or a backslash")
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            problems.append(f"{shown(name)}: is a link or a device; pack the file itself")
+    counts = Counter(info.filename.removesuffix("/") for info in infos)
+    return problems + [
+        f"{shown(name)}: {count} entries of this name; keep one"
+        for name, count in counts.items()
+        if count > 1
+    ]
 
 
-def _tree_problems(
-    sizes: Mapping[str, int],
-    contents: Mapping[str, bytes],
-    references: References,
-    bad_links: Collection[str] = (),
-) -> Iterator[str]:
-    """What is wrong with the files that travel, named relative to the top folder."""
-    for name in REQUIRED:
-        if name in bad_links:
-            yield f"missing required file: {name} is a link out of the folder or to nothing"
-        elif name not in sizes:
-            yield f"missing required file: {name}"
-        elif sizes[name] == 0 or is_blank(contents.get(name, b"not read")):
-            yield f"empty required file: {name}"
+def must_not_travel(name: str) -> bool:
+    is_heavy = name.lower().endswith((*WEIGHTS, ".zip"))
+    return is_heavy or not {".git", "pyvenv.cfg"}.isdisjoint(name.split("/"))
+
+
+def too_large(sizes: dict[str, int]) -> list[str]:
+    """Return the violation of the one bound on what is read, if there is one."""
+    total = sum(sizes.values())
+    if len(sizes) <= MAX_ENTRIES and total <= MAX_BYTES:
+        return []
+    largest = max(sizes, key=sizes.__getitem__)
+    return [
+        f"{len(sizes):,} files of {total:,} bytes were not read; at most {MAX_ENTRIES:,} files of "
+        f"{MAX_BYTES:,} bytes are: leave out what the submission does not need (the largest is "
+        f"{shown(largest)} with {sizes[largest]:,} bytes)"
+    ]
+
+
+def read_members(
+    archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]
+) -> tuple[dict[str, bytes], list[str]]:
+    """Return the contents of all members, which zipfile compares with their checksums."""
+    contents, problems = {}, []
+    for name, info in members.items():
+        try:
+            with archive.open(info) as member:
+                contents[name] = member.read(info.file_size + 1)  # to the end: checks the CRC
+        except Exception as error:  # zipfile and zlib have many: checksum, encryption, method
+            problems.append(f"{shown(name)}: cannot be read ({shown(str(error))}); zip it again")
+    return contents, problems
+
+
+def missing_problems(names: Collection[str], contents: dict[str, bytes]) -> list[str]:
+    """Return the required files that are missing or empty, and the halves of pairs."""
+    problems = [f"missing required file: {name}" for name in REQUIRED if name not in names]
     for pair in PAIRS:
-        absent = [name for name in pair if name not in sizes]
+        absent = [name for name in pair if name not in names]
         if len(absent) == 1:
-            yield f"half a pair: {' and '.join(pair)} go together; {absent[0]} is missing"
-        for name in pair:
-            if name in sizes and is_blank(contents.get(name, b"not read")):
-                yield f"empty file: {name}"
-    yield from output_problems(contents, references)
-    yield from source_problems({n: c for n, c in contents.items() if n.endswith(".py")}, sizes)
+            problems.append(f"half a pair: {' and '.join(pair)}; {absent[0]} is missing")
+    for name in (*REQUIRED, *ADVANCED):
+        if name in contents and is_blank(contents[name]):
+            problems.append(f"empty file: {name}")
+    return problems
 
 
-def _script() -> int:
-    parser = cli.ArgumentParser(description="Packs a submission folder into ID.zip, or checks one.")
-    parser.add_argument("path", metavar="DIR|FILE.zip", help="what to pack, or what to check")
-    parser.add_argument("id", metavar="ID", help="your Andrew ID")
+def is_blank(content: bytes) -> bool:
+    return not content.decode("utf-8-sig", "replace").strip()
+
+
+# --- imports ---
+
+
+def follow_imports(roots: list[str], sources: dict[str, bytes]) -> tuple[set[str], list[str]]:
+    """Return the files that `roots` import, roots included, and what cannot be imported.
+
+    The files of the packages that an import passes through (`__init__.py`) are among them.
+    """
+    queue, problems = list(roots), []
+    for importer in queue:  # grows on the way
+        try:
+            tree = parse_python(importer, sources[importer])
+        except ContentError as error:
+            problems.append(str(error))
+            continue
+        for line, module, members in imports(importer, tree):
+            path = module.replace(".", "/")
+            paths = [path, *parents(path), *(f"{path}/{member}" for member in members)]
+            files = [f"{p}{end}" for p in paths for end in (".py", "/__init__.py")]
+            queue += [file for file in files if file in sources and file not in queue]
+            problems += [
+                f"{shown(importer)}:{line}: imports {shown(absent)}, which is neither in the "
+                "submission nor installed by setup.sh; add the module or remove the import"
+                for absent in absent_modules(module, members, sources)
+            ]
+    return set(queue), problems
+
+
+def absent_modules(module: str, members: list[str], sources: dict[str, bytes]) -> list[str]:
+    """Return which modules `from module import members` does not find."""
+    path = module.replace(".", "/")
+    if f"{path}.py" in sources:
+        return []
+    if not any(name.startswith(f"{path}/") for name in sources):
+        known = {*INSTALLED, *sys.stdlib_module_names}
+        return [] if module.split(".")[0] in known else [module]
+    # A package: what its __init__.py does not mention must be a module in it.
+    text = sources.get(f"{path}/__init__.py", b"").decode("utf-8", "replace")
+    modules = [f"{module}.{member}" for member in members if member != "*" and member not in text]
+    return [absent for name in modules for absent in absent_modules(name, [], sources)]
+
+
+def parse_python(name: str, source: bytes) -> ast.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as "\d" in a plain string
+            return ast.parse(source)
+    except SyntaxError as error:
+        problem = f"{shown(name)}:{error.lineno or 1}: not Python ({error.msg})"
+    except (ValueError, RecursionError, MemoryError) as error:
+        problem = f"{shown(name)}: not Python ({str(error) or 'nested too deeply'})"
+    raise ContentError(problem)
+
+
+def imports(importer: str, tree: ast.Module) -> Iterator[tuple[int, str, list[str]]]:
+    """Yield the line, the module (named from the top folder) and the imported names of each
+    import statement, wherever it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = importer.split("/")[: -node.level] if node.level else []
+            module = ".".join([*package, *filter(None, [node.module])])
+            members = [alias.name for alias in node.names]
+            if module:
+                yield node.lineno, module, members
+            else:  # from . import a, at the top
+                yield from ((node.lineno, member, []) for member in members)
+
+
+def parents(path: str) -> Iterator[str]:
+    while path := path.rpartition("/")[0]:
+        yield path
+
+
+# --- output files ---
+
+
+def output_problems(contents: dict[str, bytes], data_folders: Collection[Path]) -> list[str]:
+    """Return at most one violation of each output file that is not blank."""
+    splits, n_labels, problems = references(contents, data_folders)
+    for name in (*GENERATED, *OUTPUTS, *ADVANCED):
+        if name not in contents or is_blank(contents[name]):
+            continue
+        try:
+            if name in GENERATED:
+                decode(name, contents[name])
+            else:
+                check_output(name, contents[name], splits, n_labels)
+        except ContentError as error:
+            problems.append(f"{error}; write the file again")
+    absent = [name for name in SPLITS if name not in splits]
+    if absent:
+        print(f"note: sentences were not compared with {', '.join(absent)}, which are not here")
+    return problems
+
+
+def references(
+    contents: dict[str, bytes], data_folders: Collection[Path]
+) -> tuple[dict[str, list[str]], dict[str, int], list[str]]:
+    """Return the sentences by split, the number of labels by data set, and what is wrong there.
+
+    They are read from the first of `data_folders` that has the file, or else from the submission.
+    """
+    splits, n_labels, problems = {}, {}, []
+    for name in (*SPLITS, *MAPPINGS):
+        paths = [folder / Path(name).name for folder in data_folders]
+        content = next((p.read_bytes() for p in paths if p.is_file()), contents.get(name))
+        try:
+            if content is not None and name in MAPPINGS:
+                n_labels[MAPPINGS[name]] = count_labels(name, content)
+            elif content is not None:
+                splits[name] = [sentence for _, _, sentence in parse_rows(name, content)]
+        except ContentError as error:
+            problems.append(str(error))
+    return splits, n_labels, problems
+
+
+def count_labels(name: str, content: bytes) -> int:
+    try:
+        names = json.loads(decode(name, content))
+    except (json.JSONDecodeError, RecursionError):
+        names = None
+    if not isinstance(names, list) or len(names) < 2:
+        raise ContentError(f'{name}: is not a JSON list of label names such as ["bad", "good"]')
+    return len(names)
+
+
+def check_output(
+    name: str, content: bytes, splits: dict[str, list[str]], n_labels: dict[str, int]
+) -> None:
+    """Compare a file with its split, line by line, and its labels with the label mapping."""
+    data, split, option, _ = name.split("-")
+    own = f"data/{data}-{split}.txt"
+    rows = parse_rows(name, content)
+    for number, label, _ in rows:
+        if label < 0 or label >= n_labels.get(data, label + 1):
+            known = f"0 to {n_labels[data] - 1}" if data in n_labels else "0, 1, 2, ..."
+            raise ContentError(f"{name}:{number}: label {label} does not exist; labels are {known}")
+    if own not in splits:
+        return
+    numbers, expected = [number for number, _, _ in rows], splits[own]
+    sentences = [sentence for _, _, sentence in rows]
+    if option != "finetuning":
+        sentences = without_question(sentences, expected[0])
+    for number, ours, theirs in zip_longest(numbers, sentences, expected):
+        if ours != theirs:
+            raise ContentError(
+                f"{name}:{number or 'end'}: {excerpt(ours, theirs)} stands where {own} has "
+                f"{excerpt(theirs, ours)} ({len(rows):,} sentences, {own} has {len(expected):,})"
+            )
+
+
+def parse_rows(name: str, content: bytes) -> list[tuple[int, int, str]]:
+    """Return the number, the label and the sentence of each line `label ||| sentence`."""
+    lines = decode(name, content).rstrip("\n").split("\n")
+    # A prompt may have its question on a line of its own: sentence, blank line, question.
+    has_questions = not any(map(str.strip, lines[1::3])) and len(set(lines[2::3])) == 1
+    rows = []
+    for number in range(1, len(lines) + 1, 3 if has_questions else 1):
+        line = lines[number - 1]
+        label, separator, sentence = line.partition(SEPARATOR)
+        if not separator:
+            raise ContentError(f"{name}:{number}: {line[:40]!r} is not 'label{SEPARATOR}sentence'")
+        if not re.fullmatch("-?[0-9]{1,9}", label.strip()):
+            raise ContentError(f"{name}:{number}: label {label[:40]!r} is not an integer")
+        rows.append((number, int(label), sentence.strip()))
+    return rows
+
+
+def without_question(sentences: list[str], expected: str) -> list[str]:
+    """Remove the question that the assignment's own script leaves behind each prompted sentence.
+
+    `expected` is the first sentence of the split, which tells where the question begins.
+    """
+    question = sentences[0].removeprefix(expected)
+    is_asked = question.startswith(" ") and question != sentences[0]
+    if not is_asked or not all(sentence.endswith(question) for sentence in sentences):
+        return sentences
+    return [sentence.removesuffix(question) for sentence in sentences]
+
+
+def decode(name: str, content: bytes) -> str:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        byte = content[error.start]
+        raise ContentError(f"{name}:{number}: byte 0x{byte:02x} is not UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def excerpt(text: str | None, other: str | None) -> str:
+    """Return the text, quoted, around the first character in which it differs from the other."""
+    if text is None:
+        return "nothing"
+    pairs = enumerate(zip_longest(text, other or ""))
+    start = max(0, next((i for i, (a, b) in pairs if a != b), 0) - 15)
+    end = "..." if len(text) > start + 40 else ""
+    return repr(("..." if start else "") + text[start : start + 40] + end)
+
+
+# --- the command ---
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+
+
+def script() -> int:
+    parser = ArgumentParser(description="Pack a submission folder into ID.zip, or check a zip.")
+    parser.add_argument("path", metavar="DIR|FILE.zip", help="the folder to pack or zip to check")
+    parser.add_argument("id", metavar="ID", help="your Andrew ID, which names the zip's top folder")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show
     try:
         main(args.path, args.id)
     except AssertionError as error:
         print(f"AssertionError: {error}", file=sys.stderr)
         return 1
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        parser.error(" ".join(str(error).split()))
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(_script)
+    sys.exit(script())

@@ -7,9 +7,9 @@ from pathlib import Path
 ID = "abc-1"
 
 SOURCES = {
-    "run_llama.py": "import argparse\nimport cli\nfrom training import train\n",
+    "run_llama.py": "import argparse\nfrom training.loop import train\n",
     "base_llama.py": "import torch\nfrom config import LlamaConfig\n",
-    "llama.py": "from base_llama import Base\nfrom checkpoint import read\nimport rope\n",
+    "llama.py": "from base_llama import Base\nfrom formats import checkpoint\nimport rope\n",
     "rope.py": "import torch.nn.functional as F\n",
     "classifier.py": "from llama import Llama\nfrom tokenizer import Tokenizer\n",
     "config.py": "from __future__ import annotations\nimport os.path\n",
@@ -17,12 +17,19 @@ SOURCES = {
     "sanity_check.py": "import numpy as np\nfrom llama import Llama\n",
     "tokenizer.py": "from sentencepiece import SentencePieceProcessor\n",
     "utils.py": "import random\n",
-    "cli.py": "import argparse\n",
-    "checkpoint.py": "import torch\n",
-    "training.py": "import tqdm\n\ndef train():\n    import sklearn.metrics\n    import dataset\n",
-    "dataset.py": "from tokenizer import Tokenizer\n",
+    "optimizer_test.py": "from optimizer import AdamW\n",
+}
+ROOMS = {
+    "training/__init__.py": "",
+    "training/loop.py": "def f():\n    import tqdm\n    import sklearn\nfrom . import state\n",
+    "training/state.py": "from formats.deep.torch_file import load\n",
+    "formats/checkpoint.py": "import torch\n",  # formats/ has no __init__.py
+    "formats/deep/__init__.py": "from .names import NAMES\n",
+    "formats/deep/names.py": "",
+    "formats/deep/torch_file.py": "",
+    "formats/names.json": "[]",
     "data/fetch.py": "import urllib.request\n",
-    "tests/test_llama.py": "import pytest\n",
+    "data/manifest.json": "{}",
 }
 # The second sentence of each holds the separator, the third is not ASCII.
 SENTENCES = {
@@ -38,15 +45,16 @@ MAPPINGS = {
 }
 
 
-def predictions(data: str, split: str) -> str:
-    return "".join(f"{i % 2} ||| {text}\n" for i, text in enumerate(SENTENCES[f"{data}-{split}"]))
+def predictions(data: str, split: str, end: str = "\n") -> str:
+    sentences = enumerate(SENTENCES[f"{data}-{split}"])
+    return "".join(f"{i % 2} ||| {sentence}{end}" for i, sentence in sentences)
 
 
 OUTPUTS = [
-    f"{data}-{split}-{mode}-output.txt"
+    f"{data}-{split}-{option}-output.txt"
     for data in ("sst", "cfimdb")
     for split in ("dev", "test")
-    for mode in ("prompting", "finetuning")
+    for option in ("prompting", "finetuning")
 ]
 REQUIRED = [
     *("run_llama.py", "base_llama.py", "llama.py", "rope.py", "classifier.py", "config.py"),
@@ -54,16 +62,16 @@ REQUIRED = [
     *("sanity_check.data", "setup.sh"),
     *("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt", *OUTPUTS),
 ]
-FILES = {name: f"the text of {name}\n" * 20 for name in REQUIRED} | SOURCES
-FILES |= {name: predictions(*name.split("-")[:2]) for name in OUTPUTS} | MAPPINGS
-FILES |= {"data/manifest.json": "{}", "abc-1-report.pdf": "%PDF", "requirements.txt": "torch\n"}
+FILES = {name: f"the text of {name}\n" * 20 for name in REQUIRED} | SOURCES | ROOMS | MAPPINGS
+FILES |= {name: predictions(*name.split("-")[:2]) for name in OUTPUTS}
+FILES |= {f"{ID}-report.pdf": "%PDF", "requirements.txt": "torch\n", "LICENSE": "MIT"}
 
 
 def put(folder: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="")
     return folder
 
 
@@ -74,13 +82,13 @@ def put_splits(folder: Path) -> Path:
 
 
 def zip_of(files: dict[str, str], path: str = "made.zip", top: str = f"{ID}/") -> str:
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in files.items():
             archive.writestr(top + name, text)
     return path
 
 
-def add_to(path: str, name: str, text: str = "x") -> str:
+def add_to(path: str, name: str | zipfile.ZipInfo, text: str = "x") -> str:
     with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
         warnings.simplefilter("ignore")  # zipfile's own about a duplicate name
         archive.writestr(name, text)

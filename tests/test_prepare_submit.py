@@ -1,26 +1,26 @@
 """prepare_submit.py packs what belongs into ID.zip, and names all that is wrong in one error."""
 
+import ast
 import os
+import random
 import re
 import shutil
 import stat
 import subprocess
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 
-import outputs
 import prepare_submit
-from archive import within_bounds
-from conftest import ROOT
+from conftest import ROOT, shared_asset
 from submission import (
     FILES,
     ID,
+    MAPPINGS,
+    OUTPUTS,
     REQUIRED,
-    SOURCES,
     add_to,
     predictions,
     put,
@@ -28,30 +28,37 @@ from submission import (
     zip_of,
 )
 
-MODULES = (
-    "prepare_submit",
-    "archive",
-    "outputs",
-    "sources",
-    "labelled",
-    "config",
-    "cli",
-    "interrupts",
-)
+NAME = "sst-dev-prompting-output.txt"
+RIGHT = predictions("sst", "dev")
+QUESTION = "Is this movie bad, so-so, or good? This movie is "
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """The current folder, beside the submission's; splits that no folder has are in a third."""
     (tmp_path / "here").mkdir()
-    monkeypatch.setattr(outputs, "DATA", put_splits(tmp_path / "splits"))
+    monkeypatch.setattr(prepare_submit, "DATA", put_splits(tmp_path / "splits"))
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 
 
 @pytest.fixture
-def folder(tmp_path, here):
+def folder(tmp_path):
     return put(tmp_path / "submission", FILES)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script(*args) runs a copy of prepare_submit.py alone in its folder, in a bare Python."""
+    (tmp_path / "tool").mkdir()
+    shutil.copy(ROOT / "prepare_submit.py", tmp_path / "tool")
+
+    def call(*args, flags=()) -> subprocess.CompletedProcess:
+        tool = [sys.executable, "-S", "-I", *flags, str(tmp_path / "tool" / "prepare_submit.py")]
+        command = [*tool, *map(str, args)]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+
+    return call
 
 
 def problems(path, aid=ID) -> list[str]:
@@ -70,118 +77,68 @@ def packed(folder, aid=ID) -> set[str]:
         return {name.removeprefix(f"{aid}/") for name in archive.namelist()}
 
 
-@pytest.fixture
-def script(tmp_path):
-    """script(*args) runs a copy of prepare_submit.py that has its modules and data, no more."""
-    put_splits(tmp_path / "tool" / "data")
-    for module in MODULES:
-        shutil.copy(ROOT / f"{module}.py", tmp_path / "tool")
-
-    def call(*args, flags=()) -> subprocess.CompletedProcess:
-        command = [
-            sys.executable,
-            *flags,
-            str(tmp_path / "tool/prepare_submit.py"),
-            *map(str, args),
-        ]
-        return subprocess.run(
-            command, capture_output=True, encoding="utf-8", timeout=60, check=False
-        )
-
-    return call
+def test_the_file_imports_nothing_but_the_standard_library():
+    tree = ast.parse((ROOT / "prepare_submit.py").read_bytes())
+    modules = {module for _, module, _ in prepare_submit.imports("prepare_submit.py", tree)}
+    assert {module.split(".")[0] for module in modules} <= sys.stdlib_module_names
 
 
-def test_complete_folder_becomes_one_compressed_zip_with_all_of_its_files(folder, here, capsys):
+def test_complete_folder_becomes_one_zip_of_its_files_that_passes_the_check(folder, here, capsys):
     assert packed(folder) == set(FILES)
     with zipfile.ZipFile(f"{ID}.zip") as archive:
-        infos = archive.infolist()
         assert all(archive.read(f"{ID}/{name}").decode() == text for name, text in FILES.items())
-        assert {info.compress_type for info in infos} == {zipfile.ZIP_DEFLATED}
-        assert [info.filename for info in infos] == sorted(info.filename for info in infos)
-        compressed = sum(info.compress_size for info in infos)
+        assert archive.namelist() == sorted(archive.namelist())
     printed = capsys.readouterr().out
-    assert all(f"{ID}/{name}\n" in printed for name in FILES)
-    assert f"{compressed:,}  total" in printed
+    assert all(f" {ID}/{name}\n" in printed for name in FILES)
+    prepare_submit.check_file(f"{ID}.zip", ID)
+    assert "a complete submission" in capsys.readouterr().out
     assert [path.name for path in here.iterdir()] == [f"{ID}.zip"]
 
 
-@pytest.mark.parametrize("name", REQUIRED)
-def test_every_required_file_must_be_there_and_not_empty(folder, here, name):
-    (folder / name).write_bytes(b"")
-    assert problems(folder) == [f"empty required file: {name}"]
-    (folder / name).unlink()
-    assert f"missing required file: {name}" in problems(folder)
-    (folder / name).mkdir()
-    assert f"missing required file: {name}" in problems(folder)
-    assert not list(here.iterdir())
+def test_what_the_submission_does_not_need_stays_out_and_is_listed(folder, capsys):
+    needless = {
+        **{"tests/test_llama.py": "import pytest", "benchmarks/run.py": "", "docs/usage.md": ""},
+        **{"training/unused.py": "import transformers", "results/records/a.json": "[]"},
+        **{"CHANGELOG.md": "", "stories42M.pt": "", "old.zip": "", "data/sst-train.txt": "no"},
+        **{"data/mini/model.pt": "", ".git/config": "", ".hidden": "", "venv/pyvenv.cfg": ""},
+        **{"venv/lib/a.py": "", "tests/__pycache__/a.pyc": "", "advanced/run.py": ""},
+    }
+    assert packed(put(folder, needless)) == set(FILES)
+    expected = (
+        "CHANGELOG.md, advanced/, benchmarks/, docs/, old.zip, results/, stories42M.pt, tests/"
+    )
+    assert f"left out: {expected}\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data", ["sst", "cfimdb"])
-def test_advanced_outputs_come_in_pairs(folder, data):
-    dev, test = (f"{data}-{split}-advanced-output.txt" for split in ("dev", "test"))
-    for present, absent in ((dev, test), (test, dev)):
-        put(folder, {present: predictions(data, present.split("-")[1])})
-        (line,) = problems(folder)
-        assert line.startswith("half a pair") and line.endswith(f"{absent} is missing")
-        (folder / present).unlink()
-    put(folder, {dev: predictions(data, "dev"), test: predictions(data, "test")})
-    assert packed(folder) == {*FILES, dev, test}
+def test_advanced_code_travels_with_advanced_outputs(folder):
+    outputs = {
+        f"cfimdb-{split}-advanced-output.txt": predictions("cfimdb", split, f" {QUESTION}\n")
+        for split in ("dev", "test")
+    }
+    code = {
+        "advanced/run.py": "import pretraining.loop\n",
+        "advanced/methods/smart.py": "",
+        "advanced/methods/templates.json": "{}",
+        "pretraining/loop.py": "",
+    }
+    assert packed(put(folder, outputs | code)) == {*FILES, *outputs, *code}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(".gitignore", ".git/config", ".DS_Store", "tests/.hidden/x.py", ".git"),
-        *("venv/a.py", "env/a.py", "tests/env/a.py", "__pycache__/a.py", "tests/a.pyc"),
-        *(".pytest_cache/v", ".ruff_cache/v", "my.egg-info/PKG-INFO", "__MACOSX/a", "a.tmp"),
-        *("stories42M.pt", "a.pth", "a.bin", "a.safetensors", "tokenizer.model", "a.ckpt", "A.PT"),
-        *("old.zip", "a.part", "tests/a.zip", "data/sst-train.txt", "data/a/b.csv"),
-    ],
-)
-def test_hidden_generated_and_heavy_files_are_left_out(folder, name):
-    assert packed(put(folder, {name: "x = ("})) == set(FILES)
-
-
-def test_folder_with_pyvenv_cfg_is_left_out_whatever_its_name(folder):
-    put(folder, {"tests/mine/pyvenv.cfg": "", "tests/mine/lib/a.py": "x = ("})
-    assert packed(folder) == set(FILES)
-    put(folder, {"pyvenv.cfg": "", "lib/a.py": ""})
-    assert "itself a virtual environment" in problems(folder)[0]
-
-
-def test_this_project_itself_is_within_the_bounds():
-    files, _ = prepare_submit._travelers(ROOT)
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    _, problems = within_bounds(sizes)
-    assert [problem for problem in problems if ".py" in problem] == []
-
-
-def test_everything_else_travels(folder):
-    names = {"env.py", "venv", "notes/data/train.txt", "data/more/a.py", "binary", "model.txt"}
-    assert packed(put(folder, dict.fromkeys(names, ""))) == {*FILES, *names}
-
-
-@pytest.mark.parametrize("outside", [".git/data", "venv", "__pycache__/a.zip", "data", "b.tmp"])
-def test_names_above_the_folder_do_not_matter(tmp_path, here, outside):
+@pytest.mark.parametrize("outside", [".git/data", "venv", "__pycache__/a.zip"])
+def test_names_above_the_folder_do_not_matter(tmp_path, outside):
     assert packed(put(tmp_path / outside / "env", FILES)) == set(FILES)
 
 
-def test_packing_the_current_folder_never_packs_the_zip_of_an_earlier_run(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    assert packed(".") == set(FILES)
-    first = Path(f"{ID}.zip").read_bytes()
-    assert packed(".", "other") == packed(".") == set(FILES)
-    assert Path(f"{ID}.zip").read_bytes() == first
-
-
-def test_same_files_give_the_same_bytes(folder, tmp_path):
+def test_same_files_give_the_same_bytes_also_from_within_the_folder(folder, tmp_path, monkeypatch):
     packed(folder)
     first = Path(f"{ID}.zip").read_bytes()
     copy = put(tmp_path / "copy", dict(reversed(FILES.items())))
     for path in copy.rglob("*.py"):
         os.utime(path, (1e9, 1e9))
-    packed(copy)
-    assert Path(f"{ID}.zip").read_bytes() == first
+    monkeypatch.chdir(copy)
+    for _ in range(2):  # the second run finds the zip of the first
+        packed(".")
+        assert Path(f"{ID}.zip").read_bytes() == first
 
 
 def test_executable_script_stays_executable(folder):
@@ -192,226 +149,238 @@ def test_executable_script_stays_executable(folder):
     assert modes.pop(f"{ID}/setup.sh") == "0o755" and set(modes.values()) == {"0o644"}
 
 
-def test_links_out_of_the_folder_are_left_out_and_named_if_required(folder, tmp_path):
-    outside = put(tmp_path / "outside", {"a.txt": "a", "sub/b.py": "x = ("})
-    (folder / "notes.txt").symlink_to(outside / "a.txt")
-    (folder / "package").symlink_to(outside / "sub", target_is_directory=True)
-    (folder / "inner").symlink_to(folder / "tests", target_is_directory=True)
-    (folder / "loop").symlink_to(folder / "loop")
-    (folder / "alias.md").symlink_to("README.md")
-    assert packed(folder) == {*FILES, "alias.md"}
-    for name, target in (("README.md", outside / "a.txt"), ("rope.py", tmp_path / "nowhere")):
+CHANGES = {  # file: (its text or None if it is missing, what the violation begins with)
+    "README.md": (None, "missing required file: README.md"),
+    "rope.py": (" \r\n", "empty file: rope.py"),
+    "generated-sentence-temp-1.txt": ("\ufeff\n", "empty file: generated-sentence-temp-1.txt"),
+    "sst-dev-advanced-output.txt": (RIGHT, "half a pair: sst-dev-advanced-output.txt and sst-test"),
+    "training/state.py": (None, "training/loop.py:4: imports training.state, which is neither"),
+    "utils.py": ("import os\nx = (\n", "utils.py:2: not Python ("),
+    "config.py": ("def f():\n    import transformers.models\n", "config.py:2: imports transfor"),
+    "data/sst-label-mapping.json": ('["bad"]', "data/sst-label-mapping.json: is not a JSON list"),
+    "cfimdb-dev-finetuning-output.txt": (
+        predictions("cfimdb", "dev").replace("1 |||", "2 |||"),
+        "cfimdb-dev-finetuning-output.txt:2: label 2 does not exist; labels are 0 to 1; write the",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "folder"])
+def test_each_violation_is_reported_alone_for_folders_and_zips_alike(folder, name, as_zip):
+    text, expected = CHANGES[name]
+    files = {n: t for n, t in (FILES | {name: text}).items() if t is not None}
+    shutil.rmtree(folder)
+    path = zip_of(files) if as_zip else put(folder, files)
+    (line,) = problems(path)
+    assert line.startswith(expected)
+
+
+def test_every_required_file_must_be_there(folder):
+    for name in REQUIRED:
         (folder / name).unlink()
-        (folder / name).symlink_to(target)
-    lines = problems(folder)
-    assert any(re.search("missing required file: README.md is a link out", line) for line in lines)
-    assert any(re.search("missing required file: rope.py is a link out", line) for line in lines)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe that has a name")
-def test_pipe_is_left_out_and_not_waited_for(folder, script):
-    os.mkfifo(folder / "pipe")
-    assert packed(folder) == set(FILES)
-    assert script(folder / "pipe", ID).returncode == 2
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such a name")
-def test_file_name_that_is_not_utf8_is_a_violation(folder, here):
-    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("", encoding="utf-8")
-    (line,) = problems(folder)
-    assert line.isprintable() and line.endswith("the file name is not UTF-8")
+    assert {f"missing required file: {name}" for name in REQUIRED} <= {*problems(folder)}
 
 
 @pytest.mark.parametrize(
-    ("removed", "importer"),
+    ("removed", "importer", "module"),
     [
-        *(("training.py", "run_llama.py"), ("dataset.py", "training.py")),
-        *(("checkpoint.py", "llama.py"), ("cli.py", "run_llama.py")),
+        ("training/loop.py", "run_llama.py:2", "training.loop"),
+        ("formats/checkpoint.py", "llama.py:2", "formats.checkpoint"),
+        ("formats/deep/torch_file.py", "training/state.py:1", "formats.deep.torch_file"),
+        ("formats/deep/names.py", "formats/deep/__init__.py:1", "formats.deep.names"),
     ],
 )
-def test_modules_imported_by_the_required_ones_must_travel(folder, removed, importer):
-    (folder / removed).unlink()
-    module = removed.removesuffix(".py")
-    assert problems(folder) == [f"{importer} imports {module}, which is not in the zip"]
+def test_modules_imported_by_the_required_ones_must_travel(removed, importer, module):
     files = {name: text for name, text in FILES.items() if name != removed}
-    assert problems(zip_of(files)) == [f"{importer} imports {module}, which is not in the zip"]
-
-
-@pytest.mark.parametrize(
-    ("source", "culprit", "module"),
-    [
-        ("import transformers.models", "extra.py", "transformers.models"),
-        ("def f():\n    from peft import Lora", "extra.py", "peft"),
-        ("from . import nowhere", "extra.py", "nowhere"),
-        ("import package.gone", "extra.py", "package.gone"),
-        ("import package.whole.inner", "package/__init__.py", "einops"),
-        ("from package import deep", "package/deep.py", "package.sibling"),
-        ("import env.tool", "extra.py", "env.tool"),
-    ],
-)
-def test_import_from_nowhere_names_importer_and_module(folder, source, culprit, module):
-    package = {
-        "package/__init__.py": "import einops\n" if module == "einops" else "",
-        "package/whole/inner.py": "",
-        "package/deep.py": "from .sibling import x\n",
-    }
-    put(folder, {"extra.py": source, "env/tool.py": "", **package})
-    assert problems(folder) == [f"{culprit} imports {module}, which is not in the zip"]
-
-
-def test_python_that_does_not_parse_is_a_violation_and_a_warning_is_none(folder):
-    put(folder, {"odd.py": "x = '\\d'\n"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        packed(folder)
-    put(folder, {"broken.py": "def f(:\n", "tests/zero.py": "x = 1\0"})
-    assert [line.split(":")[0] for line in sorted(problems(folder))] == [
-        "broken.py",
-        "tests/zero.py",
-    ]
+    (line,) = problems(zip_of(files))
+    assert line.startswith(f"{importer}: imports {module}, which is neither in the submission nor ")
 
 
 def test_all_violations_come_in_one_error_and_leave_the_old_zip_as_it_was(folder, here):
     put(here, {f"{ID}.zip": "old"})
-    put(
-        folder,
-        {
-            "rope.py": "",
-            "sst-dev-advanced-output.txt": predictions("sst", "dev"),
-            "extra.py": "import nowhere",
-        },
-    )
-    (folder / "README.md").unlink()
-    assert [re.match(r"\w+", line)[0] for line in problems(folder)] == [
-        *("empty", "missing", "half", "extra")
-    ]
+    for name, (text, _) in CHANGES.items():
+        (folder / name).unlink(missing_ok=True)
+        if text is not None:
+            put(folder, {name: text})
+    lines = problems(folder)
+    expected = [start for _, start in CHANGES.values()]
+    assert len(lines) == len(expected)
+    assert all(any(line.startswith(start) for line in lines) for start in expected)
     assert [path.name for path in here.iterdir()] == [f"{ID}.zip"]
     assert (here / f"{ID}.zip").read_text(encoding="utf-8") == "old"
 
 
-def test_zip_that_was_written_wrong_never_takes_its_name(folder, here, monkeypatch):
+def test_a_zip_that_was_written_wrong_never_takes_its_name(folder, here, monkeypatch):
     put(here, {f"{ID}.zip": "old"})
     write = zipfile.ZipFile.writestr
     monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda z, info, text: write(z, info, b""))
-    assert "empty required file: rope.py" in problems(folder)
-    assert [path.name for path in here.iterdir()] == [f"{ID}.zip"]
+    assert "empty file: rope.py" in problems(folder)
     assert (here / f"{ID}.zip").read_text(encoding="utf-8") == "old"
-
-
-def test_file_name_of_odd_characters_stays_on_one_line(folder, script, capsys, monkeypatch):
-    put(folder, {"a\nb.txt": "", "c\nd.py": "x = ("})
-    assert problems(folder)[0].startswith(r"'c\nd.py'")
-    (folder / "c\nd.py").unlink()
-    packed(folder)
-    assert rf"'{ID}/a\nb.txt'" in capsys.readouterr().out
-    put(folder, {"é.txt": ""})
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # as in a bare container
-    assert rf"{ID}/\xe9.txt" in script(folder, ID).stdout
-
-
-def test_complete_zip_made_by_hand_passes_with_what_macos_adds_mentioned(here, capsys):
-    zip_of(FILES | {"tests/": "", ".DS_Store": "", "data/sst-train.txt": "", "__pycache__/a": ""})
-    add_to("made.zip", f"__MACOSX/{ID}/._rope.py", "no = Python")
-    add_to("made.zip", f"__MACOSX/{ID}/._a.pt")
-    prepare_submit.check_file("made.zip", ID)
-    assert "2 entries in __MACOSX/" in capsys.readouterr().out
-    assert [path.name for path in here.iterdir()] == ["made.zip"]
-
-
-@pytest.mark.parametrize("aid", ["env", "data", "a.pt", "x.zip", "A_b.c-9"])
-def test_any_valid_id_can_name_the_top_folder(folder, aid):
-    assert packed(folder, aid) == set(FILES)
-    prepare_submit.main(zip_of(FILES, "hand.zip", f"{aid}/"), aid)
+    assert [path.name for path in here.iterdir()] == [f"{ID}.zip"]
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("text", "expected"),
     [
-        (f"{ID}/stories42M.pt", "stories42M.pt: weights"),
-        (f"{ID}/.cache/a.safetensors", ".cache/a.safetensors: weights"),
-        (f"{ID}/old.zip", "old.zip: a zip"),
-        (f"{ID}/.git/objects/a.zip", ".git: git data"),
-        (f"{ID}/tests/venv/a.py", "tests/venv: a virtual environment"),
-        (f"{ID}/mine/pyvenv.cfg", "mine: a virtual environment"),
-        (f"{ID}/pyvenv.cfg", "pyvenv.cfg: a virtual environment"),
-        (f"{ID}/rope.py", f"{ID}/rope.py: 2 entries"),
-        ("/etc/passwd", "/etc/passwd: the name is absolute"),
-        (f"{ID}/../up.txt", f"{ID}/../up.txt: the name"),
-        (f"{ID}\\a.txt", f"{ID}\\a.txt: the name"),
-        ("C:/a.txt", "C:/a.txt: the name"),
-        ("other/a.txt", f"the top of the zip holds {ID}, other;"),
-        ("loose.txt", f"the top of the zip holds {ID}, loose.txt;"),
-        (f"{ID}/.github/a.py", None),
+        (RIGHT.replace("0 |||", "zero |||"), "1: label 'zero' is not an integer"),
+        (RIGHT.replace("1 |||", "3 |||"), "2: label 3 does not exist; labels are 0 to 2"),
+        (RIGHT.replace("1 |||", "-1 |||"), "2: label -1 does not exist; labels are 0 to 2"),
+        (RIGHT.replace("0 |||", "0,"), "1: '0, sst in dev is good' is not 'label ||| sentence'"),
+        (
+            RIGHT.replace("dev é", "dev E"),
+            "3: 'sst in dev E' stands where data/sst-dev.txt has 'sst",
+        ),
+        (
+            RIGHT + "1 ||| more\n",
+            "5: 'more' stands where data/sst-dev.txt has nothing (5 sentences",
+        ),
+        (RIGHT[: RIGHT.rindex("1 |||")], "end: nothing stands where data/sst-dev.txt has 'sst in"),
+        ("".join(reversed(RIGHT.splitlines(True))), "1: 'sst in dev was bad' stands where"),
+        (predictions("sst", "test"), "1: 'sst in test is good' stands where data/sst-dev.txt has"),
+        (RIGHT.replace("good\n", "good Is it?\n"), "1: '... in dev is good Is it?' stands where"),
+        (RIGHT.encode("latin-1"), "3: byte 0xe9 is not UTF-8"),
     ],
 )
-def test_what_may_not_be_in_a_zip_is_named(here, name, expected):
-    add_to(zip_of(FILES), name)
+def test_each_wrong_output_is_one_violation_with_its_first_wrong_line_and_remedy(text, expected):
+    (line,) = problems(zip_of(FILES | {NAME: text}))
+    assert line.startswith(f"{NAME}:{expected}")
+    assert line.endswith("; write the file again")
+
+
+def test_a_long_sentence_is_shown_where_it_differs():
+    line = prepare_submit.excerpt("a" * 900 + "X" + "b" * 900, "a" * 900 + "Y")
+    assert line == repr("..." + "a" * 15 + "X" + "b" * 24 + "...")
+
+
+@pytest.mark.parametrize("end", [f" {QUESTION}\n", f"\n\n{QUESTION}\n", "\r\n", " \n", "\n"])
+def test_outputs_of_the_assignments_own_script_carry_the_question_and_pass(folder, end):
+    prompted = [name for name in OUTPUTS if "prompting" in name]
+    files = {name: predictions(*name.split("-")[:2], end) for name in prompted}
+    assert packed(put(folder, files)) == set(FILES)
+    if QUESTION in end:  # which a finetuned model is never asked
+        text = predictions("sst", "dev", f" {QUESTION}\n")
+        put(folder, {"sst-dev-finetuning-output.txt": text})
+        assert problems(folder)[0].startswith("sst-dev-finetuning-output.txt:1: ")
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_for_the_real_data_pass_and_only_for_their_own_split(name, monkeypatch):
+    folder = shared_asset("data/cfimdb-test.txt").parent
+    monkeypatch.setattr(prepare_submit, "DATA", folder)
+    own = "-".join(name.split("-")[:2])
+    for split in ("sst-dev", "sst-test", "cfimdb-dev", "cfimdb-test"):
+        content = (folder / f"{split}.txt").read_bytes()
+        found = prepare_submit.output_problems({name: content}, [folder])
+        assert [line.partition(": ")[0] for line in found] == (
+            [] if split == own else [f"{name}:1"]
+        )
+
+
+def test_a_submission_is_compared_with_the_splits_of_its_folder_or_zip_and_a_note_says_if_not(
+    folder, capsys, monkeypatch
+):
+    put(folder, {"data/sst-dev.txt": "0 ||| of nobody\n"})
+    assert any("data/sst-dev.txt has 'of nobody'" in line for line in problems(folder))
+    monkeypatch.setattr(prepare_submit, "DATA", folder / "nowhere")
+    capsys.readouterr()
+    prepare_submit.main(zip_of(FILES | {"data/sst-dev.txt": RIGHT}), ID)
+    expected = "note: sentences were not compared with data/sst-test.txt, data/cfimdb-dev.txt, "
+    assert expected in capsys.readouterr().out
+
+
+def test_the_imports_of_the_assignments_own_utils_pass(folder):
+    put(
+        folder,
+        {
+            "utils.py": "from tqdm.auto import tqdm\nfrom urllib.parse import urlparse\n"
+            "import requests\nfrom filelock import FileLock\nimport importlib_metadata\n"
+        },
+    )
+    assert packed(folder) == set(FILES)
+
+
+LINK = zipfile.ZipInfo(f"{ID}/link.md")
+LINK.external_attr = (stat.S_IFLNK | 0o777) << 16
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (f"{ID}/stories42M.pt", "stories42M.pt: leave weights, zips, git data and virtual"),
+        (f"{ID}/old.zip", "old.zip: leave weights, zips"),
+        (f"{ID}/a/.git/objects/b", "a/.git/objects/b: leave weights, zips, git data"),
+        (f"{ID}/mine/pyvenv.cfg", "mine/pyvenv.cfg: leave weights, zips, git data and virtual"),
+        (f"{ID}/rope.py", f"{ID}/rope.py: 2 entries of this name"),
+        ("/etc/passwd", "/etc/passwd: the name is absolute"),
+        (f"{ID}/../up.txt", f"{ID}/../up.txt: the name is absolute or has '..'"),
+        (f"{ID}\\a.txt", f"{ID}\\a.txt: the name"),
+        ("C:/a.txt", "C:/a.txt: the name"),
+        (LINK, f"{ID}/link.md: is a link or a device"),
+        ("other/a.txt", f"the top of the zip holds {ID}, other; pack one folder, {ID}/"),
+        (f"__MACOSX/{ID}/._rope.py", None),
+        (f"{ID}/tests/", None),
+    ],
+)
+def test_what_may_not_be_in_a_zip_is_named(entry, expected):
+    add_to(zip_of(FILES), entry)
     if expected is None:
         prepare_submit.main("made.zip", ID)
     else:
-        (line,) = problems("made.zip")
-        assert line.startswith(expected)
+        assert any(line.startswith(expected) for line in problems("made.zip"))
 
 
-def test_virtual_environment_in_a_zip_is_one_violation(here):
-    inside = {f"tests/v/lib/{i}.py": "x = (" for i in range(9)}
-    zip_of(FILES | {"tests/v/pyvenv.cfg": "", "tests/v/a.bin": ""} | inside)
-    assert problems("made.zip") == ["tests/v: a virtual environment must not be in the zip"]
-
-
-def test_wrong_top_folder_is_the_only_violation_of_a_zip_that_is_else_complete(here):
+def test_a_zip_of_another_top_folder_has_no_other_violation():
     (line,) = problems(zip_of(FILES, top="submission/"))
-    assert line.startswith("the top of the zip holds submission;") and f"{ID}/ alone" in line
-    assert "the top of the zip holds nothing" in problems(zip_of({}))[0]
+    assert line == f"the top of the zip holds submission; pack one folder, {ID}/"
 
 
-def test_damaged_member_is_named(here):
+@pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_ENTRIES"])
+def test_what_is_beyond_the_one_bound_is_not_read(folder, monkeypatch, limit):
+    monkeypatch.setattr(prepare_submit, limit, 30)
+    zip_of(FILES)
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)
+    for path in (folder, "made.zip"):
+        (line,) = problems(path)
+        assert re.match(rf"{len(FILES)} files of [\d,]+ bytes were not read; at most ", line)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_zip_with_bytes_changed_at_random_fails_in_words_or_passes(seed):
+    draw = random.Random(seed)
     data = bytearray(Path(zip_of(FILES)).read_bytes())
-    data[data.index(b"the text of structure.md") + 3] ^= 1
+    directory = data.index(b"PK\1\2")
+    for _ in range(draw.randint(1, 20)):
+        start = directory if draw.random() < 0.8 else 0
+        data[draw.randrange(start, len(data))] = draw.choice((0, 1, 0xFF, draw.randrange(256)))
     Path("made.zip").write_bytes(data)
-    (line,) = problems("made.zip")
-    assert line.startswith(f"{ID}/structure.md: corrupt") and "CRC" in line
-
-
-def test_link_in_a_zip_is_no_file(here):
-    info = zipfile.ZipInfo(f"{ID}/link.md")
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    assert "link.md: is a symbolic link" in problems(add_to(zip_of(FILES), info))[0]
-
-
-@pytest.mark.parametrize("aid", ["", ".", ".a", "a b", "a/b", "../a", "é", "a\n", "a:b"])
-def test_id_of_other_characters_is_refused(folder, here, aid):
-    with pytest.raises(ValueError, match="use letters, digits"):
-        prepare_submit.main(folder, aid)
-    assert not list(here.iterdir())
+    try:
+        prepare_submit.main("made.zip", ID)
+    except (AssertionError, prepare_submit.InputError) as error:
+        assert "made.zip" in str(error) and str(error).replace("\n", "").isprintable()
+    assert [path.name for path in Path().iterdir()] == ["made.zip"]
 
 
 @pytest.mark.parametrize("flags", [(), ("-O",), ("-X", "dev")])
-def test_script_lists_violations_on_stderr_and_exits_with_1(folder, here, script, flags):
-    (folder / "README.md").unlink()
-    put(folder, {"setup.sh": ""})
-    for path in (folder, zip_of({name: FILES[name] for name in SOURCES})):
+def test_a_lone_copy_of_the_file_packs_and_checks_in_a_python_without_packages(
+    folder, script, flags
+):
+    for path in (folder, f"{ID}.zip"):
         done = script(path, ID, flags=flags)
-        headline, *lines = done.stderr.splitlines()
-        assert done.returncode == 1
-        assert re.match(rf"AssertionError: {len(lines)} problems in ", headline) and len(lines) > 1
-        assert "  missing required file: README.md" in lines
-        assert "Traceback" not in done.stderr and not (here / f"{ID}.zip").exists()
-
-
-@pytest.mark.parametrize("flags", [(), ("-O",)])
-def test_script_packs_and_checks_with_exit_code_0(folder, script, flags):
+        assert (done.returncode, done.stderr) == (0, "") and f"{ID}/rope.py\n" in done.stdout
+    (folder / "README.md").unlink()
+    put(folder, {"setup.sh": "", "é\n.txt": ""})
     done = script(folder, ID, flags=flags)
-    assert (done.returncode, done.stderr) == (0, "") and f"{ID}/rope.py" in done.stdout
-    done = script(f"{ID}.zip", ID, flags=flags)
-    assert (done.returncode, done.stderr) == (0, "") and "complete" in done.stdout
+    assert done.returncode == 1 and done.stderr.splitlines() == [
+        f"AssertionError: 2 problems in {folder}:",
+        "  missing required file: README.md",
+        "  empty file: setup.sh",
+    ]
 
 
 def test_script_says_in_one_line_what_it_cannot_work_with_and_exits_with_2(folder, here, script):
     put(here, {"text.zip": "no zip", "cut.zip": ""})
     Path("cut.zip").write_bytes(Path(zip_of(FILES)).read_bytes()[:-40])
-    coded = Path(zip_of(FILES | {"é": ""})).read_bytes()
-    Path("coded.zip").write_bytes(coded.replace("é".encode(), b"\xff\xff"))
     (here / "taken.zip").mkdir()
     cases = {
         (): "ID",
@@ -421,93 +390,38 @@ def test_script_says_in_one_line_what_it_cannot_work_with_and_exits_with_2(folde
         ("", ID): "''",
         ("text.zip", ID): "text.zip",
         ("cut.zip", ID): "cut.zip",
-        ("coded.zip", ID): "coded.zip",
         (os.devnull, ID): os.devnull,
-        (folder, "a b"): "'a b'",
         (folder, "taken"): "taken.zip",
-        (folder, "a" * 300): "error: aaa",
+        **{(folder, aid): repr(aid) for aid in ("a b", ".a", "a/b", "../a", "é", "a:b")},
     }
     before = sorted(here.iterdir())
     for args, named in cases.items():
         done = script(*args)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), (args, done.stderr)
         assert done.stderr.startswith("prepare_submit.py: error: ") and named in done.stderr
-        assert ".tmp" not in done.stderr
     assert sorted(here.iterdir()) == before
 
 
-def test_script_starts_without_torch():
-    code = "import sys, prepare_submit; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def test_links_out_of_the_folder_are_not_followed_to_its_splits_either(folder, tmp_path):
-    other = put(tmp_path / "other", {"sst-dev.txt": "0 ||| of nobody\n"})
-    put(folder, {"data/sst-dev.txt": "0 ||| of nobody\n"})
-    assert any("data/sst-dev.txt has 'of nobody'" in line for line in problems(folder))
-    (folder / "data/sst-dev.txt").unlink()
-    (folder / "data/sst-dev.txt").symlink_to(other / "sst-dev.txt")
-    packed(folder)
-    (folder / "data/sst-dev.txt").unlink()
-    (folder / "data/sst-dev.txt").symlink_to("more.txt")
-    put(folder, {"data/more.txt": "0 ||| of nobody\n"})
-    assert any("data/sst-dev.txt has 'of nobody'" in line for line in problems(folder))
-
-
-def test_a_planted_link_of_the_temporary_name_is_not_written_through(folder, here, tmp_path):
-    put(tmp_path, {"outside.txt": "mine"})
-    (here / f".{ID}.zip.{os.getpid()}.tmp").symlink_to(tmp_path / "outside.txt")
-    with pytest.raises(FileExistsError):
-        prepare_submit.main(folder, ID)
-    assert (tmp_path / "outside.txt").read_text(encoding="utf-8") == "mine"
-
-
-def test_what_was_not_compared_is_said_once_by_folder_and_by_zip(folder, tmp_path, capsys):
-    (tmp_path / "splits/cfimdb-test.txt").unlink()
-    expected = "note: not checked: sentences, for want of data/cfimdb-test.txt\n"
-    for act in (lambda: packed(folder), lambda: prepare_submit.main(f"{ID}.zip", ID)):
-        act()
-        assert capsys.readouterr().out.count(expected) == 1
-    (folder / "rope.py").unlink()
-    problems(folder)
-    assert capsys.readouterr().out == expected
-
-
-@pytest.mark.parametrize("as_zip", [True, False])
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("sst-dev-prompting-output.txt", " \r\n", "empty required file: sst-dev-prompting"),
-        ("rope.py", "\n", "empty required file: rope.py"),
-        ("generated-sentence-temp-1.txt", "\t\n", "empty required file: generated"),
-        ("sst-dev-advanced-output.txt", "\ufeff\n", "empty file: sst-dev-advanced-output.txt"),
-        ("sst-dev-prompting-output.txt", "7 ||| a\n", "sst-dev-prompting-output.txt:1: 'a' stands"),
-    ],
-)
-def test_contents_are_checked_in_folders_and_zips_alike(folder, as_zip, name, text, expected):
-    more = {name: text}
-    if "advanced" in name:
-        more["sst-test-advanced-output.txt"] = predictions("sst", "test")
-    (line,) = problems(zip_of(FILES | more) if as_zip else put(folder, more))
-    assert line.startswith(expected)
-
-
-def test_files_beyond_the_bounds_are_named_before_a_folder_is_read(folder, here):
-    for name, size in (("notes.bin2", 2**33), ("long.py", 2**33), ("sst-dev-x.txt", 2**20)):
-        with open(folder / name, "wb") as file:
-            file.truncate(size)
-    assert sorted(problems(folder)) == [
-        "long.py: 8,589,934,592 bytes were not read; at most 262,144 are: "
-        "leave it out or make it smaller",
-        "notes.bin2: 8,589,934,592 bytes were not read; at most 67,108,864 are: "
-        "leave it out or make it smaller",
-    ]
-    assert not list(here.iterdir())
-
-
-def test_a_flood_of_violations_is_counted_and_cut(folder):
-    put(folder, {"extra.py": "".join(f"import gone{i}\n" for i in range(300))})
-    with pytest.raises(AssertionError, match="300 problems in ") as caught:
-        prepare_submit.main(folder, ID)
-    lines = str(caught.value).split("\n")
-    assert len(lines) == 1 + prepare_submit.MAX_SHOWN + 1 and lines[-1] == "  ... and 100 more"
+def test_this_project_packs_itself_and_the_unpacked_script_runs(tmp_path):
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    listed = done.stdout.splitlines()
+    folder = tmp_path / "submission"
+    for name in filter(lambda name: (ROOT / name).is_file(), listed):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    made_up = {*REQUIRED} - {path.name for path in folder.iterdir()}
+    assert made_up == {"sanity_check.data", *OUTPUTS} | {n for n in REQUIRED if "generated" in n}
+    put(folder, {name: FILES[name] for name in made_up} | MAPPINGS)
+    names = packed(folder)
+    needed = {"training/loop.py", "training/__init__.py", "data/fetch.py", "data/manifest.json"}
+    assert needed <= names and "requirements.txt" in names
+    rooms = {name.split("/")[0] for name in names if "/" in name}
+    assert not rooms & {"tests", "benchmarks", "results", "docs", "tools", "advanced"}
+    with zipfile.ZipFile(f"{ID}.zip") as archive:
+        archive.extractall("unpacked")
+    command = [sys.executable, "run_llama.py", "--help"]
+    done = subprocess.run(
+        command, cwd=f"unpacked/{ID}", capture_output=True, encoding="utf-8", check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "--option" in done.stdout
