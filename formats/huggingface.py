@@ -17,7 +17,6 @@ from formats.torch_file import listed
 from tokenizer import Tokenizer
 from utils import InputError, brief, require_package
 
-THETA = 10000.0
 _ARGS = {  # ours -> transformers'
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
@@ -28,11 +27,7 @@ _ARGS = {  # ours -> transformers'
     "max_seq_len": "max_position_embeddings",
     "layer_norm_eps": "rms_norm_eps",
 }
-_OUTER = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-}
+_OUTER = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attention_norm": "input_layernorm",
     "attention.compute_query": "self_attn.q_proj",
@@ -44,6 +39,7 @@ _LAYER = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 
 
 def write_model(
@@ -53,7 +49,6 @@ def write_model(
     require_package("transformers")
     import transformers
 
-    pad_id = tokenizer.sp_model.piece_to_id("<0x00>")
     args = {theirs: getattr(config, ours) for ours, theirs in _ARGS.items()}
     args["intermediate_size"] = len(weights["layers.0.feed_forward.w1.weight"])
     is_tied = "output.weight" not in weights
@@ -62,7 +57,7 @@ def write_model(
         tie_word_embeddings=is_tied,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
-        pad_token_id=pad_id if has_padding(tokenizer) else None,
+        pad_token_id=_pad_id(tokenizer),
     )
     names = _names(config.n_layers)
     theirs = {names[name]: _permuted(config, name, w, (-1, 2)) for name, w in weights.items()}
@@ -76,11 +71,48 @@ def write_model(
     model.save_pretrained(folder)
 
 
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return model_args, causal, and float32 weights under CMU names.
+
+    Reads safetensors only, runs no code of the folder, and asks no network. Raises InputError for
+    a model that ours cannot compute.
+    """
+    require_package("transformers")
+    import transformers
+
+    weights = _read_safetensors(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # OSError, ValueError, TypeError, ArithmeticError and others
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{folder}: its config.json cannot be read: {reason[:300]}") from error
+    _require_computable(folder, config)
+    if config.num_hidden_layers > len(weights):  # too many to list their names
+        n_layers = config.num_hidden_layers
+        raise InputError(f"{folder}: {n_layers} layers, but only {len(weights)} tensors")
+    names = {theirs: ours for ours, theirs in _names(config.num_hidden_layers).items()}
+    if config.tie_word_embeddings and "lm_head.weight" not in weights:
+        del names["lm_head.weight"]
+    missing = [name for name in names if name not in weights]
+    unexpected = [name for name in weights if name not in names]
+    if missing or unexpected:
+        raise InputError(
+            f"{folder}: is no plain LlamaForCausalLM; missing: {listed(missing) or 'nothing'}; "
+            f"unexpected: {listed(unexpected) or 'nothing'}"
+        )
+    args = {ours: getattr(config, theirs) for ours, theirs in _ARGS.items()}
+    c = LlamaConfig(**args, attention="causal")
+    ours = {names[name]: tensor.float() for name, tensor in weights.items()}
+    return c.to_dict(), {name: _permuted(c, name, w, (2, -1)) for name, w in ours.items()}
+
+
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> bool:
     """Write tokenizer.json and tokenizer_config.json, if they split texts as SentencePiece does.
 
-    Returns whether they do, on the vocabulary's pieces in random order. It is byte-pair encoding
-    (Sennrich et al. 2016, arXiv 1508.07909) in both: SentencePiece merges the pair whose piece has
+    Returns whether they do, on pieces of the vocabulary in random order. Both run byte-pair
+    encoding (Sennrich et al. 2016, arXiv 1508.07909): SentencePiece merges the pair whose piece has
     the highest score, `tokenizers` the pair that comes first in a list. Unigram models differ.
     """
     require_package("transformers")
@@ -88,27 +120,20 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> boo
 
     sp = tokenizer.sp_model
     pieces = [sp.id_to_piece(i) for i in range(len(sp))]
+    pad_id = _pad_id(tokenizer)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=_byte_pair_encoding(tokenizer, pieces),
         unk_token=pieces[sp.unk_id()],
         bos_token=pieces[tokenizer.bos_id],
         eos_token=pieces[tokenizer.eos_id],
-        pad_token="<0x00>" if has_padding(tokenizer) else None,
+        pad_token=None if pad_id is None else pieces[pad_id],
         split_special_tokens=True,  # "<s>" in a text is three characters
         clean_up_tokenization_spaces=False,
         model_max_length=max_seq_len,
         model_input_names=["input_ids", "attention_mask"],
     )
     rng = random.Random(0)
-    texts = [
-        "",
-        "  a  b  ",
-        "a\nb",
-        "\u00e9\u6f22\U0001f600",
-        "\ufb01\u00a0x",
-        "<s>",
-        "-- ... ----",
-    ]
+    texts = ["", "  a  b  ", "a\nb", "\u00e9\u6f22\U0001f600", "\ufb01\u00a0x", "<s>", "-- ... --"]
     texts += ["".join(rng.choices(pieces, k=8)).replace("▁", " ") for _ in range(500)]
     if any(
         fast(text)["input_ids"] != tokenizer.encode(text, bos=True, eos=False) for text in texts
@@ -118,43 +143,45 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> boo
     return True
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return model_args (causal) and float32 weights under CMU names.
+def _byte_pair_encoding(tokenizer: Tokenizer, pieces: list[str]) -> Any:
+    """Return a SentencePiece model as a `tokenizers.Tokenizer`: pieces, merges, spaces."""
+    from tokenizers import Regex, decoders, models, normalizers, processors
+    from tokenizers import Tokenizer as FastTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
 
-    Reads safetensors only, runs no code of the folder, and asks no network. Raises InputError for
-    what our Llama cannot compute.
-    """
-    require_package("transformers")
-    import transformers
-
-    weights = _read_safetensors(folder)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # OSError, ValueError, TypeError and KeyError, by what is wrong
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{folder}: its config.json cannot be read: {reason[:300]}") from error
-    _require_computable(folder, config, len(weights))
-    args = {ours: getattr(config, theirs) for ours, theirs in _ARGS.items()}
-    args = {**args, "attention": "causal"}
-    output, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
-    if output is None and not config.tie_word_embeddings:
-        raise InputError(f"{folder}: missing: lm_head.weight, and tie_word_embeddings is not set")
-    if output is not None and config.tie_word_embeddings and not output.equal(embedding):
-        raise InputError(f"{folder}: tie_word_embeddings is set, but lm_head.weight differs")
-    ours = {theirs: ours for ours, theirs in _names(config.num_hidden_layers).items()}
-    unknown = [name for name in weights if name not in ours]
-    if unknown:
-        raise InputError(f"{folder}: unexpected: {listed(unknown)}; it is no plain Llama")
-    c = LlamaConfig(**args)
-    return args, {
-        ours[name]: _permuted(c, ours[name], tensor.float(), (2, -1))
-        for name, tensor in weights.items()
-    }
-
-
-def has_padding(tokenizer: Tokenizer) -> bool:
     sp = tokenizer.sp_model
-    return sp.id_to_piece(sp.piece_to_id("<0x00>")) == "<0x00>"
+    is_special = [sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) for i in range(len(sp))]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    normal = {piece: i for piece, i in ids.items() if not is_special[i]}
+    merges = generate_merges(normal, {piece: sp.get_score(i) for piece, i in normal.items()})
+    fallback = _pad_id(tokenizer) is not None
+    unk, bos = pieces[sp.unk_id()], pieces[tokenizer.bos_id]
+    fast = FastTokenizer(
+        models.BPE(ids, merges, unk_token=unk, fuse_unk=True, byte_fallback=fallback)
+    )
+    replace = normalizers.Replace
+    steps, n_stripped = [replace(" ", "▁")], 0
+    if sp.normalize("a").startswith("▁"):  # a space before a text
+        steps, n_stripped = [normalizers.Prepend("▁"), *steps], 1
+    if "▁▁" not in sp.normalize("a  b"):  # further spaces are removed
+        before = [replace(Regex(r"\A +"), ""), replace(Regex(" {2,}"), " ")]
+        steps, n_stripped = [*before, *steps, replace(Regex(r"▁+\z"), "")], 2**20
+    fast.normalizer = normalizers.Sequence(steps)
+    strip = decoders.Strip(" ", n_stripped, 0)
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
+    fast.post_processor = processors.TemplateProcessing(
+        f"{bos} $A", f"{bos} $A {bos}:1 $B:1", [(bos, tokenizer.bos_id)]
+    )
+    return fast
+
+
+def _pad_id(tokenizer: Tokenizer) -> int | None:
+    try:
+        return tokenizer.pad_id
+    except InputError:  # no byte fallback
+        return None
 
 
 def _names(n_layers: int) -> dict[str, str]:
@@ -169,62 +196,15 @@ def _names(n_layers: int) -> dict[str, str]:
 def _permuted(
     config: LlamaConfig, name: str, weight: torch.Tensor, pairs: tuple[int, int]
 ) -> torch.Tensor:
-    """Reorder the rows (H D, dim) of each head, if `name` is a query or key matrix.
+    """Reorder the rows (H D, dim) of a query or key matrix within each head.
 
     pairs (-1, 2) goes from neighbors to halves, (2, -1) back.
     """
     heads = {"compute_query": config.n_heads, "compute_key": config.n_kv_heads}
     n_heads = heads.get(name.split(".")[-2])
-    if n_heads is None:
+    if n_heads is None or len(weight) % (2 * n_heads):  # the latter is misshapen, said on loading
         return weight
     return weight.unflatten(0, (n_heads, *pairs)).transpose(1, 2).reshape(weight.shape)
-
-
-def _byte_pair_encoding(tokenizer: Tokenizer, pieces: list[str]) -> Any:
-    """Return the `tokenizers.Tokenizer` of a SentencePiece model, bos first."""
-    from tokenizers import Regex, decoders, models, normalizers, processors
-    from tokenizers import Tokenizer as FastTokenizer
-    from transformers.convert_slow_tokenizer import generate_merges
-
-    sp = tokenizer.sp_model
-    is_special = [sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) for i in range(len(sp))]
-    ids = {piece: i for i, piece in enumerate(pieces) if not is_special[i]}
-    merges = generate_merges(ids, {piece: sp.get_score(i) for piece, i in ids.items()})
-    bos = pieces[tokenizer.bos_id]
-    fast = FastTokenizer(
-        models.BPE(
-            vocab={piece: i for i, piece in enumerate(pieces)},
-            merges=merges,
-            unk_token=pieces[sp.unk_id()],
-            fuse_unk=True,
-            byte_fallback=has_padding(tokenizer),
-        )
-    )
-    steps = [normalizers.Replace(" ", "▁")]
-    adds_space = sp.normalize("a").startswith("▁")
-    removes_spaces = "▁▁" not in sp.normalize("a  b")
-    if adds_space:
-        steps.insert(0, normalizers.Prepend("▁"))
-    if removes_spaces:
-        replace = normalizers.Replace
-        before = [replace(Regex(r"\A +"), ""), replace(Regex(" {2,}"), " ")]
-        steps = [*before, *steps, replace(Regex(r"▁+\z"), "")]
-    fast.normalizer = normalizers.Sequence(steps)
-    n_stripped = 2**20 if removes_spaces else int(adds_space)
-    fast.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", n_stripped, 0),
-        ]
-    )
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A {bos}:1 $B:1",
-        special_tokens=[(bos, tokenizer.bos_id)],
-    )
-    return fast
 
 
 def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -248,26 +228,18 @@ def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _require_computable(folder: Path, config: Any, n_tensors: int) -> None:
+def _require_computable(folder: Path, config: Any) -> None:
     """Raise InputError that lists all of a config that our Llama cannot compute."""
     if config.model_type != "llama":
         raise InputError(f"{folder}: its model_type is {brief(config.model_type)}, not 'llama'")
-    if config.num_hidden_layers > n_tensors:
-        raise InputError(
-            f"{folder}: config.json wants {config.num_hidden_layers} layers, but there are only "
-            f"{n_tensors} tensors"
-        )
-    rope = {"rope_type": "default", "rope_theta": THETA, "partial_rotary_factor": 1.0}
     found = {
         "hidden_act": (config.hidden_act, "silu"),
         "attention_bias": (config.attention_bias, False),
         "mlp_bias": (config.mlp_bias, False),
         "head_dim": (config.head_dim, config.hidden_size // config.num_attention_heads),
         "quantization_config": (getattr(config, "quantization_config", None), None),
-        **{key: (config.rope_parameters.get(key, value), value) for key, value in rope.items()},
+        **{key: (config.rope_parameters.get(key, value), value) for key, value in _ROPE.items()},
     }
     faults = [f"{k}={brief(v)} (only {brief(w)})" for k, (v, w) in found.items() if v != w]
     if faults:
-        raise InputError(
-            f"{folder}: config.json wants what this Llama cannot compute: {', '.join(faults)}"
-        )
+        raise InputError(f"{folder}: config.json wants what ours cannot compute: {listed(faults)}")

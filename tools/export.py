@@ -146,7 +146,7 @@ def import_hf(folder: Path, out: Path, tokenizer_path: str | None) -> list[str]:
     """Write a causal checkpoint from a transformers folder, and its tokenizer.model beside it."""
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder; --from hf reads one with config.json")
-    model_args, weights = huggingface.read_folder(folder)
+    model_args, weights = huggingface.read_model(folder)
     try:
         model = Llama.from_weights(LlamaConfig(**model_args), weights)
     except InputError as error:
