@@ -101,7 +101,7 @@ def read_column(file: BinaryIO, name: str, column: str) -> Iterator[Line]:
             if sentence:
                 yield Line(reader.line_num, sentence, None)
     except csv.Error as error:
-        raise InputError(f"{name}:{reader.line_num}: is not CSV: {error}") from error
+        raise InputError(f"{name}:{reader.reader.line_num}: is not CSV: {error}") from error
 
 
 def read_arguments(sentences: list[str], label_names: list[str]) -> list[Line]:
