@@ -22,8 +22,8 @@ def read_history(path: str | Path) -> dict[str, list[float]]:
         columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
         columns["tokens"]
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        message = "give a history.csv of pretraining.run, with a column `tokens` and only numbers"
-        raise InputError(f"{path}: not a history ({error}); {message}") from error
+        wanted = "give a history.csv of pretraining.run: columns of numbers, among them `tokens`"
+        raise InputError(f"{path}: not a history; {wanted}") from error
     return columns
 
 

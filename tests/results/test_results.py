@@ -98,6 +98,7 @@ def test_rows_are_the_baselines_then_the_methods_by_sst_dev():
 
 def test_folds_are_averaged_by_their_sentences_and_a_seed_without_all_folds_is_left_out():
     folds = study("cfimdb", "plain", ["1111", "00", "1111", "10", "0000"], folds=2)
+    folds["runs"].reverse()
     assert studies.scores(folds, "dev") == pytest.approx([4 / 6, 5 / 6])
     assert studies.correct_answers(folds, "dev").tolist() == [
         [1, 1, 1, 1, 0, 0],
@@ -204,8 +205,10 @@ def test_figures_plot_means_over_seeds(tmp_path):
     lora = study("sst", "lora", ["11111"] * 2, test=["11110", "11000"], model=figures.MODEL)
     tenth = study("sst", "lora", ["1"] * 2, ["11000", "00000"], None, figures.MODEL, 0.1)
     panel, folds = figures.accuracy([lora, tenth]).axes
-    (point,) = (bar.lines[0].get_xydata().tolist() for bar in panel.containers)
-    assert point == [pytest.approx([0.6, figures.METHODS.index("lora")])]
+    (bar,) = panel.containers
+    assert bar.lines[0].get_xydata()[0] == pytest.approx([0.6, figures.METHODS.index("lora")])
+    (segment,) = bar.lines[2][0].get_segments()
+    assert np.ptp(segment[:, 0]) / 2 == pytest.approx(np.sqrt(2 * 0.2**2 / 1))
     assert (panel.get_title(), folds.get_title()) == ("SST test", "CFIMDB 5-fold")
     assert not folds.containers
     (panel,) = figures.train_size([lora, tenth]).axes
