@@ -16,7 +16,7 @@ from llama import load_pretrained
 from tokenizer import Tokenizer
 
 MINI = ROOT / "data/mini"
-# A name that resolves nowhere: whatever reaches for the network fails instead of succeeding here.
+# A proxy that no name server knows: a script that uses the network fails.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://offline.invalid:9")
 
 
@@ -37,9 +37,6 @@ def test_it_is_small_causal_and_grouped_and_loads_to_float32(mini):
     assert 2.5e6 < sum(p.numel() for p in mini.parameters()) < 3.5e6
     assert {p.dtype for p in mini.parameters()} == {torch.float32}
     assert mini.output.weight is mini.tok_embeddings.weight
-
-
-def test_its_file_is_half_precision_and_records_its_mode():
     assert (MINI / "model.pt").stat().st_size <= 7e6
     saved = torch.load(MINI / "model.pt", weights_only=True)
     assert {tensor.dtype for tensor in saved["model"].values()} == {torch.float16}
@@ -47,19 +44,17 @@ def test_its_file_is_half_precision_and_records_its_mode():
 
 
 def test_its_reference_is_what_float64_numpy_computes_in_both_modes(tmp_path):
-    oracle.main(MINI / "model.pt", tmp_path / "again.data")
+    """And the model passes sanity_check.py on it."""
+    assert sanity_check.check(str(MINI / "model.pt"), str(MINI / "sanity_check.data"))
+    oracle.main(MINI / "model.pt", tmp_path / "computed.data")
     token_ids, references = sanity_check.read_reference(MINI / "sanity_check.data")
-    same_ids, computed = sanity_check.read_reference(tmp_path / "again.data")
+    same_ids, computed = sanity_check.read_reference(tmp_path / "computed.data")
     assert set(references) == set(ATTENTION_MODES)
     assert token_ids.unique().numel() > 2
     torch.testing.assert_close(token_ids, same_ids)
     for mode, reference in references.items():
         for name in sanity_check.QUANTITIES:
             torch.testing.assert_close(reference[name], computed[mode][name])
-
-
-def test_sanity_check_passes_on_it():
-    assert sanity_check.check(str(MINI / "model.pt"), str(MINI / "sanity_check.data"))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +68,7 @@ def test_its_tokenizer_gives_back_any_text(mini, mini_tokenizer, text):
 
 
 def test_its_cache_changes_nothing(mini, mini_tokenizer):
-    """Greedy tokens by the cached loop are the argmax of one whole pass over them."""
+    """Greedy tokens are the argmax of one forward pass over the whole text."""
     start = mini_tokenizer.encode(run_llama.PREFIX, bos=True, eos=False)
     out = mini.generate(torch.tensor([start]), 40, temperature=0.0)
     with torch.inference_mode():
