@@ -1,4 +1,4 @@
-"""What a Llama is before it has layers: a config, initial weights, a dtype."""
+"""The base class of the model: its config, initial weights and dtype."""
 
 import math
 
@@ -19,12 +19,12 @@ class LlamaPreTrainedModel(nn.Module):
         self.n_layers = config.n_layers
 
     def init_weights(self) -> None:
-        """Draws every matrix anew from normal(0, 0.02); the norms keep their weights.
+        """Draw every matrix from normal(0, 0.02); the norms keep their weights.
 
         The projections that write into the residual stream (`compute_output` and `w2`) get
         0.02 / sqrt(2 n_layers), so that the stream's variance does not grow with the 2 n_layers
-        additions to it (Radford et al. 2019, GPT-2, section 2.3). A model on the meta device, which
-        has a shape and no weights, draws nothing.
+        additions to it (Radford et al. 2019, GPT-2, section 2.3). A model on the meta device has no
+        weights to draw.
         """
         if any(parameter.is_meta for parameter in self.parameters()):
             return

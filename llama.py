@@ -1,26 +1,24 @@
 """Llama 2 (Touvron et al. 2023, arXiv 2307.09288): RMSNorm, grouped-query attention, SwiGLU.
 
-Shapes: B batch, T sequence, S keys in reach (T plus whatever a cache holds), H query heads,
+Shapes: B batch, T sequence, S keys in reach (T plus the positions in a cache), H query heads,
 K key/value heads, D head size (dim = H * D), F feed-forward hidden size, V vocabulary.
 """
 
-import copy
 import math
 import os
-from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from base_llama import LlamaPreTrainedModel
 from config import LlamaConfig
+from fast.decode import KVCache, next_tokens
 from fast.linear import Linear
-from formats.checkpoint import listed, read_checkpoint, require_finite
+from formats.checkpoint import load_exactly, read_checkpoint
 from rope import apply_rotary_emb
-from tools.sampling import pick_next
+from utils import InputError
 
 
 class RMSNorm(nn.Module):
@@ -35,46 +33,9 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Squares of half-precision values overflow, so at least float32 here.
+        # The square of a half-precision number overflows early, so compute in float32 at least.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return self._norm(wide).type_as(x) * self.weight
-
-
-class KVCache:
-    """Keys and values of the positions already seen, (layer, B, position, K, D), unrepeated.
-
-    Only causal attention has them to offer: there no later token changes an earlier state. Without
-    a mask every new token changes all of them, so any other mode is refused with a ValueError.
-    """
-
-    def __init__(self, config: LlamaConfig, batch_size: int, capacity: int, like: torch.Tensor):
-        if config.attention != "causal":
-            raise ValueError(
-                f"a KV cache needs attention='causal', not {config.attention!r}: "
-                "without a mask each new token changes every earlier key and value"
-            )
-        shape = (config.n_layers, batch_size, capacity, config.n_kv_heads, config.head_dim)
-        self.keys = torch.empty(shape, device=like.device, dtype=like.dtype)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0  # positions seen by all layers; `Llama.forward` advances it
-
-    def extend(
-        self, layer_id: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores one layer's new (B, T, K, D) and returns all its (B, S, K, D) so far."""
-        end = self.length + key.shape[1]
-        if end > self.keys.shape[2]:
-            raise ValueError(f"KV cache of {self.keys.shape[2]} positions cannot hold {end}")
-        self.keys[layer_id, :, self.length : end] = key
-        self.values[layer_id, :, self.length : end] = value
-        return self.keys[layer_id, :, :end], self.values[layer_id, :, :end]
-
-    def repeated(self, n: int) -> "KVCache":
-        """A cache that holds every row n times, side by side: (layer, B n, position, K, D)."""
-        cache = copy.copy(self)
-        cache.keys = self.keys.repeat_interleave(n, dim=1)
-        cache.values = self.values.repeat_interleave(n, dim=1)
-        return cache
 
 
 class Attention(nn.Module):
@@ -82,7 +43,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config = config
+        self.is_causal = config.attention == "causal"
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
         self.head_dim = config.head_dim
@@ -101,29 +62,27 @@ class Attention(nn.Module):
         value: torch.Tensor,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """softmax(Q K^T / sqrt(D)) V (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+        """Return softmax(Q K^T / sqrt(D)) V (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
-        query (B, H, T, D) holds the last T of the S positions of key and value (B, K, S, D), and
-        its head h reads key/value head h // (H / K). key_mask (B, S) is True where a key may be
-        read. Returns (B, H, T, D).
+        query (B, H, T, D) holds the last T of the S positions of key and value (B, K, S, D); query
+        head h reads key/value head h // (H / K). key_mask (B, S) is True where a key may be read.
+        Returns (B, H, T, D).
         """
         T, S = query.shape[-2], key.shape[-2]
-        dropout_p = self.attn_dropout.p if self.training else 0.0
-        causal = self.config.attention == "causal" and T > 1  # the last position reads all keys
-        whole = causal and T == S and key_mask is None  # for this the fused kernels need no mask
+        is_plain = self.is_causal and T == S and key_mask is None  # fused kernels know this mask
         mask = None  # True where a query may read a key, broadcast to (B, H, T, S)
-        if causal and not whole:
+        if self.is_causal and not is_plain and T > 1:  # a single query reads every key
             mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
         if key_mask is not None:
-            readable = key_mask[:, None, None, :]  # (B, 1, 1, S)
-            mask = readable if mask is None else mask & readable
-        grouped = query.shape[1] != key.shape[1]
-        if grouped and query.device.type != "cpu":  # elsewhere few fused kernels know groups
-            n_rep = query.shape[1] // key.shape[1]
-            key, value = repeat_heads(key, n_rep), repeat_heads(value, n_rep)
-            grouped = False
+            keys = key_mask[:, None, None, :]  # (B, 1, 1, S)
+            mask = keys if mask is None else mask & keys
         return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout_p, is_causal=whole, enable_gqa=grouped
+            query,
+            repeat_heads(key, self.n_heads // self.n_kv_heads),
+            repeat_heads(value, self.n_heads // self.n_kv_heads),
+            attn_mask=mask,
+            is_causal=is_plain,
+            dropout_p=self.attn_dropout.p if self.training else 0.0,
         )
 
     def forward(
@@ -133,10 +92,10 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer_id: int = 0,
     ) -> torch.Tensor:
-        """x (B, T, dim) -> (B, T, dim), before the residual.
+        """x (B, T, dim) -> (B, T, dim), before the residual addition.
 
-        key_mask (B, S) is True where a key may be read. With a cache the S keys are those it holds
-        for layer `layer_id` and these T, which it takes; without, S is T.
+        With a cache the S keys are those it holds for layer `layer_id` and these T, which it
+        stores; without one S is T.
         """
         B, T, _ = x.shape
         query = self.compute_query(x).view(B, T, self.n_heads, self.head_dim)  # (B, T, H, D)
@@ -157,27 +116,11 @@ class Attention(nn.Module):
         return self.resid_dropout(self.compute_output(output))
 
 
-class _SiLUGate(torch.autograd.Function):
-    """SiLU(gate) * up. Keeps these two alone for the gradient; autograd would keep SiLU(gate) too,
-    one of the four tensors of a feed-forward layer's hidden size."""
-
-    @staticmethod
-    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
-
-
 class FeedForward(nn.Module):
     """W2 (SiLU(W1 x) * W3 x), a gated layer without biases (Shazeer 2020, arXiv 2002.05202).
 
-    Three matrices instead of two: `hidden_dim=None` takes 2/3 of the usual 4 dim, rounded up to
-    `multiple_of`, so that the parameter count stays.
+    It has three matrices instead of two, so `hidden_dim=None` takes 2/3 of the usual 4 dim, rounded
+    up to `multiple_of`: the number of parameters stays the same.
     """
 
     def __init__(self, dim: int, hidden_dim: int | None, multiple_of: int, dropout: float):
@@ -190,14 +133,14 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def SwiGLU(self, x: torch.Tensor) -> torch.Tensor:  # noqa: N802, the assignment's name
-        return _SiLUGate.apply(self.w1(x), self.w3(x))  # (B, T, F)
+        return F.silu(self.w1(x)) * self.w3(x)  # (B, T, F)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.w2(self.SwiGLU(x)))
 
 
 class LlamaLayer(nn.Module):
-    """h = x + Attention(norm(x)); h + FeedForward(norm(h)): the stream itself is never normed."""
+    """h = x + Attention(norm(x)); h + FeedForward(norm(h)). The residual stream is never normed."""
 
     def __init__(self, layer_id: int, config: LlamaConfig):
         super().__init__()
@@ -225,41 +168,32 @@ class Llama(LlamaPreTrainedModel):
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
         self.params = config  # the assignment's name beside `config`
-        output = Linear(config.dim, config.vocab_size)
-        self.tok_embeddings = nn.Embedding.from_pretrained(output.weight, freeze=False)
-        self.tok_embeddings.weight = output.weight  # tied (Press and Wolf, arXiv 1608.05859)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, eps=config.layer_norm_eps)
-        self.output = output
+        self.output = Linear(config.dim, config.vocab_size)
+        self.output.weight = self.tok_embeddings.weight  # tied (Press and Wolf, arXiv 1608.05859)
         self.init_weights()
 
     @classmethod
     def from_weights(cls, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> "Llama":
-        """A float32 model in eval mode with exactly these weights, in their memory, not a copy.
+        """Return a model in eval mode with exactly these weights.
 
-        `output.weight` may be absent or equal to the embedding (tied), or differ (then untied).
-        ValueError lists every missing, unexpected and misshapen tensor, or those that hold numbers
-        which are none.
+        `output.weight` may be absent or equal to the embedding (tied), or differ (untied). Raises
+        InputError that lists every missing, unexpected, misshapen and non-finite tensor.
         """
-        if config.n_layers > len(weights) // 9 + 100:  # too many to build for a list of the missing
-            raise ValueError(f"n_layers={config.n_layers} but only {len(weights)} tensors")
-        weights = dict(weights)
+        if config.n_layers > len(weights):  # too many layers to build only to list their names
+            raise InputError(
+                f"n_layers={config.n_layers}, but there are only {len(weights)} tensors"
+            )
         if "tok_embeddings.weight" in weights:
-            weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-        with torch.device("meta"):  # a shape without memory, and without drawing initial weights
+            weights = {"output.weight": weights["tok_embeddings.weight"], **weights}
+        with torch.device("meta"):  # shapes without memory
             model = cls(config)
-        require_exactly(model, weights)
-        weights = {name: tensor.float() for name, tensor in weights.items()}
-        tied = torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
-        if tied:  # looked through once, and one memory
-            del weights["output.weight"]
-        require_finite(weights)
-        weights = _unshared(weights)
-        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-        model.load_state_dict(weights, assign=True)
-        if tied:
-            model.tok_embeddings.weight = model.output.weight
+        load_exactly(model, weights)
+        if torch.equal(model.output.weight, model.tok_embeddings.weight):
+            model.output.weight = model.tok_embeddings.weight
         return model.eval()
 
     def forward(
@@ -271,14 +205,13 @@ class Llama(LlamaPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens (B, T) -> logits, hidden states (B, T, dim) after the final norm.
 
-        logits are (B, T, V) if `targets` is given (its values are not read), else those of the last
-        position alone, (B, 1, V), which with `lengths` is each row's last real one. `lengths` and
-        `cache` are those of `hidden_states`.
+        logits are (B, T, V) if `targets` is given (its values are not read); else (B, 1, V), those
+        of the last position, which with `lengths` is each row's last real token.
         """
         h = self.hidden_states(tokens, lengths, cache)
         if targets is not None:
             return self.output(h), h
-        return self.output(h[:, [-1]] if lengths is None else last_real(h, lengths)), h
+        return self.output(h[:, [-1]] if lengths is None else last_token(h, lengths)), h
 
     def hidden_states(
         self,
@@ -286,22 +219,20 @@ class Llama(LlamaPreTrainedModel):
         lengths: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """tokens (B, T) -> (B, T, dim) after the final norm: `forward` without logits.
+        """tokens (B, T) -> (B, T, dim) after the final norm: `forward` without the logits.
 
-        `lengths` (B,) counts the real tokens of right-padded rows: keys beyond them are masked, so
-        that padding changes no real state. Without it every token is real, pads included, which is
-        what the assignment computes.
-
-        `cache` holds the positions before these tokens and takes these tokens too.
+        `lengths` (B,) counts the real tokens of right-padded rows: padding is masked and changes no
+        real token's state. Without lengths every token is real, as in the assignment. `cache` holds
+        the positions before these tokens and stores these tokens, too.
         """
         B, T = tokens.shape
         key_mask = None
         if lengths is not None:
             if cache is not None:
-                raise ValueError("lengths and cache exclude each other: a cache holds no padding")
+                raise InputError("pass lengths or a cache, not both: a cache holds no padding")
             if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
-                raise ValueError(f"lengths {lengths.tolist()} are not {B} numbers in 1..{T}")
-            if self.config.attention == "full":  # a causal row's real tokens never see its pads
+                raise InputError(f"lengths {lengths.tolist()} are not {B} numbers in 1..{T}")
+            if self.config.attention == "full":  # in causal mode no real token reads a later pad
                 key_mask = torch.arange(T, device=tokens.device) < lengths[:, None]  # (B, T)
 
         h = self.dropout(self.tok_embeddings(tokens))  # (B, T, dim)
@@ -311,116 +242,64 @@ class Llama(LlamaPreTrainedModel):
             cache.length += T
         return self.norm(h)
 
+    @torch.inference_mode()
     def generate(
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0
     ) -> torch.Tensor:
-        """Appends `max_new_tokens` to every row of idx (B, T) and returns (B, T + max_new_tokens).
+        """Append `max_new_tokens` to each row of idx (B, T) and return (B, T + max_new_tokens).
 
-        Temperature 0 takes the likeliest token, any other samples by `sampling.pick_next` from
-        PyTorch's global generator. Call `eval()` first.
+        The model reads the last `max_seq_len` tokens. Temperature 0 takes the likeliest token, any
+        other draws from PyTorch's global generator. Call `eval()` first.
         """
-        if not temperature >= 0.0:
-            raise ValueError(f"temperature={temperature} is negative")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={max_new_tokens} is negative")
-        if idx.ndim != 2 or idx.shape[1] == 0:
-            raise ValueError(f"idx {tuple(idx.shape)} is not (B, T) with at least one token")
-        pick = partial(pick_next, temperature=temperature)
-        return torch.cat((idx, *self.next_tokens(idx, max_new_tokens, pick)), dim=1)
-
-    @torch.inference_mode()
-    def next_tokens(
-        self,
-        idx: torch.Tensor,
-        max_new_tokens: int,
-        pick: Callable[[torch.Tensor], torch.Tensor],
-        num_samples: int = 1,
-    ) -> Iterator[torch.Tensor]:
-        """Continues every row of idx (B, T) `num_samples` times, a token at a time.
-
-        Yields (B * num_samples, 1), a row's samples side by side: `pick` of logits (B *
-        num_samples, V). The model reads the last `max_seq_len` tokens. With causal attention it
-        keeps a `KVCache`, which the samples of a row begin with in common, until the window is full
-        and begins to slide: then, as in full mode always, every step reads the whole window again.
-        """
-        window = self.config.max_seq_len
-        cache = None
-        if self.config.attention == "causal":
-            capacity = min(window, idx.shape[1] + max_new_tokens)
-            cache = KVCache(self.config, len(idx), capacity, like=self.norm.weight)
-        for step in range(max_new_tokens):
-            if cache is not None and idx.shape[1] <= window:
-                logits, _ = self(idx[:, cache.length :], cache=cache)
-            else:
-                logits, _ = self(idx[:, -window:])
-            if step == 0 and num_samples > 1:
-                logits = logits.repeat_interleave(num_samples, dim=0)
-                idx = idx.repeat_interleave(num_samples, dim=0)
-                cache = cache and cache.repeated(num_samples)
-            following = pick(logits[:, -1])
-            yield following
-            idx = torch.cat((idx, following), dim=1)
+        if not temperature >= 0.0 or max_new_tokens < 0:
+            raise InputError(f"temperature={temperature} or {max_new_tokens=} is below 0")
+        if self.config.attention == "causal":  # earlier states never change, so a cache keeps them
+            pick = partial(sample, temperature=temperature)
+            return torch.cat((idx, *next_tokens(self, idx, max_new_tokens, pick)), dim=1)
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.max_seq_len :])  # (B, 1, V)
+            idx = torch.cat((idx, sample(logits[:, -1], temperature)), dim=1)
+        return idx
 
 
-def _unshared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights; what overlaps itself or another one is copied, so that an optimizer steps
-    every number once."""
-    own, end = {}, 0  # of the memory that is taken
-    for name, tensor in sorted(weights.items(), key=lambda item: item[1].data_ptr()):
-        if tensor.is_contiguous() and tensor.data_ptr() >= end:
-            own[name], end = tensor, tensor.data_ptr() + tensor.nbytes
-        else:
-            own[name] = tensor.clone(memory_format=torch.contiguous_format)
-    return own
+def sample(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """logits (B, V) -> tokens (B, 1): the likeliest, or a draw from softmax(logits / temperature).
+
+    Raises InputError if the largest logit of a row is not finite.
+    """
+    largest, likeliest = logits.max(dim=-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise InputError("the model's logits are not finite: its weights are damaged or diverged")
+    if temperature < torch.finfo(logits.dtype).tiny:  # 0, or what a division rounds to 0
+        return likeliest
+    probs = F.softmax((logits - largest) / temperature, dim=-1)  # at most 0: no overflow
+    return torch.multinomial(probs, num_samples=1)
 
 
 def repeat_heads(states: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """(B, K, S, D) -> (B, K * n_rep, S, D), whose head h is a copy of head h // n_rep."""
-    return states.repeat_interleave(n_rep, dim=1)
+    """(B, K, S, D) -> (B, K * n_rep, S, D), whose head h is head h // n_rep of `states`."""
+    return states if n_rep == 1 else states.repeat_interleave(n_rep, dim=1)
 
 
-def last_real(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Picks each row's last real position: (B, T, dim), (B,) -> (B, 1, dim)."""
+def last_token(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return each row's last real position: (B, T, dim), (B,) -> (B, 1, dim)."""
     rows = torch.arange(len(hidden), device=hidden.device)
     return hidden[rows, lengths - 1].unsqueeze(1)
-
-
-def require_exactly(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Raises one ValueError that lists every missing, unexpected and misshapen tensor."""
-    wanted = module.state_dict()
-    faults = {
-        "missing": [name for name in wanted if name not in weights],
-        "unexpected": [name for name in weights if name not in wanted],
-        "misshapen": [
-            f"{name} {tuple(weights[name].shape)} instead of {tuple(wanted[name].shape)}"
-            for name in wanted
-            if name in weights and weights[name].shape != wanted[name].shape
-        ],
-    }
-    if any(faults.values()):
-        raise ValueError(
-            "; ".join(f"{kind}: {listed(names)}" for kind, names in faults.items() if names)
-        )
 
 
 def load_pretrained(
     checkpoint: str | os.PathLike, attention: str | None = None, dropout: float | None = None
 ) -> Llama:
-    """Reads a checkpoint (see `checkpoint.read_checkpoint`) into a float32 model in eval mode.
+    """Read a checkpoint (see formats/checkpoint.py) into a float32 model in eval mode.
 
-    `attention=None` takes the mode that the checkpoint records in `model_args`, else "full", as the
-    assignment computes; `dropout=None` the recorded probability of dropout inside the layers, else
-    0. Raises ValueError, naming the file, for whatever is wrong with it.
+    `attention=None` takes the mode that the checkpoint records, else "full", the assignment's;
+    `dropout=None` takes the recorded dropout inside the layers, else 0. Raises InputError with the
+    file's name.
     """
     model_args, weights = read_checkpoint(checkpoint)
     given = {"attention": attention, "dropout": dropout}
     model_args |= {key: value for key, value in given.items() if value is not None}
-    if any(name.startswith("llama.") for name in weights):
-        raise ValueError(
-            f"{checkpoint}: is a finetuned classifier, not a pretrained Llama; --option predict "
-            "--checkpoint reads it, and tools.export its Llama"
-        )
     try:
         return Llama.from_weights(LlamaConfig(**model_args), weights)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{checkpoint}: {error}") from error

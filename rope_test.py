@@ -3,14 +3,14 @@ position m multiplies the complex number x_2i + j x_2i+1 by exp(j m theta^(-2i /
 
 import torch
 
-import cli
 from rope import apply_rotary_emb
+from utils import run_script
 
 TOLERANCE = 1e-5
 
 
 def closed_form(x: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
-    """Rotates x (B, T, heads, D) in complex float64 arithmetic."""
+    """Rotate x (B, T, heads, D) in complex float64 arithmetic."""
     T, D = x.shape[1], x.shape[3]
     numbers = torch.view_as_complex(x.double().unflatten(-1, (D // 2, 2)))  # (B, T, heads, D/2)
     for m in range(T):
@@ -44,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

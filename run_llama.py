@@ -1,16 +1,13 @@
-"""The assignment's command line: generate text, classify by prompting, finetune, and predict.
+"""The assignment's command line: generate text, classify by prompting, finetune a classifier.
 
-`args` ends in this file: everything below takes named parameters. The functions under the
-assignment's own names take what they take there, so its scripts run on; an `args` that lacks one of
-our optional options (`attention`, `pooling`, `tokenizer_path`, the recipe) means its default.
+The functions under the assignment's names take what they take there, so its scripts run on. An
+`args` that lacks one of our additional options means its default.
 """
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,50 +15,23 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-import cli
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+from fast.memory import keep_freed_memory
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer, find_tokenizer_model, open_tokenizer
-from tools.generate import continue_text
-from tools.predict import is_typed, load_predictor, open_lines, print_predictions
-from training import distributed
-from training.dataset import (
-    Example,
-    SentenceDataset,
-    encode_examples,
-    make_loader,
-    warn_of_truncation,
-)
-from training.distributed import ALONE, Ranks
-from training.interrupts import Stopped
-from training.labelled import decode, read_label_names, read_sentences
-from training.locks import sole_writer
-from training.loop import (
-    EpochReport,
-    Evaluation,
-    Recipe,
-    evaluate,
-    load_classifier,
-    provenance,
-    save_classifier,
-    train_classifier,
-)
-from training.options import (
-    checkpoint_path,
-    generates_freely,
-    get_args,
-    input_files,
-    output_files,
-    require_different,
-    require_folder,
-    require_output_names,
-)
-from training.state import Keeper, require_space, state_path
+from training import distributed, options
+from training.checkpoint import load_classifier, provenance, save_classifier
+from training.dataset import Example, SentenceDataset, encode_examples, warn_of_truncation
+from training.evaluation import Evaluation, evaluate, forward_pass, scores
+from training.labelled import read_label_names, read_sentences
+from training.loop import EpochReport, train_classifier
+from training.state import StateFile, only_writer, require_space, state_path
 from utils import (
-    allow_tf32,
+    ArgumentParser,
+    InputError,
     atomic_write,
-    keep_freed_memory,
     pick_device,
+    run_script,
     seed_everything,
     sha256_of,
 )
@@ -70,84 +40,112 @@ PREFIX = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
 )
+SPLITS_READ_BY = {
+    "generate": (),
+    "prompt": ("dev", "test"),
+    "finetune": ("train", "dev", "test"),
+}
 
 
-# ---------------------------------------------------------------- the assignment's data functions
+# ---------------------------------------------------------------- the command line
 
 
-class LlamaDataset(SentenceDataset):
-    """(sentence, label, ...) tuples, tokenized by the tokenizer that `args` names."""
-
-    def __init__(self, dataset: list[tuple], args: argparse.Namespace, eos: bool = False):
-        self.tokenizer = _tokenizer(args, max_len=args.max_sentence_len)
-        examples = [
-            Example(sentence, label, self.tokenizer.encode(sentence, bos=True, eos=eos))
-            for sentence, label, *_ in dataset
-        ]
-        super().__init__(examples, self.tokenizer.pad_id)
-
-
-def create_data(
-    filename: str,
-    tokenizer: Tokenizer,
-    flag: str = "train",
-    lower: bool = False,
-    eos: bool = True,
-    prompt_suffix: str | None = None,
-) -> list[Example] | tuple[list[Example], int]:
-    """Reads a file into (sentence, label, tokens); with flag "train" also the number of labels,
-    which is the largest label + 1, so that a label missing from the file leaves no hole."""
-    examples = []
-    for sentence, label in read_sentences(filename, unlabelled=flag == "test"):
-        sentence = sentence.lower() if lower else sentence
-        sentence = sentence if prompt_suffix is None else f"{sentence} {prompt_suffix}"
-        examples.append(Example(sentence, label, tokenizer.encode(sentence, bos=True, eos=eos)))
-    print(f"load {len(examples)} data from {filename}")
-    if flag == "train":
-        return examples, max(example.label for example in examples) + 1
-    return examples
-
-
-def model_eval(
-    dataloader: DataLoader, model: torch.nn.Module, device: torch.device
-) -> tuple[float | None, float | None, list[int], list[int], list[str]]:
-    """(accuracy, macro F1, predictions, labels, sentences), in the dataloader's order."""
-    result = evaluate(model, dataloader, device)
-    return result.accuracy, result.macro_f1, result.predictions, result.labels, result.sentences
-
-
-def save_model(
-    model: LlamaEmbeddingClassifier,
-    optimizer: torch.optim.Optimizer,
-    args: argparse.Namespace,
-    config: Any,
-    filepath: str,
-) -> None:
-    """Writes what `load_classifier` reads, with the optimizer's state and `args`."""
-    save_classifier(filepath, model, config, optim=optimizer.state_dict(), args=vars(args))
-    print(f"save the model to {filepath}")
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the options, fill in the default files, and print all of them."""
+    parser = ArgumentParser(
+        description="Generate text, classify by prompting, or finetune a classifier.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python run_llama.py --option generate\n"
+        "  python run_llama.py --option prompt --dev data/sst-dev.txt --test data/sst-test.txt "
+        "--label-names data/sst-label-mapping.json\n"
+        "  python run_llama.py --option finetune --epochs 5 --lr 2e-5",
+    )
+    add = parser.add_argument
+    add(
+        "--option",
+        choices=tuple(SPLITS_READ_BY),
+        default="generate",
+        help="prompt asks the frozen model, finetune trains it (default: generate)",
+    )
+    options.add_data_options(parser)
+    options.add_training_options(parser)
+    add("--seed", type=options.seed_int, default=1337, help="of all random numbers (default: 1337)")
+    for name, temperature in (("low", 0), ("high", 1)):
+        default = f"generated-sentence-temp-{temperature}.txt"
+        add(
+            f"--generated_sentence_{name}_temp_out",
+            default=default,
+            help=f"text generated at temperature {temperature} (default: {default})",
+        )
+    for split in ("dev", "test"):
+        add(
+            f"--{split}_out",
+            help=f"predictions (default: DATASET-{split}-prompting-output.txt or -finetuning-)",
+        )
+    options.add_recipe_options(parser)
+    options.add_state_options(parser)
+    args = parser.parse_args(argv)
+    if (args.resume or args.restart) and args.option != "finetune":
+        parser.error("--resume and --restart belong to --option finetune")
+    options.fill_inputs(args, SPLITS_READ_BY[args.option])
+    kind = "finetuning" if args.option == "finetune" else "prompting"
+    for split in ("dev", "test"):
+        if getattr(args, f"{split}_out") is None:
+            dataset = options.dataset_name(getattr(args, split), split)
+            setattr(args, f"{split}_out", f"{dataset}-{split}-{kind}-output.txt")
+    print(f"args: {vars(args)}")
+    return args
 
 
-def write_predictions_to_file(
-    split: str, outfile: str, acc: float | None, pred: list[int], sents: list[str]
-) -> None:
-    """Writes `pred ||| sentence` lines and prints the accuracy (None: there are no gold labels)."""
-    shown = "n/a (no gold labels)" if acc is None else f"{acc:.3f}"
-    print(f"{split} acc :: {shown}")
-    with atomic_write(outfile) as file:
-        file.writelines(f"{p} ||| {s}\n" for p, s in zip(pred, sents, strict=True))
+def checkpoint_path(args: argparse.Namespace) -> str:
+    """Return `args.filepath` if a script set it, else a name of option, data set, epochs and lr."""
+    dataset = options.dataset_name(args.train)
+    return getattr(args, "filepath", None) or (
+        f"{args.option}-{dataset}-{args.epochs}-{args.lr}.pt"
+    )
+
+
+def output_files(args: argparse.Namespace) -> list[str]:
+    """Return the files that the option writes."""
+    if args.option == "generate":
+        return [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
+    if args.option == "prompt":
+        return [args.dev_out, args.test_out]
+    checkpoint = checkpoint_path(args)
+    return [checkpoint, str(state_path(checkpoint)), args.dev_out, args.test_out]
+
+
+def input_files(args: argparse.Namespace) -> list[str]:
+    """Return the files that the option reads."""
+    splits = SPLITS_READ_BY[args.option]
+    data = [getattr(args, key) for key in (*splits, "label_names")] if splits else []
+    return [*data, args.pretrained_model_path, tokenizer_path(args)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_args(argv)
+    outputs = output_files(args)
+    options.require_outputs(outputs, input_files(args))
+    seed_everything(args.seed)
+    if args.option == "finetune":
+        keep_freed_memory()
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # 10 bits of fraction, see results/
+        with distributed.joined(args.use_gpu), only_writer(*outputs):
+            finetune(args)
+        return
+    distributed.require_single_process(f"--option {args.option}")
+    with only_writer(*outputs):
+        {"generate": generate, "prompt": test_with_prompting}[args.option](args)
 
 
 # ---------------------------------------------------------------- the modes
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Continues the assignment's prefix at temperature 0 and at temperature 1."""
-    if generates_freely(args):
-        _generate_freely(args)
-        return
-    llama, tokenizer, device = _load_backbone(args)
-    _announce(args, llama, device)
+    """Continue the assignment's prefix at temperature 0 and at temperature 1."""
+    llama, tokenizer, device = load_backbone(args)
+    announce(args, llama, device)
     for outfile, temperature in (
         (args.generated_sentence_low_temp_out, 0.0),
         (args.generated_sentence_high_temp_out, 1.0),
@@ -162,8 +160,8 @@ def generate_sentence(
     max_new_tokens: int = 75,
     temperature: float = 0.0,
 ) -> None:
-    """Prints `prefix` and its continuation, and writes both to `outfile`."""
-    llama, tokenizer, _ = _load_backbone(args)
+    """Print `prefix` and its continuation, and write both to `outfile`."""
+    llama, tokenizer, _ = load_backbone(args)
     _write_continuation(llama, tokenizer, prefix, outfile, max_new_tokens, temperature)
 
 
@@ -184,71 +182,19 @@ def _write_continuation(
     print(f"Wrote generated sentence to {outfile}.")
 
 
-def _generate_freely(args: argparse.Namespace) -> None:
-    """Prints `--num_samples` texts; on a terminal the first appears as it is made."""
-    prefix = os.fsencode(PREFIX if args.prefix is None else args.prefix)
-    if args.prefix == "-":
-        prefix = cli.standard_input().read().replace(b"\r\n", b"\n").removesuffix(b"\n")
-    prefix = decode(prefix, "--prefix")
-    with contextlib.redirect_stdout(sys.stderr):
-        llama, tokenizer, device = _load_backbone(args)
-        _announce(args, llama, device)
-    n_tokens, window = len(tokenizer.encode(prefix, bos=True, eos=False)), llama.config.max_seq_len
-    if n_tokens > window:
-        print(
-            f"warning: --prefix has {n_tokens} tokens, of which the model reads the last {window}",
-            file=sys.stderr,
-        )
-
-    is_terminal = sys.stdout.isatty()
-
-    def fit(text: str) -> str:
-        return cli.printable(text, kept="\n\t") if is_terminal else text
-
-    def show(text: str) -> None:
-        print(fit(text), end="", flush=True)
-
-    first, *others = continue_text(
-        llama,
-        tokenizer,
-        prefix,
-        75 if args.max_new_tokens is None else args.max_new_tokens,
-        temperature=1.0 if args.temperature is None else args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        num_samples=args.num_samples or 1,
-        stop_at_eos=args.stop_at_eos,
-        on_text=show if is_terminal else None,
-    )
-    print("" if is_terminal else first)
-    for text in others:
-        print(f"---------------\n{fit(text)}")
-
-
-def predict(args: argparse.Namespace) -> None:
-    """Prints what a finetuned checkpoint says of each line; all else goes to standard error."""
-    device = pick_device(args.use_gpu)
-    predictor = load_predictor(args.checkpoint, args.tokenizer_path, device)
-    n_labels = len(predictor.label_names)
-    batch_size = None if predictor.model.reads_lengths else args.batch_size
-    with open_lines(args.sentences, args.input, n_labels, batch_size) as blocks:
-        shows_bar = not is_typed(args.sentences, args.input)
-        print_predictions(predictor, blocks, args.batch_size, args.format or "text", shows_bar)
-
-
 def test_with_prompting(args: argparse.Namespace) -> None:
-    """Zero-shot: asks the frozen model the question of `prompt_suffix` and scores the labels."""
-    require_output_names(args, "prompting")
+    """Ask the frozen model the question of `prompt_suffix` and score the labels."""
+    _require_output_names(args, "prompting")
     label_names = read_label_names(args.label_names)
-    splits = _read_dev_and_test(args, len(label_names))
-    llama, tokenizer, device = _load_backbone(args)
-    config = SimpleNamespace(num_labels=len(label_names), pooling=_option(args, "pooling"))
+    splits = _read_dev_and_test(args, label_names)
+    llama, tokenizer, device = load_backbone(args)
+    config = SimpleNamespace(num_labels=len(label_names), pooling=getattr(args, "pooling", None))
     model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama)
-    _announce(args, llama, device, model.pooling)
+    announce(args, llama, device, model.pooling)
 
     suffix = prompt_suffix(label_names)
     if llama.config.attention == "causal":
-        suffix = suffix.rstrip()  # a token of its own, which no " good" can follow
+        suffix = suffix.rstrip()  # its last space is a token that " good" never follows
     room = llama.config.max_seq_len - model.longest_label
     for split, rows in splits.items():
         data = _encode(args, split, rows, tokenizer, room, suffix)
@@ -256,7 +202,7 @@ def test_with_prompting(args: argparse.Namespace) -> None:
 
 
 def prompt_suffix(label_names: list[str]) -> str:
-    """The assignment's question with its trailing space: Is this movie a, b, or c? This movie is"""
+    """Return the assignment's question: Is this movie a, b, or c? This movie is"""
     if len(label_names) == 2:
         choices = " or ".join(label_names)
     else:
@@ -264,200 +210,263 @@ def prompt_suffix(label_names: list[str]) -> str:
     return f"Is this movie {choices}? This movie is "
 
 
-def train(args: argparse.Namespace, ranks: Ranks = ALONE) -> list[EpochReport]:
-    """Finetunes on --train, keeping the checkpoint of the best dev accuracy.
+def train(args: argparse.Namespace) -> list[EpochReport]:
+    """Finetune on --train and keep the checkpoint of the best dev accuracy.
 
-    What an interrupted run goes on from is gone when this returns.
+    An interrupted run continues, see `training.state.StateFile`; its state is deleted at the end.
     """
-    history = _train(args, ranks)
-    _forget_state(args, ranks)
+    history, state_file = _train(args)
+    state_file.delete()
     return history
 
 
-def _forget_state(args: argparse.Namespace, ranks: Ranks) -> None:
-    if ranks.is_first:
-        state_path(checkpoint_path(args)).unlink(missing_ok=True)
-
-
-def _train(args: argparse.Namespace, ranks: Ranks) -> list[EpochReport]:
+def _train(args: argparse.Namespace) -> tuple[list[EpochReport], StateFile]:
     filepath = checkpoint_path(args)
-    with ranks.agreed():
-        require_folder(filepath)
-        label_names = read_label_names(args.label_names)
-        train_rows = read_sentences(args.train, len(label_names))
-        dev_rows = read_sentences(args.dev, len(label_names))
-        llama, tokenizer, device = _load_backbone(args)
-        config = SimpleNamespace(
-            num_labels=len(label_names),
-            pretrained_model_path=args.pretrained_model_path,
-            option=args.option,
-            hidden_dropout_prob=args.hidden_dropout_prob,
-            pooling=_option(args, "pooling"),
-        )
-        model = LlamaEmbeddingClassifier(config, llama).to(device)
-    _announce(args, llama, device, model.pooling, ranks)
-    room = llama.config.max_seq_len
-    recipe = recipe_of(args)
-    extra = {"args": {key: value for key, value in vars(args).items() if key != "resume"}}
-    base = args.pretrained_model_path
-    extra |= provenance(label_names, tokenizer, base, args.max_sentence_len)
-    with ranks.agreed():
-        if ranks.is_first:
-            require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
-    keeper = _keeper(args, model, recipe, tokenizer, device, ranks)
+    options.require_outputs([filepath], input_files(args))
+    label_names = read_label_names(args.label_names)
+    train_rows = read_sentences(args.train, len(label_names), label_names=label_names)
+    dev_rows = read_sentences(args.dev, len(label_names), label_names=label_names)
+    _warn_of_unused_labels(args, label_names, train_rows)
+    llama, tokenizer, device = load_backbone(args)
+    config = SimpleNamespace(
+        num_labels=len(label_names),
+        pretrained_model_path=args.pretrained_model_path,
+        option=args.option,
+        hidden_dropout_prob=args.hidden_dropout_prob,
+        pooling=getattr(args, "pooling", None),
+    )
+    model = LlamaEmbeddingClassifier(config, llama).to(device)
+    announce(args, llama, device, model.pooling)
+    if distributed.is_main():
+        require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
+    extra = {"args": {k: v for k, v in vars(args).items() if k not in ("resume", "restart")}}
+    extra |= provenance(label_names, tokenizer, args.pretrained_model_path, args.max_sentence_len)
 
     def on_epoch(report: EpochReport, is_best: bool) -> None:
-        if is_best and ranks.is_first:
+        if is_best and distributed.is_main():
             save_classifier(filepath, model, config, **extra)
             print(f"save the model to {filepath}")
         print(report.in_words(), flush=True)
 
-    return train_classifier(
+    state_file = StateFile(
+        state_path(filepath),
+        _settings(args, model, tokenizer, device),
+        options.state_mode(args),
+        getattr(args, "save_minutes", 5.0),
+    )
+    history = train_classifier(
         model,
-        _encode(args, "train", train_rows, tokenizer, room),
-        _encode(args, "dev", dev_rows, tokenizer, room),
+        _encode(args, "train", train_rows, tokenizer, llama.config.max_seq_len),
+        _encode(args, "dev", dev_rows, tokenizer, llama.config.max_seq_len),
         epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,
         seed=args.seed,
         device=device,
         on_epoch=on_epoch,
-        recipe=recipe,
-        keeper=keeper,
-        ranks=ranks,
+        recipe=options.recipe_of(args),
+        state_file=state_file,
     )
+    return history, state_file
 
 
-def test(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Evaluation]:
-    """Evaluates the checkpoint that `train` kept and writes both outputs."""
-    require_output_names(args, "finetuning")
+def test(args: argparse.Namespace) -> dict[str, Evaluation]:
+    """Evaluate the checkpoint that `train` kept and write both outputs."""
+    _require_output_names(args, "finetuning")
     label_names = read_label_names(args.label_names)
-    splits = _read_dev_and_test(args, len(label_names))
+    splits = _read_dev_and_test(args, label_names)
     filepath = checkpoint_path(args)
     device = pick_device(args.use_gpu)
-    with ranks.copy_of(filepath) as path:
-        model, saved = load_classifier(path)
+    model, saved = load_classifier(filepath)
     model.to(device)
     print(f"load model from {filepath}")
     if saved.get("label_names", label_names) != label_names:
-        raise ValueError(f"{filepath}: has labels {saved['label_names']}, not {label_names}")
-    tokenizer = open_tokenizer(filepath, saved, _tokenizer(args).model_path)
+        raise InputError(f"{filepath}: has labels {saved['label_names']}, not {label_names}")
+    tokenizer = open_tokenizer(filepath, saved, tokenizer_path(args))
     tokenizer.require_vocab_size(model.llama.config.vocab_size)
     results = {}
     for split, rows in splits.items():
         data = _encode(args, split, rows, tokenizer, model.llama.config.max_seq_len)
-        results[split] = _evaluate_and_write(args, split, model, data, device, ranks)
+        results[split] = _evaluate_and_write(args, split, model, data, device)
     return results
 
 
-def finetune(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
+def finetune(args: argparse.Namespace) -> None:
     """`train`, the table of its epochs, `test`, macro F1.
 
-    The state stays until both outputs are written, so --resume also serves where `test` failed.
+    The state stays until both outputs are written, so that the same command continues there.
     """
-    with ranks.agreed():  # before the work, not after
-        require_output_names(args, "finetuning")
-        _read_dev_and_test(args, len(read_label_names(args.label_names)))
-    history = _train(args, ranks)
-    try:
-        print("Epoch | Train Loss | Train Acc | Dev Acc")
-        for r in history:
-            accuracies = f"{r.train_accuracy:9.3f} | {r.dev_accuracy:7.3f}"
-            print(f"{r.epoch:5d} | {r.train_loss:10.3f} | {accuracies}")
-        for split, result in test(args, ranks).items():
-            if result.macro_f1 is not None:
-                print(f"{split} macro f1 :: {result.macro_f1:.3f}")
-    except Stopped as stopped:
-        stopped.is_resumable = True  # with no step to take
-        raise
-    _forget_state(args, ranks)
+    _require_output_names(args, "finetuning")
+    _read_dev_and_test(args, read_label_names(args.label_names))  # before the work, not after
+    history, state_file = _train(args)
+    print("Epoch | Train Loss | Train Acc | Dev Acc")
+    for r in history:
+        accuracies = f"{r.train_accuracy:9.3f} | {r.dev_accuracy:7.3f}"
+        print(f"{r.epoch:5d} | {r.train_loss:10.3f} | {accuracies}")
+    for split, result in test(args).items():
+        if result.macro_f1 is not None:
+            print(f"{split} macro f1 :: {result.macro_f1:.3f}")
+    state_file.delete()
+
+
+# ---------------------------------------------------------------- the assignment's data functions
+
+
+class LlamaDataset(SentenceDataset):
+    """(sentence, label, ...) tuples, tokenized by the tokenizer that `args` names."""
+
+    def __init__(self, dataset: list[tuple], args: argparse.Namespace, eos: bool = False):
+        self.tokenizer = Tokenizer(args.max_sentence_len, tokenizer_path(args))
+        examples = [
+            Example(sentence, label, self.tokenizer.encode(sentence, bos=True, eos=eos))
+            for sentence, label, *_ in dataset
+        ]
+        super().__init__(examples, self.tokenizer.pad_id)
+
+
+def create_data(
+    filename: str,
+    tokenizer: Tokenizer,
+    flag: str = "train",
+    lower: bool = False,
+    eos: bool = True,
+    prompt_suffix: str | None = None,
+) -> list[Example] | tuple[list[Example], int]:
+    """Read a file into (sentence, label, tokens); with flag "train" also the number of labels, the
+    largest label + 1."""
+    examples = []
+    for sentence, label in read_sentences(filename, unlabelled=flag == "test"):
+        sentence = sentence.lower() if lower else sentence
+        sentence = sentence if prompt_suffix is None else f"{sentence} {prompt_suffix}"
+        examples.append(Example(sentence, label, tokenizer.encode(sentence, bos=True, eos=eos)))
+    print(f"load {len(examples)} data from {filename}")
+    if flag == "train":
+        return examples, max(example.label for example in examples) + 1
+    return examples
+
+
+@torch.inference_mode()
+def model_eval(
+    dataloader: DataLoader, model: torch.nn.Module, device: torch.device
+) -> tuple[float | None, float | None, list[int], list[int], list[str]]:
+    """Return (accuracy, macro F1, predictions, labels, sentences) in the dataloader's order."""
+    model.eval()
+    predictions, labels, sentences = [], [], []
+    for batch in dataloader:
+        predictions += forward_pass(model, batch, device).argmax(dim=1).tolist()
+        labels += batch["labels"].tolist()
+        sentences += batch["sents"]
+    return *scores(predictions, labels), predictions, labels, sentences
+
+
+def save_model(
+    model: LlamaEmbeddingClassifier,
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    config: Any,
+    filepath: str,
+) -> None:
+    """Write what `load_classifier` reads, with the optimizer's state and `args`."""
+    save_classifier(filepath, model, config, optim=optimizer.state_dict(), args=vars(args))
+    print(f"save the model to {filepath}")
+
+
+def write_predictions_to_file(
+    split: str, outfile: str, acc: float | None, pred: list[int], sents: list[str]
+) -> None:
+    """Write `pred ||| sentence` lines and print the accuracy (None: no gold labels)."""
+    print(f"{split} acc :: {'n/a (no gold labels)' if acc is None else f'{acc:.3f}'}")
+    with atomic_write(outfile) as file:
+        file.writelines(f"{p} ||| {s}\n" for p, s in zip(pred, sents, strict=True))
 
 
 # ---------------------------------------------------------------- from args to named parameters
 
 
-def _option(args: argparse.Namespace, name: str, default: Any = None) -> Any:
-    return getattr(args, name, default)
+def tokenizer_path(args: argparse.Namespace) -> str | Path:
+    given = getattr(args, "tokenizer_path", None)
+    return given or find_tokenizer_model(args.pretrained_model_path)
 
 
-def _tokenizer(args: argparse.Namespace, max_len: int | None = None) -> Tokenizer:
-    path = _option(args, "tokenizer_path") or find_tokenizer_model(args.pretrained_model_path)
-    return Tokenizer(max_len=max_len, tokenizer_model=path)
+def load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device]:
+    """Return the pretrained Llama, its tokenizer and the device."""
+    device = pick_device(args.use_gpu)
+    llama = load_pretrained(
+        args.pretrained_model_path,
+        getattr(args, "attention", None),
+        getattr(args, "backbone_dropout", None),
+    )
+    tokenizer = Tokenizer(tokenizer_model=tokenizer_path(args))
+    tokenizer.require_vocab_size(llama.config.vocab_size)
+    print(f"load model from {args.pretrained_model_path}")
+    return llama.to(device), tokenizer, device
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The options of a recipe; one that `args` lacks has its default."""
-    given = {field.name: getattr(args, field.name, field.default) for field in fields(Recipe)}
-    return Recipe(**{**given, "running_train_acc": _option(args, "train_acc") == "running"})
+def announce(
+    args: argparse.Namespace, llama: Llama, device: torch.device, pooling: str | None = None
+) -> None:
+    """Print what runs: processes, device, attention, pooling, model."""
+    n_parameters = sum(parameter.numel() for parameter in llama.parameters())
+    ranks = f"ranks: {distributed.world_size()}, " if distributed.world_size() > 1 else ""
+    pooling = f"pooling: {pooling}, " if pooling else ""
+    print(
+        f"{ranks}device: {device}, attention: {llama.config.attention}, {pooling}"
+        f"model: {Path(args.pretrained_model_path).name}, parameters: {n_parameters:,}",
+        flush=True,
+    )
 
 
-def _keeper(
+def _settings(
     args: argparse.Namespace,
     model: LlamaEmbeddingClassifier,
-    recipe: Recipe,
     tokenizer: Tokenizer,
     device: torch.device,
-    ranks: Ranks,
-) -> Keeper:
-    """Compared, between ranks too, is all that decides what a training ends in; files count by
-    their content."""
+) -> dict[str, Any]:
+    """Return what decides the trained weights; files count by their content."""
     files = {"train": args.train, "dev": args.dev, "label_names": args.label_names}
     files |= {"model": args.pretrained_model_path, "tokenizer": tokenizer.model_path}
     names = ("epochs", "batch_size", "lr", "seed", "hidden_dropout_prob", "max_sentence_len")
-    settings = {
+    return {
         **{name: getattr(args, name) for name in names},
-        **asdict(recipe),
+        **asdict(options.recipe_of(args)),
         "attention": model.llama.config.attention,
         "backbone_dropout": model.llama.config.dropout,
         "pooling": model.pooling,
         "device": device.type,
         **{f"{name}_sha256": sha256_of(path) for name, path in files.items()},
     }
-    path, resume = state_path(checkpoint_path(args)), _option(args, "resume", False)
-    ranks.require_same({**settings, "resume": resume})
-    minutes = _option(args, "save_minutes", 5.0)
-    keeper = Keeper(path, settings, resume, minutes, ranks)
-    if keeper.is_resumed:
-        place = keeper.place
-        print(f"resume {path} in epoch {place.epoch}, behind {place.n_batches} batches")
-    elif resume:
-        print(f"run_llama.py: {path} not found, beginning anew", file=sys.stderr)
-    return keeper
 
 
-def _load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device]:
-    device = pick_device(args.use_gpu)
-    llama = load_pretrained(
-        args.pretrained_model_path, _option(args, "attention"), _option(args, "backbone_dropout")
-    )
-    tokenizer = _tokenizer(args)
-    tokenizer.require_vocab_size(llama.config.vocab_size)
-    print(f"load model from {args.pretrained_model_path}")
-    return llama.to(device), tokenizer, device
+def _require_output_names(args: argparse.Namespace, kind: str) -> None:
+    """Raise InputError for an output that the submission check would not find."""
+    for split in ("dev", "test"):
+        ending = f"{split}-{kind}-output.txt"
+        if not getattr(args, f"{split}_out").endswith(ending):
+            raise InputError(f"--{split}_out must end in {ending}, as DATASET-{ending}")
 
 
-def _announce(
-    args: argparse.Namespace,
-    llama: Llama,
-    device: torch.device,
-    pooling: str | None = None,
-    ranks: Ranks = ALONE,
-) -> None:
-    n_parameters = sum(parameter.numel() for parameter in llama.parameters())
-    print(
-        (f"ranks: {ranks.size}, " if ranks.size > 1 else "")
-        + f"device: {device}, attention: {llama.config.attention}, "
-        + (f"pooling: {pooling}, " if pooling else "")
-        + f"model: {Path(args.pretrained_model_path).name}, parameters: {n_parameters:,}",
-        flush=True,
-    )
-
-
-def _read_dev_and_test(args: argparse.Namespace, n_labels: int) -> dict[str, list[tuple[str, int]]]:
+def _read_dev_and_test(
+    args: argparse.Namespace, label_names: list[str]
+) -> dict[str, list[tuple[str, int]]]:
+    n_labels = len(label_names)
     return {
-        "dev": read_sentences(args.dev, n_labels),
-        "test": read_sentences(args.test, n_labels, unlabelled=True),
+        "dev": read_sentences(args.dev, n_labels, label_names=label_names),
+        "test": read_sentences(args.test, n_labels, unlabelled=True, label_names=label_names),
     }
+
+
+def _warn_of_unused_labels(
+    args: argparse.Namespace, label_names: list[str], rows: list[tuple[str, int]]
+) -> None:
+    """Print a line if the data lacks labels of the mapping, which may belong to other data."""
+    used = Counter(label for _, label in rows)
+    unused = [label for label in range(len(label_names)) if not used[label]]
+    if unused:
+        print(
+            f"warning: {args.label_names} names {len(label_names)} labels, but "
+            f"{', '.join(map(str, unused))} never occur in {args.train}",
+            file=sys.stderr,
+        )
 
 
 def _encode(
@@ -487,44 +496,13 @@ def _evaluate_and_write(
     model: torch.nn.Module,
     data: SentenceDataset,
     device: torch.device,
-    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    loader = make_loader(data, args.batch_size, similar_lengths=model.reads_lengths)
-    result = evaluate(model, loader, device, f"eval {split}", ranks=ranks)
-    if ranks.is_first:
+    result = evaluate(model, data, args.batch_size, device, description=f"eval {split}")
+    if distributed.is_main():
         outfile, predicted = getattr(args, f"{split}_out"), result.predictions
         write_predictions_to_file(split, outfile, result.accuracy, predicted, result.sentences)
     return result
 
 
-def main(argv: list[str] | None = None) -> None:
-    with distributed.silent_but_first():
-        args = get_args(argv)
-        if args.option == "finetune":
-            with distributed.joined(args.use_gpu) as ranks:
-                _run(args, lambda: finetune(args, ranks), ranks)
-        else:
-            distributed.require_alone(f"--option {args.option}")
-            modes = {"generate": generate, "prompt": test_with_prompting, "predict": predict}
-            _run(args, lambda: modes[args.option](args), ALONE)
-
-
-def _run(args: argparse.Namespace, work: Callable[[], None], ranks: Ranks) -> None:
-    outputs = output_files(args)
-    with ranks.agreed():
-        for path in outputs:
-            require_folder(path)
-        require_different(outputs, input_files(args))
-    seed_everything(args.seed)
-    if args.option == "finetune":
-        keep_freed_memory()
-        allow_tf32()
-    with contextlib.ExitStack() as held:
-        with ranks.agreed():
-            if ranks.is_first:
-                held.enter_context(sole_writer(*outputs))
-        work()
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

@@ -1,8 +1,8 @@
-"""Does our Llama compute what the references say, on stories42M.pt and on the bundled model?
+"""Compare our Llama with reference outputs, on stories42M.pt and on the bundled model.
 
 The assignment's reference file holds logits (2, 1, V) and hidden states (2, 8, dim) of its model
-without a mask; that of the bundled model holds them for both attention modes, computed in float64
-NumPy. Exit codes: 0 all agree, 1 some do not (and what that looks like), 2 a file is missing.
+without a mask. The bundled model's reference was computed in float64 NumPy, for both attention
+modes. Exit codes: 0 all agree, 1 some do not (with a diagnosis), 2 a file is missing.
 """
 
 import re
@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-import cli
 from config import ATTENTION_MODES
-from formats.checkpoint import listed, load_torch_file
+from formats.torch_file import load_torch_file
 from llama import Llama, load_pretrained
+from utils import ArgumentParser, InputError, brief, run_script
 
 TOKEN_IDS = [
     [101, 7592, 2088, 102, 0, 0, 0, 0],
     [101, 7592, 15756, 2897, 2005, 17953, 2361, 102],
 ]
-# Of the largest value. Against float64, float32 rounding made 1e-6 to 3e-6 on the models tried
-# (random ones of stories42M's shape, stories260K); the smallest mistake tried, RMSNorm's eps off by
-# a factor of ten, 3e-5 and more.
+# Relative to the largest value. Against float64, float32 rounding makes 1e-6 to 3e-6 on random
+# models of stories42M's shape and on stories260K; RMSNorm's eps off by a factor of ten, the
+# smallest mistake tried, makes 3e-5 and more.
 TOLERANCE = 2e-5
 PUBLISHED = ("stories42M.pt", "sanity_check.data")
 MINI = ("data/mini/model.pt", "data/mini/sanity_check.data")
@@ -32,9 +32,9 @@ Outputs = dict[str, torch.Tensor]
 
 
 def read_reference(path: str) -> tuple[torch.Tensor, dict[str, Outputs]]:
-    """(token ids (B, T), outputs by attention mode) of a reference file, in either of its forms.
+    """Return (token ids (B, T), outputs by attention mode) of a reference file.
 
-    ValueError where it is of neither.
+    The assignment's file holds one mode's outputs; the bundled one holds token ids and both modes.
     """
     content = load_torch_file(path)
     token_ids = torch.tensor(TOKEN_IDS)
@@ -44,10 +44,10 @@ def read_reference(path: str) -> tuple[torch.Tensor, dict[str, Outputs]]:
         by_mode = content
     are_ids = isinstance(token_ids, torch.Tensor) and token_ids.dtype == torch.int64
     if not are_ids or token_ids.ndim != 2 or not token_ids.numel() or token_ids.min() < 0:
-        raise ValueError(f"{path}: token_ids are no (B, T) integers of at least 0")
+        raise InputError(f"{path}: token_ids are not (B, T) integers of at least 0")
     for mode, outputs in by_mode.items():
         if mode not in ATTENTION_MODES or not isinstance(outputs, dict):
-            raise ValueError(f"{path}: {listed([mode])} is no attention mode with its outputs")
+            raise InputError(f"{path}: {brief(mode)} is not an attention mode with its outputs")
     return token_ids, by_mode
 
 
@@ -58,7 +58,7 @@ def compute(model: Llama, token_ids: torch.Tensor) -> Outputs:
 
 
 def relative_difference(ours: Outputs, reference: Outputs, name: str) -> float:
-    """Largest difference over the largest reference value; NaN counts as infinitely far."""
+    """Return the largest difference over the largest reference value; NaN counts as infinite."""
     difference = (ours[name] - reference[name]).abs().max() / reference[name].abs().max()
     return difference.nan_to_num(nan=torch.inf).item()
 
@@ -70,7 +70,7 @@ def agrees(ours: Outputs, reference: Outputs) -> bool:
 def diagnose(
     checkpoint: str, mode: str, token_ids: torch.Tensor, ours: Outputs, reference: Outputs
 ) -> str:
-    """What the failure looks like, each guess tried on the implementation at hand."""
+    """Return what the failure looks like; each guess is tried on this implementation."""
     torch.manual_seed(torch.initial_seed() + 1)
     model = load_pretrained(checkpoint, attention=mode)
     if not agrees(compute(model, token_ids), ours):
@@ -93,9 +93,9 @@ def diagnose(
 
 
 def pair_halves(model: Llama) -> None:
-    """Reorders query and key rows so that a RoPE which pairs the halves of a head comes out right.
+    """Reorder query and key rows so that a RoPE which pairs the halves of a head is correct.
 
-    Dot products do not change when queries and keys are reordered alike.
+    Dot products stay the same when queries and keys are reordered alike.
     """
     head_dim = model.config.head_dim
     for name, weight in model.named_parameters():
@@ -105,7 +105,7 @@ def pair_halves(model: Llama) -> None:
 
 
 def check(checkpoint: str, reference_path: str) -> bool:
-    """Compares and prints; True if every quantity agrees in every mode of the reference."""
+    """Compare and print; return True if every quantity agrees in every mode of the reference."""
     token_ids, references = read_reference(reference_path)
     verdicts = [
         _check_mode(checkpoint, mode, token_ids, reference, reference_path)
@@ -119,7 +119,7 @@ def _check_mode(
 ) -> bool:
     model = load_pretrained(checkpoint, attention=mode)
     if token_ids.max() >= model.config.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"{reference_path}: has token {token_ids.max()}, {checkpoint} only "
             f"{model.config.vocab_size} tokens; the two files do not belong together"
         )
@@ -130,7 +130,7 @@ def _check_mode(
         is_tensor = isinstance(theirs, torch.Tensor)
         if not is_tensor or theirs.shape != ours[name].shape:
             found = tuple(theirs.shape) if is_tensor else "nothing"
-            raise ValueError(
+            raise InputError(
                 f"{reference_path}: holds {found} as {name}, {checkpoint} gives "
                 f"{tuple(ours[name].shape)}; the two files do not belong together"
             )
@@ -148,7 +148,7 @@ def _check_mode(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = cli.ArgumentParser(description="Compares the model with reference outputs.")
+    parser = ArgumentParser(description="Compare the model with reference outputs.")
     parser.add_argument("--checkpoint", help=f"default: {PUBLISHED[0]} if present, and {MINI[0]}")
     parser.add_argument("--reference", help=f"default: {PUBLISHED[1]}")
     args = parser.parse_args(argv)
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     missing = [path for pair in pairs for path in pair if not Path(path).is_file()]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"missing {' and '.join(missing)}; `bash setup.sh` downloads the assignment's files, "
             "data/mini/ comes with this project"
         )
@@ -185,4 +185,4 @@ def _bundled() -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

@@ -1,28 +1,88 @@
-"""Seeds, the device, memory, files (written whole or not at all, told apart by content), and in
-what two settings differ."""
+"""Errors for users, the frame of every script, seeds, the device, and files written whole."""
 
+import argparse
 import contextlib
-import ctypes
-import gc
 import hashlib
+import importlib.util
 import os
 import random
+import reprlib
 import sys
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
 
 
 class InputError(ValueError):
-    """Something the user can mend: its message names the value, the place and the remedy."""
+    """An error that the user can mend. The message names the value, the place and the remedy.
+
+    `run_script` shows it as one line. Every other exception is a bug and keeps its traceback.
+    """
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with one-line usage errors."""
+
+    def error(self, message: str) -> NoReturn:
+        spelled = {option.replace("-", "_"): option for option in self._option_string_actions}
+        for word in message.split():  # --pretrained_model_path for --pretrained-model-path
+            meant = spelled.get(word.split("=")[0].replace("-", "_"), word)
+            if meant != word.split("=")[0] and message.startswith("unrecognized"):
+                message = f"unknown option {word}; did you mean {meant}?"
+                break
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and exit with its return value (None is 0).
+
+    Exit codes: 0 done, 1 a check failed, 2 usage or input error, 130 Ctrl-C, 143 SIGTERM. An
+    InputError, an OSError that names a file, and too little memory become one line on standard
+    error; `python -X dev script.py` shows their tracebacks, too.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a letter of generated text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a reader that closed the pipe is noticed here, not at exit
+        sys.exit(code)
+    except BrokenPipeError:  # `run_llama.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        message, code = str(stop) or "interrupted", getattr(stop, "exit_code", 130)
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        message, code = _line_for(error), 2
+        if message is None or sys.flags.dev_mode:
+            raise
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _line_for(error: Exception) -> str | None:
+    """Return the line that a user sees, or None for a bug."""
+    if isinstance(error, InputError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"error: {error.filename}: {error.strerror or error}"
+    is_memory_error = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if is_memory_error or "can't allocate memory" in str(error):  # PyTorch's words on a CPU
+        return "error: out of memory; use smaller batches or shorter sentences"
+    return None
+
+
+def require_package(name: str) -> None:
+    """Raise InputError if a development package is missing."""
+    if importlib.util.find_spec(name) is None:
+        raise InputError(f"{name} is missing; `bash setup.sh --dev` installs it")
 
 
 def seed_everything(seed: int = 11711) -> None:
-    """Seeds Python, NumPy and every PyTorch device, and asks cuDNN for repeatable kernels."""
+    """Seed Python, NumPy and every PyTorch device, and ask cuDNN for repeatable kernels."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -30,71 +90,31 @@ def seed_everything(seed: int = 11711) -> None:
     torch.backends.cudnn.deterministic = True
 
 
-def random_state() -> dict[str, Any]:
-    """Where every generator that `seed_everything` seeds is, as plain data."""
-    name, keys, *rest = np.random.get_state()
-    version, numbers, gauss = random.getstate()
-    state = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Goes back to what `random_state` gave."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        for index, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(of_device, index)  # there may be fewer devices now
-    if "mps" in state and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
-
-
 def pick_device(use_gpu: bool) -> torch.device:
-    """The CPU, or with `use_gpu` a CUDA device, else Apple's MPS, else a ValueError."""
+    """Return the CPU, or with `use_gpu` CUDA, else Apple's MPS, else raise InputError."""
     if not use_gpu:
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
-    raise ValueError("--use_gpu: this PyTorch sees neither a CUDA nor an MPS device; leave it out")
-
-
-def allow_tf32() -> None:
-    """Lets CUDA multiply float32 matrices in TF32, which reads 10 of their 23 bits of fraction.
-
-    For training: its results then differ from a CPU's in the third digit. What that does to
-    accuracy stands in results/README.md: `plain_gpu` beside `plain`.
-    """
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    raise InputError("--use_gpu: this PyTorch sees neither a CUDA nor an MPS device; leave it out")
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary neighbor of `path` and renames it to `path` when the block ends well.
+    """Open a temporary file beside `path` and rename it to `path` if the block ends well.
 
-    Text is UTF-8 with newlines as `\\n` everywhere. After an exception in the block `path` is as
-    it was. A link is followed, not replaced. What lies in /dev, or is a pipe, has no content to
-    protect and is opened as it is.
+    Text is UTF-8 with "\\n" for newlines. After an exception `path` is unchanged. Links are
+    followed. Devices and pipes, such as /dev/null, are opened directly.
     """
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    if has_no_content(path):
+    if is_device(path):
         with open(path, mode, **text) as file:
             yield file
         return
     path = real_path(path)
-    temporary = hidden_neighbor(path, f"{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # names are bounded
     try:
         with open(temporary, mode, **text) as file:
             yield file
@@ -104,66 +124,24 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename = str(path)  # the name that the caller knows; a full disk gives none
+            error.filename = str(path)  # a full disk names no file
         raise
 
 
-def has_no_content(path: str | os.PathLike) -> bool:
-    """Whether `path` is in /dev, or a pipe or the like: nothing there to replace or to protect."""
-    is_device = Path("/dev") in Path(path).absolute().parents
-    path = real_path(path)
-    return is_device or (path.exists() and not path.is_file() and not path.is_dir())
+def is_device(path: str | os.PathLike) -> bool:
+    """Whether `path` is in /dev, a pipe or the like: it has no content to protect."""
+    real = real_path(path)
+    in_dev = Path("/dev") in Path(path).absolute().parents
+    return in_dev or (real.exists() and not real.is_file() and not real.is_dir())
 
 
 def real_path(path: str | os.PathLike) -> Path:
-    """Absolute, links followed. One that leads in a circle stays as it is, where Path.resolve
-    raises a RuntimeError before Python 3.13."""
-    return Path(os.path.realpath(path))
-
-
-def is_file(path: str | os.PathLike) -> bool:
-    """False also of a name, from a file, that is longer than any a system takes."""
-    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises an OSError there
-
-
-def hidden_neighbor(path: Path, ending: str) -> Path:
-    """A neighbor for temporary use, named after `path`; file systems bound a name's length."""
-    name = path.name
-    if len(os.fsencode(name)) > 200:
-        name = f"{name[:40]}-{zlib.crc32(os.fsencode(name)):08x}"
-    return path.with_name(f".{name}.{ending}")
-
-
-def save_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """A dict of tensors and plain data, which `checkpoint.load_torch_file` reads again."""
-    with atomic_write(path, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch hides what the disk said behind words of its own
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-
-def differences(saved: dict[str, Any], settings: dict[str, Any]) -> str:
-    """What differs, as "lr: 0.1 there, 0.2 here; ...", settings within settings by their key."""
-    parts = []
-    for key, value in settings.items():
-        there = saved.get(key)
-        if isinstance(there, dict) and isinstance(value, dict):
-            parts.append(differences(there, {**dict.fromkeys(there), **value}))
-        elif there != value:
-            parts.append(f"{key}: {_cut(there)} there, {_cut(value)} here")
-    return "; ".join(part for part in parts if part)
-
-
-def _cut(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    """Return the absolute path with links followed."""
+    return Path(os.path.realpath(path))  # Path.resolve raises on a circle before Python 3.13
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """The sha256 of a file of any size, as 64 hex digits."""
+    """Return the SHA-256 of a file as 64 hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
@@ -171,51 +149,22 @@ def sha256_of(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def keep_freed_memory() -> None:
-    """Lets the C library keep what is freed, for the next batch: PyTorch frees and takes large
-    buffers all the time, and on Linux the kernel hands each out page by page, zeroed.
-
-    Only buffers of up to 32 MiB, glibc's own limit: kept without one, large and small lie mixed and
-    the process grows without end. All threads share one arena, so what one frees another can use.
-    Without effect elsewhere. For programs that train.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
-        mallopt(mmap_threshold, 32 * 2**20)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(arena_max, 1)
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
 
 
-def return_freed_memory() -> None:
-    """Gives what the C library keeps of freed memory back to the system; without effect where that
-    is not glibc."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+def brief(value: Any) -> str:
+    """Return a short repr for a message: a value from a file may be endlessly long or deep."""
+    return _BRIEF.repr(value)
 
 
-def forget_peak_memory() -> None:
-    """Linux: the most memory held is what is held now. Elsewhere the peak keeps the building's."""
-    gc.collect()
-    return_freed_memory()  # which would count as held
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+def printable(text: str, kept: str = "") -> str:
+    """Escape what would steer a terminal; keep the characters in `kept` and the joiners of letters
+    in Persian and of people in an emoji."""
+    kept += "\u200c\u200d"
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
-def peak_memory_mb() -> float:
-    """The most memory this process held since `forget_peak_memory`, else since its start."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage would count the parent's memory before exec
-        line = next(
-            line
-            for line in status.read_text(encoding="utf-8").splitlines()
-            if line.startswith("VmHWM")
-        )
-        return int(line.split()[1]) / 1024
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
+def on_one_line(text: str) -> str:
+    """Return a text fit for one line of a terminal."""
+    return printable(" ".join(text.split()))

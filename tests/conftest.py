@@ -10,11 +10,11 @@ import sentencepiece
 import torch
 from hypothesis import settings
 
-import cli
 import run_llama
 from config import LlamaConfig
 from llama import Llama
 from tokenizer import Tokenizer
+from utils import run_script
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
@@ -33,7 +33,10 @@ def shared_asset(path: str) -> Path:
 
 def copy_project(folder: Path) -> Path:
     """A copy without what setup.sh downloads: the code, the demo data, the bundled model."""
-    for pattern in ("*.py", "*/*.py", "*/*/*.py", "data/demo-*", "data/mini/*", "data/*.json"):
+    rooms = ("", "training/", "formats/", "fast/", "pretraining/", "tools/", "advanced/", "data/")
+    patterns = [f"{room}*.py" for room in (*rooms, "advanced/methods/")]
+    patterns += ["advanced/methods/*.json", "data/demo-*", "data/mini/*", "data/*.json"]
+    for pattern in patterns:
         for path in ROOT.glob(pattern):
             target = folder / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,20 +154,20 @@ def run(workplace: Path, capsys: pytest.CaptureFixture) -> Callable[..., tuple[i
     """
 
     def call(option: str, *options: str) -> tuple[int, str, str]:
-        if option == "predict":
-            return ended(["--option", option, *options])
         kind = {"finetune": "finetuning"}.get(option, "prompting")
         argv = ["--option", option, "--train", "toy-train.txt", "--dev", "toy-dev.txt"]
         argv += ["--test", "toy-test.txt", "--label-names", "labels.json"]
         argv += ["--pretrained-model-path", "model.pt"]
         argv += ["--dev_out", f"toy-dev-{kind}-output.txt"]
         argv += ["--test_out", f"toy-test-{kind}-output.txt", *options]
-        return ended(argv)
-
-    def ended(argv: list[str]) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as how:
-            cli.run(lambda: run_llama.main(argv))
-        captured = capsys.readouterr()
-        return how.value.code or 0, captured.out, captured.err
+        return ended(lambda: run_llama.main(argv), capsys)
 
     return call
+
+
+def ended(main: Callable[[], int | None], capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
+    """Call a command's main as its script does; return exit code, standard output and error."""
+    with pytest.raises(SystemExit) as how:
+        run_script(main)
+    captured = capsys.readouterr()
+    return how.value.code or 0, captured.out, captured.err

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenizer import Tokenizer
+from utils import InputError
 
 
 class Example(NamedTuple):
@@ -24,49 +25,49 @@ def encode_examples(
     max_sentence_len: int | None = None,
     suffix: str | None = None,
 ) -> tuple[list[Example], int]:
-    """Tokenizes each sentence once: bos, sentence, and with `suffix` a space and that.
+    """Tokenize each sentence: bos, the sentence, and with `suffix` a space and the suffix.
 
-    A sentence keeps its first `max_sentence_len` tokens, or fewer where the whole would exceed
-    `max_tokens`; the suffix, the question of a prompt, is kept whole. Also returns how many
-    sentences `max_tokens` cut. ValueError where it leaves a sentence no token.
+    A sentence keeps its first `max_sentence_len` tokens, or fewer if the whole would exceed
+    `max_tokens`; the suffix, the question of a prompt, is kept whole. Also return the number of
+    sentences that `max_tokens` truncated. Raises InputError if no token of a sentence would fit.
     """
     n_suffix = len(tokenizer.encode(suffix, bos=False, eos=False)) if suffix else 0
     if max_tokens < n_suffix + 2:  # bos and one token of the sentence
-        if not suffix:
-            raise ValueError(f"a model of {max_tokens} positions has no room for a sentence")
-        raise ValueError(
-            f"a question of {n_suffix} tokens leaves the sentence no room in the {max_tokens} "
-            "positions that the model has for it; shorten the label names"
+        raise InputError(
+            f"the model's {max_tokens} positions leave no room for a sentence"
+            + (
+                f" beside a question of {n_suffix} tokens; shorten the label names"
+                if suffix
+                else ""
+            )
         )
-
-    def cut(ids: list[int], length: int) -> list[int]:
-        return ids[: length - n_suffix] + ids[len(ids) - n_suffix :]
+    most = max_tokens
+    if max_sentence_len is not None:
+        most = min(most, 1 + max_sentence_len + n_suffix)
 
     examples, n_truncated = [], 0
     for sentence, label in rows:
         text = f"{sentence} {suffix}" if suffix else sentence
         ids = tokenizer.encode(text, bos=True, eos=False)
-        if max_sentence_len is not None and len(ids) > 1 + max_sentence_len + n_suffix:
-            ids = cut(ids, 1 + max_sentence_len + n_suffix)
-        if len(ids) > max_tokens:
-            ids = cut(ids, max_tokens)
-            n_truncated += 1
+        if len(ids) > most:
+            n_truncated += most == max_tokens
+            ids = ids[: most - n_suffix] + ids[len(ids) - n_suffix :]
         examples.append(Example(sentence, label, ids))
     return examples, n_truncated
 
 
 def warn_of_truncation(n_truncated: int, n: int, max_tokens: int, path: str | None = None) -> None:
-    """A line on standard error if any of n sentences, those of `path`, lost its end."""
+    """Print a line on standard error if any of n sentences, those of `path`, was truncated."""
     if n_truncated:
         print(
-            f"warning: {'' if path is None else f'{path}: '}{n_truncated} of {n} sentences do not "
-            f"fit the {max_tokens} positions that the model has for them and lose their end",
+            f"warning: {'' if path is None else f'{path}: '}{n_truncated} of {n} sentences are "
+            f"longer than the model's {max_tokens} positions and lose their end",
             file=sys.stderr,
         )
 
 
 class SentenceDataset(Dataset):
-    """Examples and how to batch them."""
+    """Examples, and how to batch them."""
 
     def __init__(self, examples: list[Example], pad_id: int):
         self.examples = examples
@@ -79,7 +80,7 @@ class SentenceDataset(Dataset):
         return self.examples[index]
 
     def collate_fn(self, batch: list[Example]) -> dict[str, Any]:
-        """token_ids (B, T) padded on the right, labels (B,), lengths (B,), sents (B strings)."""
+        """Return token_ids (B, T) padded on the right, labels (B,), lengths (B,) and sents."""
         lengths = [len(example.tokens) for example in batch]
         width = max(lengths)
         padded = [e.tokens + [self.pad_id] * (width - len(e.tokens)) for e in batch]
@@ -90,13 +91,20 @@ class SentenceDataset(Dataset):
             "sents": [example.sentence for example in batch],
         }
 
+    def eval_batches(self, batch_size: int, similar_lengths: bool) -> list[list[int]]:
+        """Return the indices of each batch: in order, or from the longest to the shortest."""
+        order = list(range(len(self)))
+        if similar_lengths:
+            order.sort(key=lambda i: len(self.examples[i].tokens), reverse=True)
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
 
 class SimilarLengths(Sampler[list[int]]):
     """Shuffled batches of sentences of similar length, drawn anew each epoch.
 
     All examples are shuffled and cut into pools of 50 batches; each pool is sorted by length and
-    cut into batches; then the batches are shuffled. So there is little padding, while which
-    sentences meet in a batch, and when, still changes from epoch to epoch.
+    cut into batches; then the batches are shuffled. So batches hold little padding, while their
+    members and their order still change from epoch to epoch.
     """
 
     POOL = 50
@@ -123,26 +131,16 @@ class SimilarLengths(Sampler[list[int]]):
             yield batches[i]
 
 
-def make_loader(
-    dataset: SentenceDataset,
-    batch_size: int,
-    shuffle_by: torch.Generator | None = None,
-    similar_lengths: bool = False,
+def make_train_loader(
+    dataset: SentenceDataset, batch_size: int, generator: torch.Generator, similar_lengths: bool
 ) -> DataLoader:
-    """Batches in the file's order, or shuffled anew each epoch by the given generator.
+    """Return batches shuffled anew each epoch by `generator`.
 
-    `similar_lengths` is for models that mask padding: shuffled as `SimilarLengths` does, or from
-    the longest to the shortest, in which case the loader's `sampler` is the list of indices.
+    `similar_lengths` is for models that mask padding: it changes no prediction and saves work.
     """
-    lengths = [len(example.tokens) for example in dataset.examples]
-    # Without one of its own a loader draws from the global generator, and evaluating once more or
-    # less would change the dropout of all later training.
-    generator = shuffle_by or torch.Generator()
     options: dict[str, Any] = {"generator": generator, "collate_fn": dataset.collate_fn}
-    if shuffle_by is not None and similar_lengths:
-        batches = SimilarLengths(lengths, batch_size, shuffle_by)
-        return DataLoader(dataset, batch_sampler=batches, **options)
     if similar_lengths:
-        by_length = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        return DataLoader(dataset, batch_size=batch_size, sampler=by_length, **options)
-    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle_by is not None, **options)
+        lengths = [len(example.tokens) for example in dataset.examples]
+        batches = SimilarLengths(lengths, batch_size, generator)
+        return DataLoader(dataset, batch_sampler=batches, **options)
+    return DataLoader(dataset, batch_size=batch_size, shuffle=True, **options)

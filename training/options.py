@@ -1,165 +1,88 @@
-"""The command line of `run_llama.py`: its options, their defaults, and where it may write."""
+"""The options that the training commands share, their defaults, and where a command may write."""
 
 import argparse
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
-import cli
 from config import ATTENTION_MODES, POOLINGS
-from training.state import state_path
-from utils import has_no_content, real_path
+from training.loop import Recipe
+from training.state import ROOT
+from utils import InputError, is_device, real_path
 
-ROOT = Path(__file__).resolve().parent.parent
-SPLITS_READ_BY = {
-    "generate": (),
-    "prompt": ("dev", "test"),
-    "finetune": ("train", "dev", "test"),
-    "predict": (),
-}
-FORMATS = ("text", "jsonl", "csv")  # of predictions
-GENERATION = ("prefix", "max_new_tokens", "temperature", "top_k", "top_p", "num_samples")
-GENERATION += ("stop_at_eos",)
-USED_BY_PREDICT = ("option", "checkpoint", "input", "sentences", "format", "tokenizer_path")
-USED_BY_PREDICT += ("batch_size", "use_gpu", "seed")
-WITH_HYPHENS = ("label_names", "pretrained_model_path")  # the assignment's other options have _
-
-
-def _data(name: str) -> dict[str, str]:
-    splits = {split: f"data/{name}-{split}.txt" for split in ("train", "dev", "test")}
-    return {**splits, "label_names": f"data/{name}-label-mapping.json"}
-
-
-# The assignment's defaults, and what stands in where their files are absent.
+# The assignment's defaults, and the bundled files that replace absent ones.
 MODEL, MINI_MODEL = "stories42M.pt", "data/mini/model.pt"
-DATA, DEMO_DATA = _data("cfimdb"), _data("demo")
-LR, MINI_LR = 2e-5, 5e-4  # 13 times smaller, the bundled model needs greater steps
+LR, MINI_LR = 2e-5, 5e-4  # the bundled model has 13 times fewer parameters
+DATA, DEMO_DATA = (
+    {
+        **{split: f"data/{name}-{split}.txt" for split in ("train", "dev", "test")},
+        "label_names": f"data/{name}-label-mapping.json",
+    }
+    for name in ("cfimdb", "demo")
+)
 
 
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the options, and prints them but where the output is for other programs (predict, and
-    texts of one's own); a usage error is one line and exit code 2.
-
-    Where a default's file is absent its bundled counterpart stands in (see `fill_defaults`).
-    """
-    parser = cli.ArgumentParser(
-        description="Generate text, classify by prompting, finetune a classifier, or predict by it."
-    )
-    add_data_options(parser)
-    add_training_options(parser)
-    add = parser.add_argument
-    add("--seed", type=cli.seed_int, default=1337)
-    add(
-        "--option",
-        choices=tuple(SPLITS_READ_BY),
-        default="generate",
-        help="prompt leaves the Llama frozen, finetune trains it, predict uses what that left",
-    )
-    add("--generated_sentence_low_temp_out", default="generated-sentence-temp-0.txt")
-    add("--generated_sentence_high_temp_out", default="generated-sentence-temp-1.txt")
-    for split in ("dev", "test"):
-        add(f"--{split}_out", help=f"default: cfimdb-{split}-prompting-output.txt or -finetuning-; "
-            "demo- where the demo data stand in")  # fmt: skip
-    recipe = add_recipe_options(parser)
-    recipe("--resume", action="store_true", help="go on with an interrupted run of these options")
-    own = {"generate": _add_generation_options(parser), "predict": _add_predict_options(parser)}
-    argv = sys.argv[1:] if argv is None else argv
-    n_before = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_intermixed_args(argv[:n_before])  # which would lose the "--"
-    args.sentences = [*args.sentences, *argv[n_before + 1 :]]
-    if args.resume and args.option != "finetune":
-        parser.error("--resume goes on with a training; add --option finetune")
-    for option, names in own.items():
-        typed = [name for name in names if _is_changed(parser, args, name)]
-        if typed and option != args.option:
-            what = f"--{typed[0]}"
-            if typed[0] == "sentences":
-                what = f"{cli.shown(args.sentences[0])!r} is a sentence, which"
-            parser.error(f"{what} goes with --option {option}, not {args.option}")
-        for name in () if typed else names:
-            delattr(args, name)
-    if args.option == "predict":
-        _require_predictable(parser, args)
-        return args
-    if generates_freely(args):
-        _require_free(parser, args)
-    fill_defaults(args)
-    if not generates_freely(args):
-        print(f"args: {vars(args)}")
-    return args
+# ---------------------------------------------------------------- argparse types
 
 
-def _is_changed(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:
-    """Whether an option has another value than its default."""
-    value, default = getattr(args, name), parser.get_default(name)
-    return value != [] and (type(value) is not type(default) or value != default)
+def _number(kind: type, is_valid: Callable, wanted: str) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
 
 
-def generates_freely(args: argparse.Namespace) -> bool:
-    """Whether texts of one's own are asked for, not the assignment's two."""
-    return hasattr(args, "prefix")  # `get_args` leaves the options of `GENERATION` if one was typed
+positive_int = _number(int, lambda n: n >= 1, "an integer of at least 1")
+non_negative_int = _number(int, lambda n: n >= 0, "an integer of at least 0")
+seed_int = _number(int, lambda n: 0 <= n < 2**32, "an integer in [0, 2**32)")
+positive_float = _number(float, lambda x: 0 < x < math.inf, "a number above 0")
+non_negative_float = _number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+probability_below_one = _number(float, lambda x: 0 <= x < 1, "a number in [0, 1)")
+share = _number(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
 
 
-def _add_generation_options(parser: argparse.ArgumentParser) -> tuple[str, ...]:
-    """Each is None or False if not typed."""
-    add = parser.add_argument_group("generate: any of these prints texts of your own").add_argument
-    add("--prefix", help="- reads standard input (default: the assignment's)")
-    add("--max_new_tokens", type=cli.positive_int, help="default 75")
-    add("--temperature", type=cli.non_negative_float, help="default 1; 0: the likeliest token")
-    add("--top_k", type=cli.positive_int, help="sample among the K likeliest tokens")
-    add("--top_p", type=cli.share, help="among the likeliest that have this share together")
-    add("--num_samples", type=cli.positive_int, help="default 1")
-    add("--stop_at_eos", action="store_true", help="end where the model ends the text")
-    return GENERATION
+def count(text: str) -> int:
+    """Parse a number of things: 1500000, 1.5e6 or 1.5M."""
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]{1,2})?)([KMB]?)", text.strip(), re.IGNORECASE)
+    units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+    try:
+        value = float(match[1]) * units[match[2].upper()]
+    except (TypeError, ValueError):
+        value = 0.5
+    if value < 1 or round(value, 3) % 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count such as 1500000 or 1.5M")
+    return round(value)
 
 
-def _add_predict_options(parser: argparse.ArgumentParser) -> tuple[str, ...]:
-    add = parser.add_argument_group("predict").add_argument
-    add("sentences", nargs="*", metavar="SENTENCE",
-        help="else --input, else standard input; after -- it may begin with -")  # fmt: skip
-    add("--checkpoint", help="what --option finetune, or advanced.run, left")
-    add("--input", help="a sentence a line, or `label ||| sentence`; - is standard input")
-    add("--format", choices=FORMATS, help="default text")
-    return ("sentences", "checkpoint", "input", "format")
-
-
-def _require_predictable(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
-    """A usage error for what predict has no use for, since the checkpoint says it."""
-    if getattr(args, "checkpoint", None) is None:
-        parser.error("--option predict needs --checkpoint, such as finetune-sst-5-2e-05.pt")
-    if args.input is not None and args.sentences:
-        parser.error("--input and sentences exclude each other")
-    for name in vars(args):
-        if name not in USED_BY_PREDICT and _is_changed(parser, args, name):
-            remedy = "; --input names the file" if name in ("train", "dev", "test") else ""
-            option = name.replace("_", "-") if name in WITH_HYPHENS else name
-            parser.error(f"--{option} does not go with --option predict{remedy}")
-
-
-def _require_free(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
-    """A usage error for what texts of one's own have no use for."""
-    for name in ("generated_sentence_low_temp_out", "generated_sentence_high_temp_out"):
-        if _is_changed(parser, args, name):
-            parser.error(f"--{name} is for the assignment's texts; leave it out")
-    if args.temperature == 0:
-        for name in ("top_k", "top_p", "num_samples"):
-            if getattr(args, name) not in (None, 1):
-                parser.error(f"--{name} needs a --temperature above 0, where there is a choice")
+# ---------------------------------------------------------------- options
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """What is read: the splits, the label names, the model."""
+    """The splits, the label names, the model, and how it reads a sentence."""
     add = parser.add_argument
-    add("--train", help=f"default: {DATA['train']}")
-    add("--dev", help=f"default: {DATA['dev']}")
-    add("--test", help=f"default: {DATA['test']}")
-    add("--label-names", help=f"JSON list of names; default: {DATA['label_names']}")
-    add("--pretrained-model-path", help=f".pt or llama2.c .bin; default: {MODEL}")
-    add("--tokenizer_path", help="default: what a finetuned checkpoint recorded; the .model file "
-        "beside a pretrained one, else at the root")  # fmt: skip
-    add("--max_sentence_len", type=cli.positive_int, help="tokens kept of a sentence")
+    for split in ("train", "dev", "test"):
+        add(f"--{split}", help=f"lines of `label ||| sentence` (default: {DATA[split]})")
+    add("--label-names", help=f"JSON list of names (default: {DATA['label_names']})")
+    add("--pretrained-model-path", help=f"a .pt or a llama2.c .bin (default: {MODEL})")
+    add(
+        "--tokenizer_path",
+        help="SentencePiece .model (default: the one beside the checkpoint, else tokenizer.model)",
+    )
+    add(
+        "--max_sentence_len",
+        type=positive_int,
+        help="tokens kept of a sentence (default: as many as the model has positions)",
+    )
     add(
         "--attention",
         choices=ATTENTION_MODES,
@@ -168,103 +91,183 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--pooling",
         choices=POOLINGS,
-        help="state that is read; default: position with full attention, last with causal",
+        help="the state that is read (default: position in full mode, last in causal)",
     )
-    add("--use_gpu", action="store_true", help="CUDA, else Apple MPS")
+    add("--use_gpu", action="store_true", help="use CUDA, else Apple's MPS (default: the CPU)")
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """The assignment's hyperparameters."""
     add = parser.add_argument
-    add("--epochs", type=cli.positive_int, default=5)
-    add("--batch_size", type=cli.positive_int, default=8)
-    add("--hidden_dropout_prob", type=cli.probability_below_one, default=0.3)
+    add("--epochs", type=positive_int, default=5, help="passes over --train (default: %(default)s)")
+    add(
+        "--batch_size",
+        type=positive_int,
+        default=8,
+        help="sentences of a step (default: %(default)s)",
+    )
+    add(
+        "--hidden_dropout_prob",
+        type=probability_below_one,
+        default=0.3,
+        help="dropout before the head (default: %(default)s)",
+    )
     add(
         "--lr",
-        type=cli.positive_float,
-        help=f"default: {LR}, or {MINI_LR} for the bundled model standing in",
+        type=positive_float,
+        help=f"peak learning rate (default: {LR}, or {MINI_LR} for the bundled model)",
     )
 
 
-def add_recipe_options(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
-    """How to train beyond that; returns what adds a further option to their group."""
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """How to train beyond the assignment."""
     add = parser.add_argument_group("finetuning, beyond the assignment").add_argument
-    add("--warmup", type=cli.probability_below_one, default=0.0, help="share of all steps")
+    add(
+        "--warmup",
+        type=probability_below_one,
+        default=0.0,
+        help="share of all steps over which the learning rate rises (default: 0)",
+    )
     add(
         "--lr_decay",
         nargs="?",
         choices=("linear", "cosine"),
         const="linear",
-        help="after it, to 0: linearly, or along half a wave",
+        help="let the rate fall to 0 afterwards (default: constant)",
     )
-    add("--layer_decay", type=cli.share, default=1.0, help="learning rate of a layer / that above")
-    add("--max_grad_norm", type=cli.positive_float, help="clip gradients to this norm")
-    add("--backbone_dropout", type=cli.probability_below_one,
-        help="inside the layers (default: what the checkpoint records, else 0)")  # fmt: skip
-    add("--label_smoothing", type=cli.probability_below_one, default=0.0,
-        help="share of a label that is spread evenly over all of them")  # fmt: skip
-    add("--r_drop", type=cli.non_negative_float, default=0.0, help="weight of R-Drop's divergence")
-    add("--patience", type=cli.positive_int, help="epochs without a better dev accuracy, then end")
-    add("--bf16", action="store_true", help="train in bfloat16 (weights stay float32)")
+    add(
+        "--layer_decay",
+        type=share,
+        default=1.0,
+        help="rate of a layer relative to the one above (default: 1)",
+    )
+    add("--max_grad_norm", type=positive_float, help="clip gradients to this norm (default: none)")
+    add(
+        "--backbone_dropout",
+        type=probability_below_one,
+        help="dropout inside the layers (default: what the checkpoint records, else 0)",
+    )
+    add(
+        "--label_smoothing",
+        type=probability_below_one,
+        default=0.0,
+        help="share of the uniform distribution in each label (default: 0)",
+    )
+    add(
+        "--r_drop",
+        type=non_negative_float,
+        default=0.0,
+        help="weight of R-Drop's divergence (default: 0)",
+    )
+    add(
+        "--patience",
+        type=positive_int,
+        help="end after this many epochs without a better dev accuracy (default: never)",
+    )
+    add(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16, keep float32 weights (default: float32)",
+    )
     add(
         "--train_acc",
         choices=("extra", "running"),
         default="extra",
-        help="from an extra pass over the train data, or from the training passes",
+        help="train accuracy from an extra pass or from the training passes (default: extra)",
     )
-    add(
+
+
+def add_state_options(parser: argparse.ArgumentParser) -> None:
+    """When an interrupted run's state is saved, and whether it is continued."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="insist on continuing the saved run, also past changed code (default: continue it if "
+        "settings, data and code are the same)",
+    )
+    group.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin anew although a saved run is there (default: off)",
+    )
+    parser.add_argument(
         "--save_minutes",
-        type=cli.non_negative_float,
+        type=non_negative_float,
         default=5.0,
-        help="between saves of the state that a run goes on from (default 5, and after each epoch)",
+        help="save the state this often, and after each epoch (default: 5)",
     )
-    return add
 
 
-def fill_defaults(args: argparse.Namespace) -> None:
-    """Gives every path that was not typed the assignment's default, or its bundled counterpart."""
-    dataset = "demo" if fill_inputs(args, SPLITS_READ_BY[args.option]) else "cfimdb"
-    kind = "finetuning" if args.option == "finetune" else "prompting"
-    for split in ("dev", "test"):
-        if getattr(args, f"{split}_out") is None:
-            setattr(args, f"{split}_out", f"{dataset}-{split}-{kind}-output.txt")
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """Return the recipe; an option that `args` lacks has its default."""
+    given = {field.name: getattr(args, field.name, field.default) for field in fields(Recipe)}
+    return Recipe(**{**given, "running_train_acc": getattr(args, "train_acc", None) == "running"})
 
 
-def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> bool:
-    """Fills in the model, the data and the learning rate; returns whether the demo data stand in.
+def state_mode(args: argparse.Namespace) -> str:
+    """Return the mode of `training.state.StateFile`."""
+    for mode in ("resume", "restart"):
+        if getattr(args, mode, False):
+            return mode
+    return "auto"
 
-    The bundled model stands in where --pretrained-model-path was not typed and stories42M.pt is
-    absent, the demo data where none of the data paths was typed and a file of CFIMDB among the
-    `splits` that are read is absent. A line on standard error says so, and which of the
-    assignment's files are read beside typed ones. What was typed is never replaced.
+
+# ---------------------------------------------------------------- defaults
+
+
+def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> None:
+    """Fill in the model, the data and the learning rate where they were not typed.
+
+    The bundled model is used if stories42M.pt is absent, the demo data if no data path was typed
+    and a file of CFIMDB among `splits` is absent. A line on standard error says so, and which of
+    the assignment's files are read beside typed ones.
     """
-    model, stands_in = _choose({"model": MODEL}, {"model": MINI_MODEL}, ["model"])
     if args.pretrained_model_path is None:
-        args.pretrained_model_path = model["model"]
-        if stands_in:
-            args.lr = MINI_LR if args.lr is None else args.lr
-            _say_stand_in(MODEL, MINI_MODEL)
-
-    data, stands_in = _choose(DATA, DEMO_DATA, splits)
+        paths, is_bundled = _choose({"model": MODEL}, {"model": MINI_MODEL}, ["model"])
+        args.pretrained_model_path = paths["model"]
+        if is_bundled:
+            _say_model_stands_in(getattr(args, "lr", MINI_LR))
+            if getattr(args, "lr", LR) is None:
+                args.lr = MINI_LR
     if any(getattr(args, key) is not None for key in DATA):
-        data, stands_in = {key: _found(path) for key, path in DATA.items()}, False
-        _say_not_given(args, data, splits)
-    if stands_in:
-        _say_stand_in("data/cfimdb-*.txt", "data/demo-*.txt")
+        data = {key: _found(path) for key, path in DATA.items()}
+        read = [*splits, "label_names"] if splits else []
+        missing = [key for key in read if getattr(args, key) is None]
+        if missing:
+            files = ", ".join(f"--{key.replace('_', '-')} {data[key]}" for key in missing)
+            _say(f"not given, so the assignment's: {files}")
+    else:
+        data, is_bundled = _choose(DATA, DEMO_DATA, splits)
+        if is_bundled:
+            _say(
+                "data/cfimdb-*.txt not found, using the bundled data/demo-*.txt; "
+                "`bash setup.sh` downloads the assignment's data"
+            )
     for key, value in {**data, "lr": LR}.items():
-        if getattr(args, key) is None:
+        if getattr(args, key, value) is None:
             setattr(args, key, value)
-    return stands_in
+
+
+def _say_model_stands_in(lr: float | None) -> None:
+    line = f"{MODEL} not found, using the bundled {MINI_MODEL}; `bash setup.sh` downloads {MODEL}"
+    if lr is not None and lr < MINI_LR / 5:
+        line += (
+            f"; --lr {lr} is {MODEL}'s rate and hardly moves the bundled model, "
+            f"which needs --lr {MINI_LR}"
+        )
+    _say(line)
 
 
 def _choose(
     wanted: dict[str, str], bundled: dict[str, str], needed: Sequence[str]
 ) -> tuple[dict[str, str], bool]:
-    """(paths, whether they are the bundled ones): the first of wanted, then bundled, whose needed
-    files are all in the current folder, or all in the project's; if there are none, wanted."""
+    """Return paths and whether they are the bundled ones: the first of wanted and bundled whose
+    needed files are all in the current folder, or all in the project's; else wanted."""
     for paths in (wanted, bundled):
         for folder in (Path(), ROOT):
             if all((folder / paths[key]).exists() for key in needed):
-                found = {  # a folder of splits alone has the project's label names
+                found = {
                     key: str(folder / path) if (folder / path).exists() else _found(path)
                     for key, path in paths.items()
                 }
@@ -273,97 +276,55 @@ def _choose(
 
 
 def _found(path: str) -> str:
-    """The path in the current folder, or in the project's where it is only there."""
+    """Return the path in the current folder, or in the project's if it is only there."""
     return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
-
-
-def _say_stand_in(absent: str, bundled: str) -> None:
-    _say(
-        f"{absent} not found, using the bundled {bundled}; `bash setup.sh` downloads the "
-        "assignment's own"
-    )
-
-
-def _say_not_given(args: argparse.Namespace, data: dict[str, str], splits: Sequence[str]) -> None:
-    """Typed data are seldom meant to be measured on another data set, or by its label names."""
-    read = [*splits, "label_names"] if splits else []
-    taken = [key for key in read if getattr(args, key) is None]
-    if taken:
-        listed = ", ".join(f"--{key.replace('_', '-')} {data[key]}" for key in taken)
-        _say(f"not given and so the assignment's: {listed}")
 
 
 def _say(line: str) -> None:
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
-def checkpoint_path(args: argparse.Namespace) -> str:
-    """`args.filepath` if a script set it, else a name that carries option, data set, epochs, lr."""
-    name = f"{args.option}-{dataset_name(args.train)}-{args.epochs}-{args.lr}.pt"
-    return getattr(args, "filepath", None) or name
-
-
-def dataset_name(train: str) -> str:
+def dataset_name(path: str, split: str = "train") -> str:
     """data/sst-train.txt or sst/train.txt -> sst"""
-    path = real_path(train)
-    name = path.parent.name if path.stem == "train" else path.stem.removesuffix("-train")
-    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name)  # no name on Windows has these
+    real = real_path(path)
+    name = real.parent.name if real.stem == split else real.stem.removesuffix(f"-{split}")
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name)  # characters that Windows refuses
 
 
-def output_files(args: argparse.Namespace) -> list[str]:
-    """The files that the option writes."""
-    if args.option == "predict" or generates_freely(args):
-        return []
-    if args.option == "generate":
-        return [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
-    predictions = [args.dev_out, args.test_out]
-    if args.option == "prompt":
-        return predictions
-    checkpoint = checkpoint_path(args)
-    return [checkpoint, str(state_path(checkpoint)), *predictions]
+# ---------------------------------------------------------------- outputs
 
 
-def input_files(args: argparse.Namespace) -> list[str | None]:
-    """The files that the option reads, None where one is yet to be found."""
-    splits = SPLITS_READ_BY[args.option]
-    data = [*splits, "label_names"] if splits else []
-    return [getattr(args, key) for key in (*data, "pretrained_model_path", "tokenizer_path")]
+def require_outputs(outputs: Iterable[str], inputs: Iterable[str | os.PathLike | None]) -> None:
+    """Raise InputError, before the work, for an output that must not or cannot be written.
 
-
-def require_folder(outfile: str) -> None:
-    """A ValueError before the work, not after it, where `outfile` cannot be written."""
-    if not outfile or Path(outfile).is_dir():
-        raise ValueError(f"{outfile!r}: is no name for an output file")
-    if has_no_content(outfile):  # opened as it is, with no neighbor
-        return
-    folder = real_path(outfile).parent
-    if not folder.is_dir():
-        raise ValueError(f"{outfile}: its folder does not exist; make it first")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{outfile}: its folder may not be written to")
-
-
-def require_different(outfiles: Sequence[str], inputs: Sequence[str | None]) -> None:
-    """A ValueError where two outputs have one name, or one would replace an input."""
+    No output may be one of `inputs`, a file of the project's own, or the name of two outputs.
+    """
     read = {real_path(path) for path in inputs if path is not None}
     seen = set()
-    for outfile in outfiles:
-        path = real_path(outfile)
-        if has_no_content(path):
+    for output in outputs:
+        if not output or Path(output).is_dir():
+            raise InputError(f"{output!r}: is not a name for an output file")
+        if is_device(output):
             continue
+        path = real_path(output)
         if path in read:
-            raise ValueError(f"{outfile}: is an input, and would be replaced; name another output")
+            raise InputError(f"{output}: is an input and would be replaced; name another output")
+        if path.exists() and _is_own_file(path):
+            raise InputError(f"{output}: is a file of the project; name another output")
         if path in seen:
-            raise ValueError(f"{outfile}: is the name of two outputs; give each its own")
+            raise InputError(f"{output}: is the name of two outputs; give each its own")
         seen.add(path)
+        if not path.parent.is_dir():
+            raise InputError(f"{output}: its folder does not exist; make it first")
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"{output}: its folder is not writable")
 
 
-def require_output_names(args: argparse.Namespace, kind: str) -> None:
-    """ValueError for an output that is not named for its split, or cannot be; None is no output."""
-    for split in ("dev", "test"):
-        name, ending = getattr(args, f"{split}_out"), f"{split}-{kind}-output.txt"
-        if name is None:
-            continue
-        if not name.endswith(ending):
-            raise ValueError(f"--{split}_out {name}: must end in {ending}, as <dataset>-{ending}")
-        require_folder(name)
+def _is_own_file(path: Path) -> bool:
+    """Whether a file belongs to the project: its sources, documents and bundled data."""
+    if ROOT not in path.parents:
+        return False
+    is_source = path.suffix in (".py", ".sh", ".md", ".toml") or path.name.startswith(
+        "requirements"
+    )
+    return is_source or real_path(ROOT / "data") in path.parents

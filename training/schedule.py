@@ -1,10 +1,13 @@
-"""What every training loop here shares: the learning rate's course, precision, a clipped step."""
+"""What every training loop shares: learning rates, precision, one clipped step."""
 
 import contextlib
 import math
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
@@ -16,13 +19,13 @@ def learning_rate_factor(
     decay_from: float = 1.0,
     cosine: bool = False,
 ) -> float:
-    """What the peak learning rate is multiplied by at `step` (0, 1, ...): a trapezoid.
+    """Return the factor of the peak learning rate at `step` (0, 1, ...): a trapezoid.
 
-    It rises linearly over the first `warmup_steps` steps, stays at 1, and once `progress`, the
-    share in [0, 1] of the training that is done, passes `decay_from` falls linearly to 0 (Hagele
-    et al. 2024, arXiv 2405.18392), or with `cosine` along half a wave (Loshchilov and Hutter 2017,
-    arXiv 1608.03983, equation 5). `decay_from=0` is the usual warm-up and decay, `decay_from=1`
-    never decays.
+    It rises linearly over the first `warmup_steps` steps and stays at 1. When `progress`, the share
+    of the training that is done, passes `decay_from`, it falls linearly to 0 (Hagele et al. 2024,
+    arXiv 2405.18392), or with `cosine` along half a wave (Loshchilov and Hutter 2017, arXiv
+    1608.03983, equation 5). `decay_from=0` is the usual warm-up and decay, `decay_from=1` never
+    decays.
     """
     rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     fall = min(1.0, (1.0 - progress) / (1.0 - decay_from)) if decay_from < 1.0 else 1.0
@@ -33,20 +36,20 @@ def learning_rate_factor(
 
 
 def symmetric_kl(log_probs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) + KL(q || p) of two (B, C) tables of log-probabilities, the mean over rows."""
+    """Return the mean over rows of KL(p || q) + KL(q || p), of log-probabilities (B, C)."""
     return ((log_probs.exp() - others.exp()) * (log_probs - others)).sum(dim=-1).mean()
 
 
 def precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
-    """The context to compute in: float32 as it is, or autocast to bfloat16 (weights stay float32).
+    """Return the context to compute in: float32, or autocast to bfloat16 (weights stay float32).
 
-    To be entered for each pass anew: inside, autocast keeps its bfloat16 copies of the weights, and
-    a step would not reach them. On CPUs without bfloat16 instructions it is slow, but right.
+    Enter it for each pass anew: inside, autocast caches bfloat16 copies of the weights, which an
+    optimizer step would not change. A CPU without bfloat16 instructions is slow with it.
     """
     stack = contextlib.ExitStack()
     if bf16:
         stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-        if device.type == "cpu":  # there the fused kernel is slower in bfloat16 than plain products
+        if device.type == "cpu":  # its fused kernel is slower in bfloat16 than plain products
             allow = torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp
             stack.callback(allow, torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed())
             allow(True)
@@ -57,10 +60,10 @@ def precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextMan
 def take_step(
     optimizers: Sequence[Optimizer], lr_factor: float = 1.0, max_grad_norm: float | None = None
 ) -> None:
-    """One update of every optimizer at its own peak rate times `lr_factor`; gradients are cleared.
+    """Update every optimizer at its peak rate times `lr_factor`, then clear the gradients.
 
-    `max_grad_norm` bounds the norm of all gradients together (Pascanu et al. 2013, arXiv 1211.5063,
-    algorithm 1). A group's peak is the `lr` it had at its first step, kept as `initial_lr`.
+    `max_grad_norm` clips the norm of all gradients together (Pascanu et al. 2013, arXiv 1211.5063,
+    algorithm 1). A group's peak is the `lr` of its first step, kept as `initial_lr`.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if max_grad_norm is not None:
@@ -71,3 +74,26 @@ def take_step(
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
+
+
+def parameter_groups(model: nn.Module, lr: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Return the trained parameters in groups of one learning rate.
+
+    It is `lr` for the final norm and the head, lr * layer_decay for the topmost layer, and falls by
+    that factor with each layer down to the embedding (Howard and Ruder 2018, arXiv 1801.06146,
+    section 3.2). An untied output layer is a head.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if layer_decay == 1.0:
+        return [{"params": [parameter for _, parameter in trained], "lr": lr}]
+    n_layers = model.llama.config.n_layers
+    by_distance: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        layer = re.match(r"llama\.layers\.(\d+)\.", name)
+        is_embedding = parameter is model.llama.tok_embeddings.weight
+        height = int(layer[1]) + 1 if layer else (0 if is_embedding else n_layers + 1)
+        by_distance.setdefault(n_layers + 1 - height, []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr * layer_decay**distance}
+        for distance, parameters in sorted(by_distance.items())
+    ]

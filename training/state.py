@@ -1,68 +1,40 @@
-"""What a finetuning run needs in order to go on, and the file that keeps it.
+"""What an interrupted run needs to continue: its state file, signals, and one writer a file.
 
-The file lies beside the run's checkpoint until its last output is written, is plain data, and is
-replaced whole. What is drawn at random is where it was, too, so that a resumed run ends in the same
-weights as an uninterrupted one, bit for bit (on the same machine, with as many threads).
+A state is saved after each epoch, every few minutes, and on Ctrl-C or SIGTERM. It is plain data,
+replaced whole, and holds the random generators' states, so a run that continues from it ends in the
+same bits as an uninterrupted one (on the same machine, with as many threads, in one process).
 """
 
-import copy
-import itertools
+import contextlib
+import hashlib
 import os
+import random
 import shutil
+import signal
+import sys
+import threading
 import time
-import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.optim import Optimizer
+from filelock import FileLock, Timeout
 
-from formats.checkpoint import load_torch_file, require_finite
-from training.distributed import ALONE, Ranks
-from utils import differences, random_state, real_path, save_torch_file, set_random_state
+from formats.torch_file import load_torch_file, save_torch_file
+from training import distributed
+from utils import InputError, is_device, real_path
 
-
-@dataclass(frozen=True)
-class EpochReport:
-    epoch: int
-    train_loss: float  # mean over batches of what was minimized: NLL summed / batch size, and more
-    train_accuracy: float
-    dev_accuracy: float
-
-    def in_words(self) -> str:
-        return (
-            f"epoch {self.epoch}: train loss :: {self.train_loss:.3f}, "
-            f"train acc :: {self.train_accuracy:.3f}, dev acc :: {self.dev_accuracy:.3f}"
-        )
-
-
-@dataclass
-class Place:
-    """How far a run is. An epoch whose batches are all trained on has yet to be evaluated."""
-
-    epoch: int = 0
-    n_batches: int = 0  # of this epoch that were trained on
-    loss_sum: float = 0.0  # over them
-    n_right: int = 0  # examples among them that were classified right while training
-    order: torch.Tensor | None = None  # the shuffling generator's state when the epoch began
-    history: list[dict[str, Any]] = field(default_factory=list)  # a report for each epoch before
-
-    @classmethod
-    def of_file(cls, values: dict[str, Any]) -> "Place":
-        """What `vars` gave before it was saved; an error of _WRONG for anything else."""
-        place = cls(**values)
-        reports = [EpochReport(**report) for report in place.history]
-        counts = [place.epoch, place.n_batches, place.n_right, *(one.epoch for one in reports)]
-        measured = [(one.train_loss, one.train_accuracy, one.dev_accuracy) for one in reports]
-        numbers = [place.loss_sum, *itertools.chain.from_iterable(measured)]
-        if any(type(n) is not int or n < 0 for n in counts):
-            raise ValueError("counts below 0, or no counts")
-        if any(type(x) is not float for x in numbers):
-            raise TypeError("a loss or an accuracy that is no number")
-        torch.Generator().set_state(place.order)
-        return place
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (
+    "*.py",
+    "formats/*.py",
+    "fast/*.py",
+    "training/*.py",
+    "pretraining/*.py",
+    "advanced/**/*.py",
+)
 
 
 def state_path(checkpoint: str | os.PathLike) -> Path:
@@ -70,173 +42,241 @@ def state_path(checkpoint: str | os.PathLike) -> Path:
     return Path(checkpoint).with_suffix(".state.pt")
 
 
-def require_same_settings(path: Path, saved: Any, settings: dict[str, Any]) -> None:
-    """A ValueError that names all in which the run at `path` is not the one with `settings`."""
-    try:
-        differing = differences(saved, settings)
-    except (AttributeError, RuntimeError) as error:  # no dict, or a tensor for a number
-        raise ValueError(f"{path}: is no state of a run; delete it") from error
-    if differing:
-        raise ValueError(
-            f"{path}: is of another run ({differing}); take that run's options, or delete the file"
-        )
+class StateFile:
+    """The saved state of one run, at `path`.
 
+    `settings` is plain data that decides the run's result: options, and files by their SHA-256.
+    `mode` says what to do with a state that is already there:
 
-# What comes of values of other kinds than a state has, here and in PyTorch's, Python's and NumPy's.
-_WRONG = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
-DIVERGED = "lower --lr or set --max_grad_norm (what was saved before is kept)"
+    - "auto": continue if its settings and our source code are the same; otherwise begin anew and
+      keep it as `....state.old.pt`.
+    - "resume": continue, also past changed code (with a warning). Changed settings, and no state at
+      all, are an InputError.
+    - "restart": begin anew and keep it as `....state.old.pt`.
 
-
-def require_not_diverged(model: nn.Module) -> None:
-    """A ValueError where a weight is no number any more: no such model is kept."""
-    require_finite(dict(model.named_parameters()), DIVERGED)
-
-
-class Keeper:
-    """Keeps the state of one run in `path`, a save being due every `minutes`.
-
-    Without `resume` the file of another run is a ValueError, as this one would replace it. With
-    it `place` is where to go on, after `restore`; a run with other `settings` is a ValueError, and
-    where there is no file the run begins at its beginning. Of several `ranks` the first has the
-    file; they may be more or fewer than when it was written, in which case dropout goes on with
-    other masks.
+    `saved` is then the content to continue from, or None. Of several processes all read the file,
+    so it must lie where each can see it, and rank 0 writes it.
     """
 
     def __init__(
         self,
         path: str | os.PathLike,
         settings: dict[str, Any],
-        resume: bool = False,
+        mode: str = "auto",
         minutes: float = 5.0,
-        ranks: Ranks = ALONE,
     ):
         self.path = Path(path)
-        self.settings = settings
+        self.settings = {**settings, "source": source_digest()}
         self.minutes = minutes
         self.saved_at = time.monotonic()
-        self.place = Place()
-        self.is_resumed = False
-        self.ranks = ranks
-        self._saved: dict[str, Any] = {}
-        if not ranks.of_first(self.path.exists())[0]:
-            return
-        if not resume:
-            raise ValueError(
-                f"{self.path}: keeps a run that was interrupted; --resume continues it, "
-                "and deleting this file lets a new one begin"
-            )
-        with ranks.copy_of(self.path) as path:
-            self._saved = load_torch_file(path)
-        require_same_settings(self.path, self._saved.get("settings"), settings)
+        distributed.require_same({**self.settings, "mode": mode})
+        self.saved = self._open(mode)
+        distributed.all_sum(torch.zeros(1))  # nobody writes before everybody has read
+
+    def _open(self, mode: str) -> dict[str, Any] | None:
+        if not self.path.exists():
+            if mode == "resume":
+                raise InputError(f"{self.path}: no saved state to --resume; leave that option out")
+            return None
+        if mode == "restart":
+            return self._begin_anew("--restart")
         try:
-            self.place = Place.of_file(self._saved["place"])
-        except _WRONG as error:
-            raise self._damaged() from error
-        self.is_resumed = True
+            saved = load_torch_file(self.path)
+            changed = differences(saved["settings"], self.settings)
+        except (InputError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            if mode == "resume":
+                raise self.damaged() from error
+            return self._begin_anew("it is damaged or of another version")
+        source = changed.pop("source", None)
+        what = "; ".join(f"{key}: {words}" for key, words in changed.items())
+        if changed and mode == "resume":
+            raise InputError(
+                f"{self.path}: is the state of another run ({what}); use that run's options, or "
+                "--restart to begin anew"
+            )
+        if changed or (source and mode == "auto"):
+            return self._begin_anew(what or "the source code has changed; --resume continues it")
+        if source:
+            _say(f"warning: {self.path} was saved by other source code")
+        return saved
 
-    def restore(
-        self, model: nn.Module, optimizer: Optimizer, regularizer: nn.Module | None = None
-    ) -> Place:
-        """Puts weights, optimizer and random numbers where they were and says where that is."""
-        saved, self._saved = self._saved, {}
-        if saved:
-            with warnings.catch_warnings():  # of what a damaged file makes PyTorch do
-                warnings.simplefilter("ignore")
-                try:
-                    self._put_back(saved, model, optimizer, regularizer)
-                except _WRONG as error:
-                    raise self._damaged() from error
-        return self.place
+    def _begin_anew(self, why: str) -> None:
+        old = self.path.with_name(f"{self.path.name.removesuffix('.pt')}.old.pt")
+        _say(f"{self.path} is not continued ({why}); it is kept as {old.name}")
+        if distributed.is_main():
+            self.path.replace(old)
 
-    def _put_back(
-        self,
-        saved: dict[str, Any],
-        model: nn.Module,
-        optimizer: Optimizer,
-        regularizer: nn.Module | None,
-    ) -> None:
-        model.load_state_dict(saved["model"])
-        if regularizer is not None:
-            regularizer.load_state_dict(saved["regularizer"])
-        names = tuple(optimizer.defaults)  # to which loading adds PyTorch's own
-        # Copied: what is loaded is mapped from the file, which is about to be replaced.
-        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
-        _require_steppable(optimizer, names)
-        set_random_state(saved["random"])
-        if self.ranks.size > 1:
-            self.ranks.set_random_states(saved.get("random_of_ranks", []), self._seed())
+    def damaged(self) -> InputError:
+        return InputError(f"{self.path}: is damaged or of another version; --restart begins anew")
 
     def is_due(self) -> bool:
-        """Whether the last save is `minutes` or more ago."""
-        return time.monotonic() - self.saved_at >= 60 * self.minutes
+        """Whether the last save is `minutes` or more ago; rank 0's clock decides."""
+        due = time.monotonic() - self.saved_at >= 60 * self.minutes
+        if distributed.world_size() == 1:
+            return due
+        return bool(distributed.all_sum(torch.tensor([float(due and distributed.is_main())])))
 
-    def save(
-        self,
-        place: Place,
-        model: nn.Module,
-        optimizer: Optimizer,
-        regularizer: nn.Module | None = None,
-    ) -> None:
-        """Refuses weights that are not finite, so that the last good state stays.
-
-        All ranks call it, and the first one writes.
-        """
-        require_not_diverged(model)
-        random_of_ranks = self.ranks.random_states() if self.ranks.size > 1 else None
-        if not self.ranks.is_first:  # whose clock says when the next is due
-            return
-        state = {
-            "settings": self.settings,
-            "place": vars(place),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "random": random_state(),
-        }
-        if random_of_ranks is not None:
-            state["random_of_ranks"] = random_of_ranks
-        if regularizer is not None:
-            state["regularizer"] = regularizer.state_dict()
-        save_torch_file(self.path, state)
+    def save(self, **content: Any) -> None:
+        """Replace the file by the settings and `content`, plain data and tensors."""
+        if distributed.is_main():
+            save_torch_file(self.path, {"settings": self.settings, **content})
         self.saved_at = time.monotonic()
 
-    def _seed(self) -> int:
-        """Of dropout where a run goes on with other ranks: the same for the same place."""
-        return hash((self.place.epoch, self.place.n_batches)) % 2**32
-
-    def _damaged(self) -> ValueError:
-        return ValueError(f"{self.path}: is damaged, or of another version; delete it")
+    def delete(self) -> None:
+        if distributed.is_main():
+            self.path.unlink(missing_ok=True)
 
 
-def _require_steppable(optimizer: Optimizer, names: tuple[str, ...]) -> None:
-    """An error of _WRONG where a loaded AdamW would fail in its next step."""
-    for group in optimizer.param_groups:
-        hyperparameters = {name: group[name] for name in names}
-        if any(isinstance(value, torch.Tensor) for value in hyperparameters.values()):
-            raise TypeError("a tensor for a number")
-        peak = group.get("initial_lr", group["lr"])
-        type(optimizer)(group["params"], **{**hyperparameters, "lr": peak})  # checks them
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            if state == {}:  # of a parameter that has had no gradient yet
-                continue
-            if type(state["step"]) is not int or not 0 < state["step"] < 2**31:
-                raise ValueError("a step that is no count")
-            if not state["m"].shape == state["v"].shape == parameter.shape:
-                raise ValueError("moments of another shape")
+def source_digest() -> str:
+    """Return the SHA-256 of the project's modules that a training may run."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def differences(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
+    """Return what differs by its key, such as {"lr": "0.1 there, 0.2 here"}."""
+    return {
+        key: f"{_cut(saved.get(key))} there, {_cut(settings.get(key))} here"
+        for key in {**settings, **saved}
+        if saved.get(key) != settings.get(key)
+    }
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _say(line: str) -> None:
+    if distributed.is_main():
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- random generators
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of the generators that `utils.seed_everything` seeds, as plain data."""
+    name, keys, *rest = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    state = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+# ---------------------------------------------------------------- signals
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM ended a run whose state is saved."""
+
+    def __init__(self, signum: int, path: Path):
+        word = "interrupted" if signum == signal.SIGINT else "terminated"
+        super().__init__(f"{word}; the same command continues from {path}")
+        self.exit_code = 128 + signum
+
+
+class StopRequests:
+    """The first SIGINT or SIGTERM since `stop_requests` began, if any."""
+
+    signum: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signum is not None
+
+    def check(self, state_file: StateFile | None) -> None:
+        """Raise if a signal came: `Stopped`, or KeyboardInterrupt if no state was saved."""
+        if self.signum is not None and state_file is not None:
+            raise Stopped(self.signum, state_file.path)
+        if self.signum is not None:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Note the first SIGINT or SIGTERM instead of ending at once; a second one ends the process.
+
+    An ignored signal (`nohup`) stays ignored. Several processes end at once, since they would not
+    all stop behind the same batch; their last saved state counts.
+    """
+    requests = StopRequests()
+    handlers = {}
+
+    def note(signum: int, _frame: object) -> None:
+        requests.signum = signum
+        restore()
+
+    def restore() -> None:
+        while handlers:
+            signal.signal(*handlers.popitem())
+
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread and distributed.world_size() == 1:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                handlers[signum] = signal.signal(signum, note)
+    try:
+        yield requests
+    finally:
+        restore()
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def only_writer(*paths: str | os.PathLike) -> Iterator[None]:
+    """Hold a lock on each file; raise InputError if another process holds one.
+
+    The lock is a hidden file beside it, and ends with the process that holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in dict.fromkeys(real_path(p) for p in paths if not is_device(p)):
+            lock = FileLock(path.with_name(f".{path.name[:40]}.lock"))
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except Timeout as error:
+                raise InputError(
+                    f"{path}: another process is writing it; wait, or name another output"
+                ) from error
+        yield
 
 
 def require_space(checkpoint: str | os.PathLike, n_parameters: int, n_kept: int = 1) -> None:
-    """A ValueError, before the work, where the disk cannot hold what a run will keep.
+    """Raise InputError if the disk cannot hold what a run will write.
 
-    That is the checkpoint, or `n_kept` of its size, the state (weights and AdamW's m and v) and,
-    until it replaces it, the state's successor, all of float32 numbers.
+    These are `n_kept` checkpoints, the state (weights and AdamW's m and v) and, before it replaces
+    it, the next state, all in float32.
     """
     checkpoint = real_path(checkpoint)
     held = [path for path in (checkpoint, state_path(checkpoint)) if path.is_file()]
     needed = 4 * n_parameters * (n_kept + 3 + 3) - sum(path.stat().st_size for path in held)
     free = shutil.disk_usage(checkpoint.parent).free
     if free < needed:
-        raise ValueError(
+        raise InputError(
             f"{checkpoint.parent}: has {free / 1e6:,.0f} MB free, training needs "
-            f"{needed / 1e6:,.0f} MB there for its checkpoint and state; make room"
+            f"{needed / 1e6:,.0f} MB for its checkpoint and state; make room"
         )

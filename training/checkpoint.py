@@ -1,0 +1,70 @@
+"""Finetuned classifiers as files of plain data."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+from classifier import LlamaEmbeddingClassifier
+from config import LlamaConfig
+from formats.torch_file import load_torch_file, save_torch_file
+from tokenizer import Tokenizer
+from utils import InputError, sha256_of
+
+
+def provenance(
+    label_names: list[str],
+    tokenizer: Tokenizer,
+    pretrained_model_path: str | os.PathLike,
+    max_sentence_len: int | None,
+) -> dict[str, Any]:
+    """Return what a checkpoint records beside the model, so that it can read sentences alone."""
+    return {
+        "label_names": label_names,
+        "tokenizer_path": tokenizer.model_path,
+        "tokenizer_sha256": sha256_of(tokenizer.model_path),
+        "pretrained_model_sha256": sha256_of(pretrained_model_path),
+        "max_sentence_len": max_sentence_len,
+    }
+
+
+def save_classifier(
+    path: str | os.PathLike, model: LlamaEmbeddingClassifier, config: Any, **extra: Any
+) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    `config` is the namespace that the classifier was built from. With `model_args`, the shape of
+    the Llama, it builds the classifier again without the pretrained file.
+    """
+    content = {
+        "model": model.state_dict(),
+        "model_args": model.llama.config.to_dict(),
+        "model_config": _without_paths({**vars(config), "pooling": model.pooling}),
+        **{key: _without_paths(v) if isinstance(v, dict) else v for key, v in extra.items()},
+    }
+    save_torch_file(path, content)
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Turn each pathlib.Path into a string: a Path is pickled as an object and would not load."""
+    return {
+        key: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for key, value in values.items()
+    }
+
+
+def load_classifier(path: str | os.PathLike) -> tuple[LlamaEmbeddingClassifier, dict[str, Any]]:
+    """Read what `save_classifier` wrote: the classifier, on the CPU in eval mode, and the rest."""
+    saved = load_torch_file(path)
+    absent = [key for key in ("model", "model_args", "model_config") if key not in saved]
+    if absent and saved.get("methods"):
+        methods = ", ".join(saved["methods"])
+        raise InputError(f"{path}: has parts of --method {methods}, which only advanced.run reads")
+    if absent:
+        raise InputError(f"{path}: is not a finetuned classifier: it has no {', '.join(absent)}")
+    config = SimpleNamespace(**saved["model_config"])
+    try:
+        llama_config = LlamaConfig(**saved["model_args"])
+        model = LlamaEmbeddingClassifier.from_weights(config, llama_config, saved.pop("model"))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return model, saved
