@@ -8,6 +8,7 @@ import codecs
 import gzip
 import hashlib
 import lzma
+import math
 import os
 import re
 import zlib
@@ -121,7 +122,7 @@ def train_tokenizer(
     With byte fallback and no normalization decode(encode(x)) is x, except for U+2581,
     SentencePiece's own sign for a space.
     """
-    sample = documents[:: max(1, -(-len(documents) // n_documents))]
+    sample = documents[:: math.ceil(len(documents) / n_documents)]
     with atomic_write(path, "wb") as file:
         try:
             SentencePieceTrainer.train(
@@ -144,11 +145,8 @@ def train_tokenizer(
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
     """Return each document as int32 token ids, bos first."""
-    encoded = []
-    for start in range(0, len(documents), 1000):
-        pieces = tokenizer.sp_model.encode(documents[start : start + 1000])
-        encoded += [np.array([tokenizer.bos_id, *ids], dtype=np.int32) for ids in pieces]
-    return encoded
+    ids = (tokenizer.encode(text, bos=True, eos=False) for text in documents)
+    return [np.array(document, dtype=np.int32) for document in ids]
 
 
 def windows(stream: np.ndarray, seq_len: int, start: int, count: int) -> torch.Tensor:
@@ -182,7 +180,8 @@ class TokenStream:
             )
 
     def batch(self, step: int) -> torch.Tensor:
-        """(n_rows, seq_len + 1): inputs are all but the last column, targets all but the first."""
+        """Return the windows of a step (n_rows, seq_len + 1), whose first tokens are inputs only
+        and whose last ones targets only."""
         epoch, index = divmod(step, self.batches_per_epoch)
         if epoch != self.epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))

@@ -8,11 +8,11 @@ step, T tokens, V vocabulary. The command is `python -m pretraining.run`; other 
     train_language_model(model, documents, heldout, folder, Recipe(lr=...), state_file=...)
 """
 
-import contextlib
 import csv
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from optimizer import AdamW
 from pretraining.corpus import TokenStream, encode_documents, windows
 from tokenizer import Tokenizer
 from training import distributed
-from training.loop import DivergedError, require_finite_weights
+from training.loop import REMEDY, DivergedError, require_finite_weights
 from training.schedule import learning_rate_factor, precision, take_step
 from training.state import StateFile, random_state, set_random_state, stop_requests
 from utils import atomic_write
@@ -183,7 +183,7 @@ def train_language_model(
         _say(f"before: {_in_words(measure(model, heldout, micro_rows))}")
         _save(state_file, model, optimizer, progress)  # a kill from here on leaves a state
     started, evaluated_at = time.monotonic() - progress.seconds, progress.seconds
-    with stop_requests() as stop, _progress_bar(recipe, progress.step) as bar:
+    with stop_requests() as stop, _progress_bar(recipe.n_steps, progress.step) as bar:
         while (done := progress.share(recipe)) < 1.0:
             lr_factor = learning_rate_factor(progress.step, done, recipe.warmup, recipe.decay_from)
             batch = stream.batch(progress.step)  # (N, T + 1)
@@ -221,18 +221,14 @@ def add_gradients(
     total = 0.0
     for i, windows_of_pass in enumerate(passes):
         weight = len(windows_of_pass) / len(batch) if len(own) else 0.0
-        is_last = i == len(passes) - 1
-        with contextlib.nullcontext() if is_last else _no_exchange(network):
+        is_last = i == len(passes) - 1  # the pass in which DistributedDataParallel exchanges
+        exchange = nullcontext if is_last else getattr(network, "no_sync", nullcontext)
+        with exchange():
             with precision(device, bf16):
                 loss = lm_loss(network, windows_of_pass.to(device))
-            (loss * weight * distributed.world_size()).backward()  # DDP takes the mean over ranks
+            (loss * weight * distributed.world_size()).backward()  # the exchange takes the mean
         total += weight * loss.item()
     return distributed.all_sum(torch.tensor(total, dtype=torch.float64)).item()
-
-
-def _no_exchange(network: nn.Module) -> contextlib.AbstractContextManager:
-    """DistributedDataParallel adds up gradients without exchanging them in this context."""
-    return network.no_sync() if hasattr(network, "no_sync") else contextlib.nullcontext()
 
 
 def _micro_rows(recipe: Recipe, micro_tokens: int | None) -> int:
@@ -251,8 +247,8 @@ def _seconds_since(started: float) -> float:
 def _require_finite(loss: float, step: int, lr_factor: float) -> None:
     if not math.isfinite(loss):
         raise DivergedError(
-            f"step {step + 1}: the loss is {loss} at {lr_factor:.3g} of the peak learning rate; "
-            "lower --lr (the last saved state stays)"
+            f"step {step + 1}, at {lr_factor:.3g} of the peak learning rate: the loss is {loss}; "
+            f"{REMEDY}"
         )
 
 
@@ -299,15 +295,14 @@ def write_history(path: Path, history: list[dict[str, float]]) -> None:
         writer.writerows(history)
 
 
-def _progress_bar(recipe: Recipe, step: int) -> tqdm:
-    hidden = None if distributed.is_main() else True  # None: hidden unless on a terminal
-    return tqdm(total=recipe.n_steps, initial=step, unit="step", mininterval=2.0, disable=hidden)
+def _progress_bar(n_steps: int, step: int) -> tqdm:
+    hidden = None if distributed.is_main() else True  # None: shown on a terminal
+    return tqdm(total=n_steps, initial=step, unit="step", mininterval=2.0, disable=hidden)
 
 
 def _say(text: str) -> None:
-    if distributed.is_main():
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+    tqdm.write(text, file=sys.stdout)  # above the progress bar
+    sys.stdout.flush()
 
 
 def _in_words(measured: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ as an uninterrupted run; with `--minutes` the learning rate follows the clock an
 """
 
 import argparse
-from collections.abc import Callable
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from os import PathLike
@@ -23,29 +23,9 @@ from llama import Llama, load_pretrained
 from pretraining.corpus import digest_of, encode_documents, load_corpus, train_tokenizer
 from pretraining.loop import HeldOut, Recipe, train_language_model
 from tokenizer import Tokenizer, find_tokenizer_model
-from training import distributed
-from training.options import (
-    add_state_options,
-    count,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
-    probability_below_one,
-    require_outputs,
-    seed_int,
-    state_mode,
-)
+from training import distributed, options
 from training.state import StateFile, only_writer
-from utils import (
-    ArgumentParser,
-    InputError,
-    atomic_write,
-    pick_device,
-    run_script,
-    seed_everything,
-    sha256_of,
-)
+from utils import ArgumentParser, InputError, pick_device, run_script, seed_everything, sha256_of
 
 SHAPE = {
     "dim": 192,
@@ -63,7 +43,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="pretraining.run", description=__doc__.split("\n")[0])
     _add_data_options(parser)
     _add_training_options(parser)
-    add_state_options(parser)
+    options.add_state_options(parser)
     args = parser.parse_args(argv)
     if args.init and any(getattr(args, name) for name in SHAPE):
         parser.error("--init brings its own shape; leave out --dim and the like")
@@ -85,42 +65,36 @@ def _add_data_options(parser: ArgumentParser) -> None:
         help="start from its weights, shape and tokenizer (default: from scratch)")  # fmt: skip
     add("--tokenizer_path", metavar="FILE",
         help="existing tokenizer (default: the one of --init, else a new one)")  # fmt: skip
-    add("--heldout", type=positive_int, default=200,
+    add("--heldout", type=options.positive_int, default=200,
         help="documents of each file that are held out (default: %(default)s)")  # fmt: skip
     add("--exclude", nargs="+", default=[], metavar="FILE",
         help="drop documents that share a run of words with these (default: none)")  # fmt: skip
-    add("--exclude_words", type=positive_int, default=9,
+    add("--exclude_words", type=options.positive_int, default=9,
         help="length of such a run (default: %(default)s)")  # fmt: skip
     shape = parser.add_argument_group("shape of a new model")
     for name, default in SHAPE.items():
-        shape.add_argument(f"--{name}", type=positive_int, help=f"(default: {default})")
+        shape.add_argument(f"--{name}", type=options.positive_int, help=f"(default: {default})")
 
 
 def _add_training_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("training")
-
-    def add(name: str, kind: Callable, default: object, words: str) -> None:
+    for name, kind, default, words in (
+        ("tokens", options.count, None, "to read, such as 30M (default: the text once)"),
+        ("minutes", options.positive_float, None, "of training at the most (default: no limit)"),
+        ("seq_len", options.positive_int, Recipe.seq_len, "tokens of a window"),
+        ("batch_tokens", options.positive_int, Recipe.batch_tokens, "tokens of a step"),
+        ("micro_tokens", options.positive_int, None, "tokens of a pass (default: all of a step)"),
+        ("lr", options.positive_float, Recipe.lr, "peak learning rate"),
+        ("weight_decay", options.non_negative_float, Recipe.weight_decay, "of the matrices"),
+        ("warmup", options.non_negative_int, Recipe.warmup, "steps until the peak rate"),
+        ("decay_from", options.probability_below_one, Recipe.decay_from, "share of the run after "
+            "which the rate falls linearly to 0"),
+        ("max_grad_norm", options.positive_float, Recipe.max_grad_norm, "clip gradients to it"),
+        ("seed", options.seed_int, Recipe.seed, "of initial weights, order and dropout"),
+        ("eval_minutes", options.non_negative_float, 5.0, "between evaluations"),
+    ):  # fmt: skip
         words = words if default is None else f"{words} (default: {default})"
-        group.add_argument(name, type=kind, default=default, help=words)
-
-    add("--tokens", count, None, "tokens to read, such as 30M (default: the text once)")
-    add(
-        "--minutes",
-        positive_float,
-        None,
-        "of training, after which it ends earlier (default: no limit)",
-    )
-    add("--seq_len", positive_int, Recipe.seq_len, "tokens of a window")
-    add("--batch_tokens", positive_int, Recipe.batch_tokens, "tokens of a step")
-    add("--micro_tokens", positive_int, None, "tokens of a pass, to save memory (default: all)")
-    add("--lr", positive_float, Recipe.lr, "peak learning rate")
-    add("--weight_decay", non_negative_float, Recipe.weight_decay, "of matrices; norms have none")
-    add("--warmup", non_negative_int, Recipe.warmup, "steps until the peak rate")
-    add("--decay_from", probability_below_one, Recipe.decay_from,
-        "share of the run after which the rate falls linearly to 0")  # fmt: skip
-    add("--max_grad_norm", positive_float, Recipe.max_grad_norm, "norm that gradients are cut to")
-    add("--seed", seed_int, Recipe.seed, "of initial weights, order and dropout")
-    add("--eval_minutes", non_negative_float, 5.0, "between evaluations")
+        group.add_argument(f"--{name}", type=kind, default=default, help=words)
     flag = group.add_argument
     flag("--bf16", action=argparse.BooleanOptionalAction,
         help="compute in bfloat16, keep float32 weights (default: on CUDA)")  # fmt: skip
@@ -162,29 +136,18 @@ def make_model(
     return model
 
 
-def write_tokenizer(
-    path: Path, given: str | PathLike | None, texts: list[str], vocab_size: int
-) -> None:
-    """Copy a given tokenizer to `path`, or train one there."""
-    if given:
-        with atomic_write(path, "wb") as copy:
-            copy.write(Path(given).read_bytes())
-    else:
-        train_tokenizer(texts, vocab_size, path)
-
-
 def pretrain(
     model: Llama,
     texts: list[str],
-    heldout_texts: dict[str, list[str]],
+    heldout: dict[str, list[str]],
     folder: Path,
     recipe: Recipe,
     *,
     tokenizer_path: str | PathLike | None,
     state_file: StateFile,
-    **options: Any,
+    **named: Any,
 ) -> None:
-    """Tokenize the texts and train on them; for `options` see `train_language_model`.
+    """Tokenize the texts and train on them; for `named` see `train_language_model`.
 
     A new run writes tokenizer.model first, and removes it if the texts cannot be trained on.
     """
@@ -192,14 +155,15 @@ def pretrain(
     is_new = state_file.saved is None
     if is_new and distributed.is_main():
         keep_old(folder)
-        write_tokenizer(path, tokenizer_path, texts, model.config.vocab_size)
+        if tokenizer_path:
+            shutil.copyfile(tokenizer_path, path)
+        else:
+            train_tokenizer(texts, model.config.vocab_size, path)
     distributed.all_sum(torch.zeros(1))  # nobody reads it before it is written
     tokenizer = Tokenizer(tokenizer_model=path)
     documents = encode_documents(tokenizer, texts)
     keep_freed_memory()
-    heldout = [
-        HeldOut(name, held, tokenizer, recipe.seq_len) for name, held in heldout_texts.items()
-    ]
+    sets = [HeldOut(name, held, tokenizer, recipe.seq_len) for name, held in heldout.items()]
     print(
         f"processes: {distributed.world_size()}, device: {model.norm.weight.device}, "
         f"bf16: {recipe.bf16}, attention: causal, "
@@ -208,9 +172,7 @@ def pretrain(
         flush=True,
     )
     try:
-        train_language_model(
-            model, documents, heldout, folder, recipe, state_file=state_file, **options
-        )
+        train_language_model(model, documents, sets, folder, recipe, state_file=state_file, **named)
     except InputError:
         if is_new and not state_file.path.exists():  # the folder is as it was
             path.unlink(missing_ok=True)
@@ -230,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         model = make_model(args.init, shape, tokenizer_path, args.seq_len).to(device)
         folder.mkdir(parents=True, exist_ok=True)
         outputs = [str(folder / name) for name in (*OUTPUTS, "state.pt")]
-        require_outputs(outputs, [*args.text, *args.exclude, args.init, tokenizer_path])
+        options.require_outputs(outputs, [*args.text, *args.exclude, args.init, tokenizer_path])
         if not args.restart:
             require_unused(folder)
         with only_writer(folder / "state.pt") if distributed.is_main() else nullcontext():
@@ -252,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
                 recipe,
                 tokenizer_path=tokenizer_path,
                 state_file=StateFile(
-                    folder / "state.pt", settings, state_mode(args), args.save_minutes
+                    folder / "state.pt", settings, options.state_mode(args), args.save_minutes
                 ),
                 micro_tokens=args.micro_tokens,
                 eval_minutes=args.eval_minutes,
