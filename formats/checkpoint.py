@@ -103,10 +103,11 @@ def load_exactly(module: nn.Module, weights: Weights) -> None:
     weights = {**{n: weights[m] for n, m in ties.items() if m in weights}, **weights}
     wanted = module.state_dict()
     _require_names_and_shapes(wanted, weights)
-    weights = {name: tensor.to(wanted[name].dtype) for name, tensor in weights.items()}
+    weights = {name: weights[name].to(tensor.dtype) for name, tensor in wanted.items()}
     ties = {n: m for n, m in ties.items() if torch.equal(weights[n], weights[m])}
-    separate = _separate({name: weights[name] for name in weights if name not in ties})
-    require_finite(separate)
+    untied = {name: tensor for name, tensor in weights.items() if name not in ties}
+    require_finite(untied)
+    separate = _separate(untied)
     module.load_state_dict({**separate, **{n: separate[m] for n, m in ties.items()}}, assign=True)
     for name, tied_to in ties.items():
         owner, _, attribute = name.rpartition(".")

@@ -105,7 +105,7 @@ def test_a_checkpoint_cut_off_at_any_byte_is_refused_in_one_line(path, zipped):
     whole = torch_file({"model": model.state_dict(), "model_args": args}, zipped)
     path.write_bytes(whole)
     load_pretrained(path)
-    for length in reversed(range(len(whole))):
+    for length in reversed(range(0, len(whole), 1 if zipped else 7)):
         os.truncate(path, length)
         message = refusal(path, load_pretrained)
         if zipped and length > 4:
@@ -173,14 +173,13 @@ def test_a_tensor_that_repeats_its_numbers_is_refused_before_it_is_copied(
 
 @pytest.mark.parametrize("member", ["data.pkl", "data/0"])
 def test_a_zip_that_unpacks_to_more_than_it_is_is_refused_unread(path, member):
-    path.write_bytes(bomb(200, member))
+    path.write_bytes(bomb(100, member))
     assert path.stat().st_size < 2**20
     with bounded_memory(32 * 2**20):
-        assert refusal(path).startswith("unpacks to 209,7")
+        assert refusal(path).startswith("unpacks to 104,8")
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy"])
-@pytest.mark.parametrize("n", [60_000, 1_000_000])
+@pytest.mark.parametrize(("form", "n"), [("zip", 60_000), ("legacy", 1_000_000)])
 def test_tuples_within_tuples_that_would_crash_python_are_refused(path, form, n):
     key = b")" + b"\x85" * n
     content = b"\x80\x02}(" + text("model") + b"}" + text("model_args") + b"}" + key + b"K\1su."
