@@ -3,7 +3,6 @@
 from itertools import combinations
 
 import pytest
-
 from advanced.catalogue import METHODS, PARTIAL, READERS, compose
 
 

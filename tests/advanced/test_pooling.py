@@ -1,4 +1,4 @@
-"""Poolings of one's own against float64 NumPy, and the plain poolings they contain."""
+"""The poolings against float64 NumPy, and the plain poolings they contain."""
 
 from types import SimpleNamespace
 
@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import random_data, train
+from toys import random_data, states, train
 
 import oracle
-from advanced.methods.pooling import COMPONENTS, AttentionPooling, LastMean, LayerMix
+from advanced.methods.pooling import POOLINGS
 from classifier import LlamaEmbeddingClassifier
 from conftest import LENGTHS, TOKENS, random_llama
+from utils import InputError
 
-NAMES = sorted(COMPONENTS)
+NAMES = sorted(POOLINGS)
 OWN = {"attention_pool": ["query"], "last_mean": [], "layer_mix": ["layer_scores", "gamma"]}
 
 
@@ -22,12 +23,12 @@ def config(**options) -> SimpleNamespace:
     return SimpleNamespace(**{**defaults, "pooling": "mean", **options})
 
 
-def component(name, attention="full", **options) -> LlamaEmbeddingClassifier:
-    return COMPONENTS[name](config(**options), random_llama(attention=attention)).eval()
+def pooling(name, attention="full", **options) -> LlamaEmbeddingClassifier:
+    return POOLINGS[name](config(**options), random_llama(attention=attention)).eval()
 
 
 def randomize(model: LlamaEmbeddingClassifier, name: str) -> None:
-    """The component's own weights as training may leave them."""
+    """Give the pooling's own weights values as training may leave them."""
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for own in OWN[name]:
@@ -51,24 +52,24 @@ def pooled_by_numpy(name: str, model: LlamaEmbeddingClassifier, row: int) -> np.
     tokens = TOKENS[row : row + 1, : LENGTHS[row]]
     llama, weights = model.llama.config, model.llama.state_dict()
 
-    def states(n_layers: int) -> np.ndarray:  # (T, dim) after the final norm
+    def hidden(n_layers: int) -> np.ndarray:  # (T, dim) after the final norm
         shape = SimpleNamespace(**{**llama.to_dict(), "n_layers": n_layers})
         return oracle.forward(weights, shape, tokens)[1][0]
 
-    h = states(llama.n_layers)
+    h = hidden(llama.n_layers)
     own = {key: getattr(model, key).detach().double().numpy() for key in OWN[name]}
     if name == "attention_pool":
         return oracle.softmax(h @ own["query"]) @ h
     if name == "last_mean":
         return np.concatenate((h[-1], h.mean(axis=0)))
     weights_of_layers = own["gamma"] * oracle.softmax(own["layer_scores"])
-    return sum(w * states(j).mean(axis=0) for j, w in enumerate(weights_of_layers))
+    return sum(w * hidden(j).mean(axis=0) for j, w in enumerate(weights_of_layers))
 
 
 @pytest.mark.parametrize("attention", ["full", "causal"])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_padded_batch_are_the_float64_sentences_alone(name, attention):
-    model = component(name, attention)
+    model = pooling(name, attention)
     randomize(model, name)
     said = model(TOKENS, lengths=LENGTHS).detach().numpy()
     weight, bias = (p.detach().double().numpy() for p in model.classifier_head.parameters())
@@ -79,7 +80,7 @@ def test_rows_of_a_padded_batch_are_the_float64_sentences_alone(name, attention)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_never_changes_a_result(name):
-    model = component(name)
+    model = pooling(name)
     randomize(model, name)
     other = TOKENS.clone()
     for row, length in enumerate(LENGTHS.tolist()):
@@ -91,42 +92,22 @@ def test_padding_never_changes_a_result(name):
 
 
 def test_attention_begins_as_the_mean():
-    model = component("attention_pool")
+    model = pooling("attention_pool")
     expected = with_the_head_of(model)(TOKENS, lengths=LENGTHS)
     torch.testing.assert_close(model(TOKENS, lengths=LENGTHS), expected, rtol=0.0, atol=1e-6)
 
 
-def test_attention_on_one_token_reads_it_alone():
-    model = component("attention_pool")
-    hidden = torch.randn(3, 9, 32)
-    model.query.data = 1e4 * hidden[0, 5]  # its own state scores highest where it stands
-    hidden[1, 2] = hidden[2, 0] = hidden[0, 5]
-    pooled = model.pool(hidden, LENGTHS)
-    torch.testing.assert_close(pooled, hidden[0, 5].expand(3, -1))
-
-
 def test_all_weight_on_the_last_layer_is_the_plain_mean():
-    model = component("layer_mix")
+    model = pooling("layer_mix")
     expected = with_the_head_of(model)(TOKENS, lengths=LENGTHS)
     assert not torch.allclose(model(TOKENS, lengths=LENGTHS), expected, atol=1e-3)
     with torch.no_grad():
         model.layer_scores[:-1] = -1e4
     assert torch.equal(model(TOKENS, lengths=LENGTHS), expected)
-    with torch.no_grad():
-        model.gamma.zero_()
-    no_states = F.log_softmax(model.classifier_head.bias, dim=-1).expand(3, -1)
-    torch.testing.assert_close(model(TOKENS, lengths=LENGTHS), no_states)
-
-
-def test_layer_mix_begins_with_all_layers_alike():
-    model = component("layer_mix")
-    assert model.layer_scores.shape == (model.llama.config.n_layers + 1,)
-    weights = model.gamma * model.layer_scores.softmax(dim=0)
-    torch.testing.assert_close(weights, torch.full((3,), 1 / 3))
 
 
 def test_layer_mix_leaves_no_hook_behind_even_where_a_pass_fails():
-    model = component("layer_mix")
+    model = pooling("layer_mix")
     expected = model.llama(TOKENS, lengths=LENGTHS)[1]
     model(TOKENS, lengths=LENGTHS)
     with pytest.raises(ValueError, match="are not 3 numbers"):
@@ -137,56 +118,33 @@ def test_layer_mix_leaves_no_hook_behind_even_where_a_pass_fails():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_all_that_is_trained(name):
-    model = component(name)
-    model(TOKENS, lengths=LENGTHS)[:, 0].sum().backward()
-    for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad.abs().max() > 0.0, parameter_name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_over_a_frozen_llama_the_components_own_weights_learn(name):
-    model = component(name, num_labels=2, option="pretrain")
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+def test_over_a_frozen_llama_their_own_weights_learn(name):
+    model = pooling(name, num_labels=2, option="pretrain")
+    before = states(model)
     train(model, random_data(), epochs=3, lr=1e-2)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]) == key.startswith("llama."), key
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pooling_mean_and_last_give_one_model_and_position_is_refused(name):
-    mean, last = component(name, pooling="mean"), component(name, pooling="last")
-    last.load_state_dict(mean.state_dict())
-    assert torch.equal(last(TOKENS, lengths=LENGTHS), mean(TOKENS, lengths=LENGTHS))
-    assert component(name, "causal", pooling=None).reads_lengths
-    for pooling in ("position", None):
-        with pytest.raises(ValueError, match=r"'position' .*choose pooling='mean'"):
-            component(name, pooling=pooling)
-    with pytest.raises(ValueError, match="needs lengths"):
-        mean(TOKENS)
+def test_pooling_position_which_leaves_padding_unmasked_is_refused(name):
+    assert pooling(name, "causal", pooling=None).reads_lengths
+    for word in ("position", None):
+        with pytest.raises(InputError, match=r"--pooling position .*choose --pooling mean"):
+            pooling(name, pooling=word)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_come_back_in_the_components_own_class(name):
-    model = component(name)
+def test_weights_come_back_in_their_own_class(name):
+    model = pooling(name)
     randomize(model, name)
-    again = COMPONENTS[name].from_weights(config(), model.llama.config, model.state_dict())
-    assert type(again) is {
-        "attention_pool": AttentionPooling,
-        "last_mean": LastMean,
-        "layer_mix": LayerMix,
-    }[name]  # fmt: skip
-    assert torch.equal(again(TOKENS, lengths=LENGTHS), model(TOKENS, lengths=LENGTHS))
-
-
-def test_heads_have_the_size_of_what_they_read():
-    sizes = {name: component(name).classifier_head.in_features for name in NAMES}
-    assert sizes == {"attention_pool": 32, "last_mean": 64, "layer_mix": 32}
+    loaded = POOLINGS[name].from_weights(config(), model.llama.config, model.state_dict())
+    assert torch.equal(loaded(TOKENS, lengths=LENGTHS), model(TOKENS, lengths=LENGTHS))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_under_autocast_float32_states_are_pooled_in_float32(name):
-    model = component(name)
+    model = pooling(name)
     randomize(model, name)
     hidden = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
