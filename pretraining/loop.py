@@ -201,8 +201,7 @@ def train_language_model(
                 _save(state_file, model, optimizer, progress)
             stop.check(state_file)
     if distributed.is_main():
-        write_history(folder / "history.csv", progress.history)
-        save_model(folder / "model.pt", model, half)
+        _write_outputs(folder, model, progress.history, half)
         state_file.delete()
     return progress.history
 
@@ -280,19 +279,16 @@ def _save(state_file: StateFile, model: Llama, optimizer: AdamW, progress: Progr
     )
 
 
-def save_model(path: Path, model: Llama, half: bool) -> None:
-    """Write a checkpoint for `load_pretrained`; a tied output matrix is written once."""
-    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
-    if half:
-        weights = {name: tensor.half() for name, tensor in weights.items()}
-    save_torch_file(path, {"model": weights, "model_args": model.config.to_dict()})
-
-
-def write_history(path: Path, history: list[dict[str, float]]) -> None:
-    with atomic_write(path) as file:
+def _write_outputs(folder: Path, model: Llama, history: list[dict[str, float]], half: bool) -> None:
+    """Write history.csv, then model.pt, whose presence says that the run is finished."""
+    with atomic_write(folder / "history.csv") as file:
         writer = csv.DictWriter(file, list(history[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
+    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}  # tied: once
+    if half:
+        weights = {name: tensor.half() for name, tensor in weights.items()}
+    save_torch_file(folder / "model.pt", {"model": weights, "model_args": model.config.to_dict()})
 
 
 def _progress_bar(n_steps: int, step: int) -> tqdm:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from pretraining.corpus import (
     TokenStream,
-    digest_of,
     encode_documents,
     load_corpus,
     ngrams,
@@ -69,13 +68,6 @@ def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, name, conte
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"^{re.escape(str(path))}{words}"):
         read_documents(path)
-
-
-def test_a_missing_file_is_an_os_error_with_its_name(tmp_path):
-    for path in (tmp_path / "nowhere.xz", tmp_path):
-        with pytest.raises(FileNotFoundError) as raised:
-            read_documents(path)
-        assert raised.value.filename == str(path)
 
 
 # ---------------------------------------------------------------- what is held out or dropped
@@ -151,11 +143,6 @@ def test_a_text_that_leaves_nothing_to_train_on_is_named(tmp_path, documents, wo
         load_corpus([path], 1, [], 9)
 
 
-def test_a_digest_depends_on_where_a_document_ends():
-    digests = [digest_of(d) for d in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])]
-    assert len(set(digests)) == 4 and digests[0] == digest_of(iter(["ab", "c"]))
-
-
 # ---------------------------------------------------------------- the tokenizer
 
 
@@ -190,15 +177,6 @@ def test_a_vocabulary_the_text_cannot_fill_is_refused_and_leaves_no_file(tmp_pat
     with pytest.raises(InputError, match=f"^--vocab_size {vocab_size}: [^\n]*$"):
         train_tokenizer(["a cat sat on a mat"] * 9, vocab_size, tmp_path / "tokenizer.model")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_tokenizer_is_trained_on_at_most_n_documents_from_all_over(tmp_path):
-    tales = [f"{chr(0x4E00 + i)} tale" for i in range(100)]  # each has a character of its own
-    train_tokenizer(tales, 300, tmp_path / "few.model", n_documents=30)
-    model = Tokenizer(tokenizer_model=tmp_path / "few.model").sp_model
-    pieces = "".join(model.id_to_piece(i) for i in range(model.vocab_size()))
-    known = [i for i, tale in enumerate(tales) if tale[0] in pieces]
-    assert len(known) <= 30 and known[0] < 10 and known[-1] > 90
 
 
 # ---------------------------------------------------------------- tokens
