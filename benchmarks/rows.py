@@ -1,139 +1,241 @@
-"""The rows of the table: what is timed, in which unit, and what no program could go below."""
+"""The rows of the speed table. Each function builds the work of one contender for one shape.
 
+A limit counts what no solution can avoid if it computes every layer at every position: the
+operations of the layers' products, or the bytes to read and write.
+"""
+
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from benchmarks import jobs
-from config import LlamaConfig
+from benchmarks import naive
+from benchmarks.contenders import (
+    LR,
+    PAD,
+    SEED,
+    batches_of,
+    config_of,
+    make_classifier,
+    make_data,
+    make_llama,
+    make_optimizer,
+    make_zero_shot,
+)
+from fast.linear import linear
+from formats.torch_file import save_torch_file
 from llama import Llama
+from training.dataset import SentenceDataset
+from training.evaluation import evaluate
+from training.loop import train_classifier
 
-CONTENDERS = ("naive", "ours", "transformers")
+CPU = torch.device("cpu")
+N_PROMPT, N_NEW = 32, 75  # tokens of the assignment's prefix, tokens to generate
+N_QUESTION = 19  # tokens of SST's question
 
 
-@dataclass(frozen=True)
-class Row:
-    """What is timed for a shape; `limit` gives the seconds that the machine cannot go below, if
-    every layer is computed at every position."""
+class Work(NamedTuple):
+    run: Callable[[], Any]  # timed; returns tokens, predictions or losses to compare
+    amount: float = 1  # units of one run
+    operations: float = 0  # that one run cannot avoid
+    bytes: float = 0
 
+
+class Row(NamedTuple):
     name: str
-    maker: str
-    options: dict[str, Any]
-    unit: str  # of `amount`, per second; "s" for the seconds themselves
-    amount: Callable[["Counts"], float]
-    limit: Callable[["Counts"], float]
-    contenders: tuple[str, ...] = CONTENDERS
-    targets: dict[str, float] = field(default_factory=dict)  # of the stories42M shape, see `check`
+    unit: str
+    build: Callable[..., Work]
+    args: tuple[Any, ...] = ()  # of `build`, behind contender and shape
+    contenders: tuple[str, ...] = ("naive", "ours", "transformers")
 
 
-class Counts:
-    """Multiplications and bytes that a row cannot avoid, on a machine of known rates."""
-
-    def __init__(self, shape: str, rates: dict[str, float]):
-        self.shape, self.rates = shape, rates
-        self.config = LlamaConfig(**jobs.SHAPES[shape])
-        with torch.device("meta"):
-            model = Llama(self.config)
-        self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-        self.n_in_layers = sum(matrix.numel() for matrix in matrices)
-
-    def forward(self, lengths: Sequence[int], n_logits: int = 0, causal: bool = False) -> float:
-        """Floating-point operations of one pass over sequences, without elementwise work."""
-        c = self.config
-        n_scores = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
-        attention = 4 * c.n_layers * c.dim * n_scores
-        logits = 2 * n_logits * c.vocab_size * c.dim
-        return 2 * self.n_in_layers * sum(lengths) + attention + logits
-
-    def seconds(self, operations: float) -> float:
-        return operations / self.rates["operations_per_s"]
-
-    def reading(self, n_bytes: float) -> float:
-        return n_bytes / self.rates["bytes_per_s"]
-
-    def data(self, options: dict[str, Any], padded: bool, **more: Any) -> list[int]:
-        """Lengths of a row's sentences, as they are or as their batches pad them."""
-        size = options["batch_size"]
-        n = size * options["n_batches"]
-        data = jobs.make_data(options["dataset"], n, self.shape, **more)
-        if not padded:
-            return [len(example.tokens) for example in data.examples]
-        batches = jobs.in_order(data, size)
-        return [batch["token_ids"].shape[1] for batch in batches for _ in batch["lengths"]]
+def n_parameters(shape: str) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Llama(config_of(shape)).parameters())
 
 
-def generate_row(attention: str, contenders: tuple[str, ...], targets: dict[str, float]) -> Row:
-    def limit(counts: Counts) -> float:
-        start, n = jobs.N_PROMPT, jobs.N_NEW
-        if attention == "causal":  # every weight is read for every token
-            return counts.reading(4 * counts.n_parameters * n)
-        return counts.seconds(sum(counts.forward([start + i], 1) for i in range(n)))
+def pass_operations(shape: str, lengths: Sequence[int], causal: bool = False) -> int:
+    """Count the floating-point operations of the layers' products in one forward pass.
 
-    return Row(
-        f"generate, {attention}", "generate", {"attention": attention}, "tokens/s",
-        lambda counts: jobs.N_NEW, limit, contenders, targets,
-    )  # fmt: skip
-
-
-def steps_row(dataset: str, batch_size: int, n_batches: int) -> Row:
-    options = {"dataset": dataset, "batch_size": batch_size, "n_batches": n_batches}
-    return Row(
-        f"finetune, full, {dataset} x {batch_size}", "steps", options, "padded tokens/s",
-        lambda counts: sum(counts.data(options, padded=True)),
-        lambda counts: counts.seconds(3 * counts.forward(counts.data(options, padded=True))),
-        targets={"naive": 1.25, "transformers": 1.1, "memory": 0.8},
-    )  # fmt: skip
+    Each weight costs 2 per token. Each pair of positions that attend costs 4 dim per layer.
+    """
+    config = config_of(shape)
+    with torch.device("meta"):
+        layers = Llama(config).layers
+    n_weights = sum(parameter.numel() for parameter in layers.parameters() if parameter.ndim == 2)
+    n_pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
+    return 2 * n_weights * sum(lengths) + 4 * config.n_layers * config.dim * n_pairs
 
 
-def epoch_row(dataset: str, batch_size: int, n_batches: int, naive: float) -> Row:
-    options = {"dataset": dataset, "batch_size": batch_size, "n_batches": n_batches}
-
-    def limit(counts: Counts) -> float:
-        # Three passes to train, one for the train accuracy, one over a batch for the dev accuracy.
-        n_passes = 3 + 1 + 1 / n_batches
-        lengths = counts.data(options, padded=False)
-        return counts.seconds(n_passes * counts.forward(lengths, causal=True))
-
-    return Row(
-        f"epoch, masked, {dataset} x {batch_size}", "epoch", options, "sentences/s",
-        lambda counts: batch_size * n_batches, limit, targets={"naive": naive, "memory": 0.8},
-    )  # fmt: skip
+def lengths_of(data: SentenceDataset) -> list[int]:
+    return [len(example.tokens) for example in data.examples]
 
 
-def prompt_row(dataset: str, batch_size: int, n_batches: int) -> Row:
-    options = {"dataset": dataset, "batch_size": batch_size, "n_batches": n_batches}
+def generate(contender: str, shape: str, attention: str) -> Work:
+    """Generate greedily after a prompt."""
+    torch.manual_seed(SEED)
+    idx = torch.randint(PAD + 1, config_of(shape).vocab_size, (1, N_PROMPT))
+    model = make_llama(contender, shape, attention)
+    options: dict[str, Any] = {"max_new_tokens": N_NEW, "temperature": 0.0}
+    if contender == "transformers":
+        options = {"max_new_tokens": N_NEW, "min_new_tokens": N_NEW, "do_sample": False}
+        options["attention_mask"] = torch.ones_like(idx)
 
-    def limit(counts: Counts) -> float:
-        lengths = counts.data(options, padded=False, longer_by=jobs.QUESTION)
-        return counts.seconds(counts.forward(lengths, len(lengths), causal=True))
+    def run() -> list[int]:
+        return model.generate(idx, **options)[0].tolist()
 
-    return Row(
-        f"prompt, masked, {dataset} x {batch_size}", "prompt", options, "sentences/s",
-        lambda counts: batch_size * n_batches, limit, targets={"naive": 2.0},
-    )  # fmt: skip
+    if attention == "causal":  # with a cache, each new token still reads every weight
+        return Work(run, N_NEW, bytes=4 * n_parameters(shape) * N_NEW)
+    n_operations = sum(pass_operations(shape, [N_PROMPT + i]) for i in range(N_NEW))
+    return Work(run, N_NEW, n_operations)
 
 
-def all_rows(scratch: str) -> list[Row]:
+def finetune(contender: str, shape: str, dataset: str, batch_size: int, n_batches: int) -> Work:
+    """Train on padded batches in full mode (transformers: causal)."""
+    batches = batches_of(make_data(dataset, n_batches * batch_size, shape), batch_size)
+    padded = [batch["token_ids"].shape[1] for batch in batches for _ in range(batch_size)]
+    model = make_classifier(contender, shape, "full")
+    optimizer = make_optimizer(contender, model.parameters())
+    torch.manual_seed(SEED)  # of the dropout
+
+    def run() -> list[float]:
+        return naive.train(model, optimizer, batches, batch_size)
+
+    return Work(run, sum(padded), 3 * pass_operations(shape, padded))
+
+
+def epoch(contender: str, shape: str, dataset: str, batch_size: int, n_batches: int) -> Work:
+    """Train one epoch in causal mode, then take train accuracy and, on one batch, dev accuracy."""
+    data = make_data(dataset, n_batches * batch_size, shape)
+    dev_data = SentenceDataset(data.examples[:batch_size], PAD)
+    model = make_classifier(contender, shape, "causal")
+    batches, dev_batches = batches_of(data, batch_size), batches_of(dev_data, batch_size)
+
+    def ours() -> float:
+        options = {"epochs": 1, "batch_size": batch_size, "lr": LR, "seed": SEED, "device": CPU}
+        options["on_epoch"] = lambda report, is_best: None
+        return train_classifier(model, data, dev_data, **options)[0].train_loss
+
+    def others() -> float:
+        optimizer = make_optimizer(contender, model.parameters())
+        losses = naive.train(model, optimizer, batches, batch_size)
+        with torch.set_grad_enabled(contender == "naive"):
+            naive.evaluate(model, batches + dev_batches)
+        return sum(losses) / len(losses)
+
+    n_passes = 3 + 1 + 1 / n_batches  # training, train accuracy, dev accuracy
+    n_operations = n_passes * pass_operations(shape, lengths_of(data), causal=True)
+    return Work(ours if contender == "ours" else others, len(data), n_operations)
+
+
+def prompt(contender: str, shape: str, dataset: str, batch_size: int, n_batches: int) -> Work:
+    """Predict by prompting in causal mode; padding is masked."""
+    data = make_data(dataset, n_batches * batch_size, shape, longer_by=N_QUESTION)
+    model = make_zero_shot(contender, shape)
+    batches = batches_of(data, batch_size)
+
+    def ours() -> list[int]:
+        return evaluate(model, data, batch_size, CPU).predictions
+
+    def others() -> list[int]:
+        with torch.set_grad_enabled(contender == "naive"):
+            return naive.evaluate(model, batches)
+
+    n_operations = pass_operations(shape, lengths_of(data), causal=True)
+    return Work(ours if contender == "ours" else others, len(data), n_operations)
+
+
+def adamw(contender: str, shape: str) -> Work:
+    """Update all parameters once; three tokens of four have no gradient, as if never seen."""
+    model = make_llama("ours", shape, "causal")
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    embedding = model.tok_embeddings.weight
+    embedding.grad[len(embedding) // 4 :] = 0.0
+    optimizer = make_optimizer(contender, model.parameters())
+    # read theta, gradient, m and v, write theta, m and v
+    return Work(lambda: optimizer.step(), bytes=7 * 4 * n_parameters(shape))
+
+
+_TOKENIZE = """
+from tokenizer import Tokenizer
+Tokenizer(tokenizer_model="data/mini/tokenizer.model").encode("a", bos=True, eos=False)
+ids = torch.ones(1, 32, dtype=torch.long)
+"""
+# "naive" imports what the assignment's script imports.
+_FIRST_TOKEN = {
+    "import torch": "import torch",
+    "ours": f"""
+import run_llama, torch
+from llama import load_pretrained
+{_TOKENIZE}
+load_pretrained("{{folder}}/model.pt", "causal").generate(ids, 1, 0.0)
+""",
+    "naive": f"""
+import sklearn.metrics, torch, tqdm
+from benchmarks.naive import NaiveLlama
+from config import LlamaConfig
+{_TOKENIZE}
+saved = torch.load("{{folder}}/model.pt", weights_only=True)
+model = NaiveLlama(LlamaConfig(**saved["model_args"]))
+model.load_state_dict(saved["model"])
+model.eval().generate(ids, 1, 0.0)
+""",
+    "transformers": f"""
+import torch
+from transformers import LlamaForCausalLM
+{_TOKENIZE}
+model = LlamaForCausalLM.from_pretrained("{{folder}}")
+model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+""",
+}
+
+
+def start_up(contender: str, shape: str, folder: str) -> Work:
+    """Start a process that loads a checkpoint and generates one token."""
+    path = Path(folder) / f"{shape}-{contender}"
+    path.mkdir()
+    if contender == "transformers":
+        make_llama(contender, shape, "causal").save_pretrained(path)
+    else:
+        llama = make_llama("ours", shape, "causal")
+        saved = {"model": llama.state_dict(), "model_args": llama.config.to_dict()}
+        save_torch_file(path / "model.pt", saved)
+    code = _FIRST_TOKEN[contender].format(folder=path.as_posix())
+    root = Path(__file__).resolve().parent.parent
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = {"args": [sys.executable, "-c", code], "cwd": root, "env": env}
+    return Work(lambda: subprocess.run(**command, capture_output=True, check=True).returncode)
+
+
+def machine(contender: str, shape: str) -> Work:
+    """What this processor does at best: add up 256 MB, multiply matrices of 2048 x 2048."""
+    if contender == "read 256 MB":
+        numbers = torch.randn(2**26)
+        return Work(lambda: numbers.sum().item(), bytes=2**28)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    product = F.linear if contender == "multiply, BLAS" else linear
+    return Work(lambda: product(a, b)[0, 0].item(), operations=2 * 2048**3)
+
+
+MACHINE = Row("machine", "s", machine, (), ("read 256 MB", "multiply, BLAS", "multiply, oneDNN"))
+
+
+def all_rows(folder: str) -> list[Row]:
+    """`folder` receives the files that start-up reads."""
     return [
-        generate_row("causal", CONTENDERS, {"naive": 4.0, "transformers": 1.7, "limit": 0.75}),
-        generate_row("full", ("naive", "ours"), {"naive": 1.3}),
-        steps_row("sst", 80, 2),
-        steps_row("cfimdb", 10, 2),
-        epoch_row("sst", 80, 5, naive=2.5),
-        epoch_row("cfimdb", 10, 5, naive=2.0),
-        prompt_row("sst", 10, 20),
-        Row(
-            "AdamW step", "adamw", {}, "s", lambda counts: 1,
-            # theta, gradient, m and v are read, theta, m and v written
-            lambda counts: counts.reading(7 * 4 * counts.n_parameters),
-            ("naive", "ours", "torch", "torch fused"), {"naive": 5.0, "torch fused": 1 / 1.3},
-        ),
-        Row(
-            "start-up to first token", "start_up", {"scratch": scratch}, "s", lambda counts: 1,
-            lambda counts: 0.0,  # what `import torch` and reading take is measured beside it
-            (*CONTENDERS, "import torch", "read file"), {"beyond import and reading": 0.3},
-        ),
-    ]  # fmt: skip
+        Row("generate, causal", "tokens/s", generate, ("causal",)),
+        Row("generate, full", "tokens/s", generate, ("full",), ("naive", "ours")),
+        Row("finetune, full, sst x 80", "padded tokens/s", finetune, ("sst", 80, 2)),
+        Row("finetune, full, cfimdb x 10", "padded tokens/s", finetune, ("cfimdb", 10, 2)),
+        Row("epoch, masked, sst x 80", "sentences/s", epoch, ("sst", 80, 5)),
+        Row("epoch, masked, cfimdb x 10", "sentences/s", epoch, ("cfimdb", 10, 5)),
+        Row("prompt, masked, sst x 10", "sentences/s", prompt, ("sst", 10, 20)),
+        Row("AdamW step", "s", adamw, (), ("naive", "ours", "torch", "torch fused")),
+        Row("start-up to first token", "s", start_up, (folder,)),
+    ]

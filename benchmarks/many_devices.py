@@ -1,0 +1,58 @@
+"""Print what many devices would give, estimated from one device's measured step, as Markdown.
+
+    python -m benchmarks.many_devices
+
+benchmarks/README.md explains the formula and its assumptions. Nothing is timed here.
+"""
+
+import json
+import math
+
+from benchmarks.report import SPEED, Measured, markdown, seconds_of
+
+DEVICES = (8, 64, 1024)
+N_BUCKETS = 5  # in which DistributedDataParallel sums the gradients of stories42M
+# step, device of results/speed.json, Gbit/s, microseconds, whether each device has its own batch
+CASES = (
+    ("finetune", "cpu", 10, 20, False),
+    ("finetune", "cpu", 10, 20, True),
+    ("pretrain", "cpu", 10, 20, True),
+    ("pretrain", "cuda", 400, 3, True),
+)
+
+
+def exchange_seconds(n: int, n_bytes: int, bytes_per_s: float, latency: float) -> float:
+    """Seconds to sum gradients over n devices by recursive halving and doubling.
+
+    Thakur, Rabenseifner and Gropp 2005, Int. J. High Perform. Comput. Appl. 19: each byte is sent
+    2 (n - 1) / n times, each bucket in 2 log2(n) messages.
+    """
+    n_messages = 2 * math.ceil(math.log2(n)) * N_BUCKETS
+    return 2 * (n - 1) / n * n_bytes / bytes_per_s + n_messages * latency
+
+
+def speedup(n: int, row: Measured, bytes_per_s: float, latency: float, own_batch: bool) -> float:
+    """Rows per second of n devices over those of one; no exchange is hidden."""
+    passes, update = (seconds_of(row, "one rank", parts) for parts in ((0, 1), (2,)))
+    n_rows = row["n_rows"]
+    share = n_rows if own_batch else math.ceil(n_rows / n)  # rows of the busiest device
+    exchange = exchange_seconds(n, row["gradient_bytes"], bytes_per_s, latency)
+    seconds = share / n_rows * passes + update + exchange
+    return (n if own_batch else 1) * (passes + update) / seconds
+
+
+def main() -> None:
+    rows = json.loads(SPEED.read_text(encoding="utf-8"))["ranks"]
+    head, columns = ["devices"], []
+    for step, device, gbit_s, microseconds, own_batch in CASES:
+        wanted = {"shape": "stories42M", "row": step, "device": device, "bf16": False}
+        row = next(row for row in rows if wanted.items() <= row.items())
+        batch = f"{row['n_rows']} rows {'each' if own_batch else 'in all'}"
+        head.append(f"{step}, {device}, {batch}, {gbit_s} Gbit/s, {microseconds} µs")
+        link = gbit_s * 1e9 / 8, microseconds * 1e-6
+        columns.append([f"{speedup(n, row, *link, own_batch):,.1f}" for n in DEVICES])
+    print(markdown(head, list(zip(map(str, DEVICES), *columns, strict=True))))
+
+
+if __name__ == "__main__":
+    main()
