@@ -80,7 +80,7 @@ def test_a_character_of_several_tokens_is_streamed_once_it_is_complete(spelling,
     assert texts == ["".join(pieces)]
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(st.integers(0, 10**6))
 def test_the_streamed_pieces_join_to_the_first_text(tokenizer, seed):
     torch.manual_seed(seed)

@@ -152,7 +152,6 @@ def test_placeholder_labels_are_unknown(command, rows, monkeypatch):
     ("content", "words"),
     [
         (b"0.0 ||| warm\n", ["x.txt:1", "'0.0 ||| warm' has no label", "0 to 1 or bad, good"]),
-        (b"label ||| sentence\n1 ||| good\n", ["x.txt:1", "'label ||| sentence' has no label"]),
         (b"\n1 ||| good\nfine ||| bad\n", ["x.txt:3", "'fine ||| bad' has no label"]),
         (b"1 ||| good\n2 ||| warm\n", ["x.txt:2", "label 2 does not exist; labels are 0 to 1"]),
         (b"1 ||| good\nno label here\n", ["x.txt:2", "has no separator"]),
@@ -291,11 +290,13 @@ def test_text_escapes_what_steers_a_terminal_and_a_sentence_is_one_line(command)
     assert out.endswith(" | evil \\x1b[2J \\x07 text\n")
 
 
-def test_sentences_are_cut_as_finetuning_cut_them_and_a_cut_by_the_model_is_said(command):
+def test_the_checkpoint_decides_the_cut_and_the_names(command):
     write_checkpoint(max_sentence_len=2, label_names=[])
     out = command("a b c d", "a b c e")[1]
     assert len({line.rpartition(" | ")[0] for line in out.splitlines()}) == 1
     assert out.split()[0] in ("0", "1")  # a checkpoint without names answers in numbers
+    write_checkpoint(label_names=["bad", "good", "great"])
+    assert "kept.pt: 3 label names for 2 labels" in command("good")[2]
     write_checkpoint()
     assert "warning: 1 sentences lost their end" in command("good " * 200, "good")[2]
 
@@ -328,10 +329,3 @@ def test_bad_input_is_one_line_and_exit_code_2(command, argv, words):
     code, out, err = command(*argv)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err
-
-
-def test_label_names_that_do_not_fit_the_head_are_one_line(command):
-    write_checkpoint(label_names=["bad", "good", "great"])
-    code, out, err = command("good")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "kept.pt: 3 label names for 2 labels" in err
