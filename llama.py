@@ -187,13 +187,9 @@ class Llama(LlamaPreTrainedModel):
             raise InputError(
                 f"n_layers={config.n_layers}, but there are only {len(weights)} tensors"
             )
-        if "tok_embeddings.weight" in weights:
-            weights = {"output.weight": weights["tok_embeddings.weight"], **weights}
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
         load_exactly(model, weights)
-        if torch.equal(model.output.weight, model.tok_embeddings.weight):
-            model.output.weight = model.tok_embeddings.weight
         return model.eval()
 
     def forward(
@@ -242,7 +238,7 @@ class Llama(LlamaPreTrainedModel):
             cache.length += T
         return self.norm(h)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0
     ) -> torch.Tensor:

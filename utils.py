@@ -8,6 +8,7 @@ import os
 import random
 import reprlib
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -114,7 +115,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             yield file
         return
     path = real_path(path)
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # names are bounded
+    temporary = hidden_neighbor(path, f"{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **text) as file:
             yield file
@@ -126,6 +127,14 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(path)  # a full disk names no file
         raise
+
+
+def hidden_neighbor(path: Path, ending: str) -> Path:
+    """Return a hidden path beside `path`, named after it; file systems bound a name's length."""
+    name = path.name
+    if len(os.fsencode(name)) > 200:
+        name = f"{name[:40]}-{zlib.crc32(os.fsencode(name)):08x}"
+    return path.with_name(f".{name}.{ending}")
 
 
 def is_device(path: str | os.PathLike) -> bool:

@@ -1,4 +1,4 @@
-"""The whole model once more, in float64 NumPy, written from the papers and not from llama.py.
+"""The whole model in float64 NumPy, written from the papers and not from llama.py.
 
 PYTHONPATH=. python tests/oracle.py data/mini/model.pt data/mini/sanity_check.data
 """
@@ -10,8 +10,8 @@ import torch
 
 from config import ATTENTION_MODES, LlamaConfig
 from formats.checkpoint import read_checkpoint
+from formats.torch_file import save_torch_file
 from sanity_check import TOKEN_IDS
-from utils import save_torch_file
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ def forward(weights, config, tokens, lengths=None):
 
 
 def main(checkpoint: str, reference: str) -> None:
-    """Writes what this model says of fixed tokens, in both attention modes, for sanity_check.py."""
+    """Write the outputs for fixed tokens, in both attention modes, for sanity_check.py."""
     config, weights = read_checkpoint(checkpoint)
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     token_ids = torch.tensor(TOKEN_IDS) % config["vocab_size"]

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier, choose_pooling
+from classifier import PAD_ID, LlamaEmbeddingClassifier, LlamaZeroShotClassifier, choose_pooling
 from conftest import LABEL_NAMES, random_llama, save_llama
-from training.loop import load_classifier, save_classifier
+from training.checkpoint import load_classifier, save_classifier
+from utils import InputError
 
 TOKENS = torch.randint(3, 320, (3, 9), generator=torch.Generator().manual_seed(2))
 LENGTHS = torch.tensor([9, 4, 1])
@@ -35,7 +36,7 @@ def test_default_pooling_is_the_assignments_in_full_mode_and_the_last_token_in_c
     assert choose_pooling(None, "full") == "position"
     assert choose_pooling(None, "causal") == "last"
     assert choose_pooling("mean", "full") == "mean"
-    with pytest.raises(ValueError, match="'first'"):
+    with pytest.raises(InputError, match="'first'"):
         choose_pooling("first", "full")
 
 
@@ -65,10 +66,14 @@ def test_masked_poolings_equal_each_sentence_alone(attention):
             )
 
 
-def test_masked_poolings_need_lengths():
-    model = embedding_classifier(pooling="mean")
-    with pytest.raises(ValueError, match="'mean' needs lengths"):
-        model(TOKENS)
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_lengths_are_counted_before_the_padding_if_a_caller_gives_none(pooling):
+    """As the assignment's own run_llama.py calls a classifier."""
+    model = embedding_classifier("causal", pooling=pooling)
+    real = torch.arange(9) < LENGTHS[:, None]
+    padded = torch.where(real, TOKENS.clamp(min=4), PAD_ID)
+    padded[0, 3] = PAD_ID  # a NUL byte inside a sentence is not padding
+    assert torch.equal(model(padded), model(padded, lengths=LENGTHS))
 
 
 def test_dropout_acts_on_the_pooled_state_in_training_alone():
@@ -83,7 +88,7 @@ def test_pretrain_freezes_the_llama_and_finetune_trains_all():
     trainable = [name for name, p in frozen.named_parameters() if p.requires_grad]
     assert trainable == ["classifier_head.weight", "classifier_head.bias"]
     assert all(p.requires_grad for p in embedding_classifier().parameters())
-    with pytest.raises(ValueError, match="'freeze'"):
+    with pytest.raises(InputError, match="'freeze'"):
         embedding_classifier(option="freeze")
 
 
@@ -112,7 +117,7 @@ def test_saved_classifier_comes_back_without_the_pretrained_file(tmp_path, tied)
 
 def test_loading_something_else_as_a_classifier_names_the_file(tmp_path):
     path = save_llama(random_llama(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"model\.pt: is no finetuned classifier"):
+    with pytest.raises(InputError, match=r"model\.pt: is not a finetuned classifier"):
         load_classifier(path)
 
 
@@ -152,12 +157,12 @@ def test_zero_shot_model_is_frozen(tokenizer):
 
 
 def test_zero_shot_refuses_what_cannot_be_asked(tokenizer):
-    with pytest.raises(ValueError, match="'mean' cannot prompt"):
+    with pytest.raises(InputError, match="'mean' cannot prompt"):
         zero_shot(tokenizer, pooling="mean")
     config = SimpleNamespace(num_labels=3)
-    with pytest.raises(ValueError, match="2 label names for num_labels=3"):
+    with pytest.raises(InputError, match="2 label names for num_labels=3"):
         LlamaZeroShotClassifier(config, tokenizer, LABEL_NAMES, random_llama())
-    with pytest.raises(ValueError, match="has 320 tokens, the checkpoint has 100"):
+    with pytest.raises(InputError, match="has 320 tokens, the checkpoint has 100"):
         LlamaZeroShotClassifier(
             SimpleNamespace(num_labels=2), tokenizer, LABEL_NAMES, random_llama(vocab_size=100)
         )

@@ -1,108 +1,127 @@
-"""The layer rule of structure.md: a module imports only from layers of smaller numbers."""
+"""The import rule of structure.md: dependencies point down.
+
+    PYTHONPATH=. python tests/test_layers.py
+
+prints the modules and lines behind `import llama` and `import run_llama`.
+"""
 
 import ast
 import sys
+from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-
-LAYERS = [
-    {
-        *("config", "linear", "rope", "optimizer", "utils"),
-        *("checkpoint", "interrupts", "sampling"),
-    },
-    {"base_llama", "tokenizer", "steps", "cli", "labelled", "locks", "distributed"},
-    {"resume", "llama", "outputs", "sources"},
-    {"classifier", "dataset", "options", "archive", "generation"},
+ROOT = Path(__file__).resolve().parent.parent
+# A module may import from its own floor's room and from the floors below.
+FLOORS = [
+    {"utils"},
+    {"config"},
+    {"rope", "tokenizer", "optimizer"},
+    {"formats", "fast"},
+    {"base_llama"},
+    {"llama"},
+    {"classifier"},
     {"training"},
-    {"predict", "sanity_check", "prepare_submit", "optimizer_test", "rope_test"},
-    {"run_llama"},
+    {"pretraining"},
+    {"run_llama", "tools", "advanced", "sanity_check", "optimizer_test", "rope_test"},
+    {"benchmarks"},
+    {"results"},
 ]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-# advanced/ stands on the model and what is above it; some of its files are shared.
-SHARED = {
-    f"advanced.{name}"
-    for name in (
-        *("corpus", "language_model", "rendering", "sharding", "templates"),
-        *("hf_format", "safetensors_file", "tokenizer_formats"),
-    )
-}
-UNDER_METHODS = {module for module in LEVEL if LEVEL[module] <= LEVEL["dataset"]}
-COMPOSERS = {
-    "run",
-    "experiment",
-    "assembly",
-    "averages",
-    "record",
-    "zero_shot",
-    "explain",
-    "picture",
-}  # these stand on all
-METHODS = sorted({path.stem for path in ROOT.glob("advanced/*.py")} - COMPOSERS)
-PROJECT = [
-    path
-    for folder in (".", "data", "advanced", "benchmarks", "results")
-    for path in ROOT.glob(f"{folder}/*.py")
-]
-RUNTIME_PACKAGES = {"torch", "numpy", "sentencepiece", "tqdm", "sklearn"}
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+SELF_CONTAINED = {"prepare_submit", "data"}  # they import nothing of the project
+RUNTIME_PACKAGES = {"torch", "numpy", "sentencepiece", "tqdm", "sklearn", "scipy", "filelock"}
+EXTRAS = {"transformers", "safetensors", "tokenizers", "matplotlib"}  # inside functions only
+MODULES = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.py", "*/*.py", "*/*/*.py")
+    for path in ROOT.glob(pattern)
+    if path.relative_to(ROOT).parts[0] not in ("tests", "runs") and ".venv" not in path.parts
+)
 
 
-def imported_modules(source: str) -> set[str]:
-    """Top-level names of every import in a source, wherever it stands."""
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Every dotted name that is imported, wherever the import stands."""
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
-def test_every_top_level_module_has_a_layer():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(LEVEL)
+def behind(module: str) -> dict[str, int]:
+    """Lines of each module of the project that importing `module` may load."""
+    lines, todo = {}, [module]
+    while todo:
+        name = todo.pop()
+        stem = ROOT / name.replace(".", "/")
+        paths = [path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.exists()]
+        if paths and name not in lines:
+            lines[name] = len(paths[0].read_text(encoding="utf-8").splitlines())
+            todo += imports(tree_of(paths[0].relative_to(ROOT)))
+    return lines
 
 
-@pytest.mark.parametrize("module", sorted(LEVEL))
-def test_modules_import_only_from_higher_layers_and_the_runtime_packages(module):
-    for name in imported_modules((ROOT / f"{module}.py").read_text(encoding="utf-8")):
-        if name in LEVEL:
-            assert LEVEL[name] < LEVEL[module], f"{module} imports {name}"
+def test_every_module_is_on_a_floor():
+    rooms = {path.parts[0].removesuffix(".py") for path in MODULES}
+    assert rooms == set(LEVEL) | SELF_CONTAINED
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_down(path):
+    room = path.parts[0].removesuffix(".py")
+    for name in imports(tree_of(path)):
+        if room_of(name) in LEVEL:
+            assert room not in SELF_CONTAINED, f"{path} imports {name}"
+            is_own_room = room_of(name) == room and len(path.parts) > 1
+            assert is_own_room or LEVEL[room_of(name)] < LEVEL[room], f"{path} imports {name}"
         else:
-            assert name in RUNTIME_PACKAGES | sys.stdlib_module_names, f"{module} imports {name}"
+            allowed = RUNTIME_PACKAGES | EXTRAS | sys.stdlib_module_names
+            assert room_of(name) in allowed, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_stand_on_the_model_and_not_on_each_other(method):
-    source = (ROOT / "advanced" / f"{method}.py").read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("advanced"):
-            whole = [f"advanced.{alias.name}" for alias in node.names]
-            imported = whole if node.module == "advanced" else [node.module]
-            assert set(imported) <= SHARED, f"{method} imports {imported}"
-    names = imported_modules(source) - {"advanced"}
-    assert names <= UNDER_METHODS | RUNTIME_PACKAGES | sys.stdlib_module_names
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_development_extras_are_imported_inside_functions(path):
+    for node in tree_of(path).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert {room_of(name) for name in imports(node)}.isdisjoint(EXTRAS), path
 
 
-def test_nothing_above_imports_what_measures_it():
-    for path in PROJECT:
-        used = imported_modules(path.read_text(encoding="utf-8")) & {"benchmarks", "results"}
-        allowed = {"benchmarks": {"benchmarks"}, "results": {"benchmarks", "results"}}
-        assert used <= allowed.get(path.parent.name, set()), f"{path.name} imports {used}"
-
-
-def test_the_network_is_used_in_fetch_alone():
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_only_fetch_uses_the_network_and_nothing_unpickles_objects(path):
+    tree = tree_of(path)
+    rooms = {room_of(name) for name in imports(tree)}
+    assert rooms.isdisjoint({"pickle", "dill", "joblib"})
     network = {"urllib", "http", "socket", "ssl", "ftplib", "requests"}
-    for path in PROJECT:
-        used = imported_modules(path.read_text(encoding="utf-8")) & network
-        assert bool(used) == (path.name == "fetch.py"), f"{path.name} imports {used}"
+    assert path == Path("data/fetch.py") or rooms.isdisjoint(network)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for call in calls:
+        if ast.unparse(call.func) == "torch.load":
+            safe = [keyword.value for keyword in call.keywords if keyword.arg == "weights_only"]
+            assert [ast.unparse(value) for value in safe] == ["True"]
 
 
-def test_nothing_unpickles_arbitrary_objects():
-    for path in PROJECT:
-        source = path.read_text(encoding="utf-8")
-        assert imported_modules(source).isdisjoint({"pickle", "dill", "joblib"}), path.name
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                safe = [k.value for k in node.keywords if k.arg == "weights_only"]
-                assert [ast.unparse(value) for value in safe] == ["True"], path.name
+def test_the_model_loads_nothing_that_trains():
+    assert {room_of(name) for name in behind("llama")} <= {
+        *("llama", "base_llama", "rope", "config", "utils", "formats", "fast"),
+    }
+    assert {room_of(name) for name in behind("run_llama")}.isdisjoint(
+        {"pretraining", "tools", "advanced", "benchmarks", "results"}
+    )
+
+
+if __name__ == "__main__":
+    for start in ("llama", "run_llama"):
+        lines = behind(start)
+        print(f"import {start}: {len(lines)} modules, {sum(lines.values())} lines")
+        for name, n in sorted(lines.items()):
+            print(f"  {n:4d}  {name}")

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,17 +23,10 @@ from filelock import FileLock, Timeout
 
 from formats.torch_file import load_torch_file, save_torch_file
 from training import distributed
-from utils import InputError, is_device, real_path
+from utils import InputError, hidden_neighbor, is_device, real_path, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = (
-    "*.py",
-    "formats/*.py",
-    "fast/*.py",
-    "training/*.py",
-    "pretraining/*.py",
-    "advanced/**/*.py",
-)
+ROOMS = ("", "formats/", "fast/", "training/", "pretraining/", "advanced/", "advanced/methods/")
 
 
 def state_path(checkpoint: str | os.PathLike) -> Path:
@@ -55,7 +47,7 @@ class StateFile:
     - "restart": begin anew and keep it as `....state.old.pt`.
 
     `saved` is then the content to continue from, or None. Of several processes all read the file,
-    so it must lie where each can see it, and rank 0 writes it.
+    so it must lie where each can see it, and rank 0 alone writes and renames it.
     """
 
     def __init__(
@@ -69,24 +61,31 @@ class StateFile:
         self.settings = {**settings, "source": source_digest()}
         self.minutes = minutes
         self.saved_at = time.monotonic()
-        distributed.require_same({**self.settings, "mode": mode})
-        self.saved = self._open(mode)
-        distributed.all_sum(torch.zeros(1))  # nobody writes before everybody has read
+        found = sha256_of(self.path) if self.path.exists() else None
+        distributed.require_same({**self.settings, "mode": mode, "state": found})
+        self.saved, why_not = self._read(mode)
+        distributed.barrier()  # rank 0 renames nothing before all have read
+        if why_not is not None:
+            old = self.path.with_name(f"{self.path.name.removesuffix('.pt')}.old.pt")
+            distributed.say(f"{self.path} is not continued ({why_not}); it is kept as {old.name}")
+            if distributed.is_main():
+                self.path.replace(old)
 
-    def _open(self, mode: str) -> dict[str, Any] | None:
+    def _read(self, mode: str) -> tuple[dict[str, Any] | None, str | None]:
+        """Return the state, or None and why a state that is there is not continued."""
         if not self.path.exists():
             if mode == "resume":
                 raise InputError(f"{self.path}: no saved state to --resume; leave that option out")
-            return None
+            return None, None
         if mode == "restart":
-            return self._begin_anew("--restart")
+            return None, "--restart"
         try:
             saved = load_torch_file(self.path)
             changed = differences(saved["settings"], self.settings)
         except (InputError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             if mode == "resume":
                 raise self.damaged() from error
-            return self._begin_anew("it is damaged or of another version")
+            return None, "it is damaged or of another version"
         source = changed.pop("source", None)
         what = "; ".join(f"{key}: {words}" for key, words in changed.items())
         if changed and mode == "resume":
@@ -95,26 +94,18 @@ class StateFile:
                 "--restart to begin anew"
             )
         if changed or (source and mode == "auto"):
-            return self._begin_anew(what or "the source code has changed; --resume continues it")
+            return None, what or "the source code has changed; --resume continues it"
         if source:
-            _say(f"warning: {self.path} was saved by other source code")
-        return saved
-
-    def _begin_anew(self, why: str) -> None:
-        old = self.path.with_name(f"{self.path.name.removesuffix('.pt')}.old.pt")
-        _say(f"{self.path} is not continued ({why}); it is kept as {old.name}")
-        if distributed.is_main():
-            self.path.replace(old)
+            distributed.say(f"warning: {self.path} was saved by other source code")
+        return saved, None
 
     def damaged(self) -> InputError:
         return InputError(f"{self.path}: is damaged or of another version; --restart begins anew")
 
     def is_due(self) -> bool:
         """Whether the last save is `minutes` or more ago; rank 0's clock decides."""
-        due = time.monotonic() - self.saved_at >= 60 * self.minutes
-        if distributed.world_size() == 1:
-            return due
-        return bool(distributed.all_sum(torch.tensor([float(due and distributed.is_main())])))
+        due = distributed.is_main() and time.monotonic() - self.saved_at >= 60 * self.minutes
+        return bool(distributed.all_sum(torch.tensor(float(due))))
 
     def save(self, **content: Any) -> None:
         """Replace the file by the settings and `content`, plain data and tensors."""
@@ -130,28 +121,23 @@ class StateFile:
 def source_digest() -> str:
     """Return the SHA-256 of the project's modules that a training may run."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+    for path in sorted(path for room in ROOMS for path in ROOT.glob(f"{room}*.py")):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def differences(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
     """Return what differs by its key, such as {"lr": "0.1 there, 0.2 here"}."""
+
+    def cut(value: Any) -> str:
+        text = str(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+
     return {
-        key: f"{_cut(saved.get(key))} there, {_cut(settings.get(key))} here"
+        key: f"{cut(saved.get(key))} there, {cut(settings.get(key))} here"
         for key in {**settings, **saved}
         if saved.get(key) != settings.get(key)
     }
-
-
-def _cut(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _say(line: str) -> None:
-    if distributed.is_main():
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- random generators
@@ -163,7 +149,7 @@ def random_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
     state = {
         "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "numpy": [name, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -177,8 +163,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Restore what `random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -249,20 +234,28 @@ def stop_requests() -> Iterator[StopRequests]:
 
 @contextlib.contextmanager
 def only_writer(*paths: str | os.PathLike) -> Iterator[None]:
-    """Hold a lock on each file; raise InputError if another process holds one.
+    """Hold a lock on each file; raise InputError if another run holds one.
 
-    The lock is a hidden file beside it, and ends with the process that holds it.
+    The lock is a hidden file beside it, and ends with the process that holds it. Of several
+    processes of one run, rank 0 writes and holds the locks.
     """
     with contextlib.ExitStack() as stack:
-        for path in dict.fromkeys(real_path(p) for p in paths if not is_device(p)):
-            lock = FileLock(path.with_name(f".{path.name[:40]}.lock"))
+        written = [real_path(path) for path in paths if not is_device(path)]
+        for path in dict.fromkeys(written if distributed.is_main() else ()):
+            lock = hidden_neighbor(path, "lock")
             try:
-                stack.enter_context(lock.acquire(timeout=0))
+                stack.enter_context(FileLock(lock).acquire(timeout=0))
             except Timeout as error:
                 raise InputError(
                     f"{path}: another process is writing it; wait, or name another output"
                 ) from error
+            stack.callback(_remove, lock)
         yield
+
+
+def _remove(lock: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows removes no open file
+        lock.unlink()
 
 
 def require_space(checkpoint: str | os.PathLike, n_parameters: int, n_kept: int = 1) -> None:
