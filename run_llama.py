@@ -5,8 +5,6 @@ The functions under the assignment's names take what they take there, so its scr
 """
 
 import argparse
-import sys
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,27 +60,20 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "  python run_llama.py --option finetune --epochs 5 --lr 2e-5",
     )
     add = parser.add_argument
-    add(
-        "--option",
-        choices=tuple(SPLITS_READ_BY),
-        default="generate",
-        help="prompt asks the frozen model, finetune trains it (default: generate)",
-    )
+    # fmt: off
+    add("--option", choices=tuple(SPLITS_READ_BY), default="generate",
+        help="prompt asks the frozen model, finetune trains it (default: generate)")
     options.add_data_options(parser)
     options.add_training_options(parser)
     add("--seed", type=options.seed_int, default=1337, help="of all random numbers (default: 1337)")
     for name, temperature in (("low", 0), ("high", 1)):
-        default = f"generated-sentence-temp-{temperature}.txt"
-        add(
-            f"--generated_sentence_{name}_temp_out",
-            default=default,
-            help=f"text generated at temperature {temperature} (default: {default})",
-        )
+        add(f"--generated_sentence_{name}_temp_out",
+            default=f"generated-sentence-temp-{temperature}.txt",
+            help=f"text generated at temperature {temperature} (default: %(default)s)")
     for split in ("dev", "test"):
-        add(
-            f"--{split}_out",
-            help=f"predictions (default: DATASET-{split}-prompting-output.txt or -finetuning-)",
-        )
+        add(f"--{split}_out",
+            help=f"predictions (default: DATASET-{split}-prompting-output.txt or -finetuning-)")
+    # fmt: on
     options.add_recipe_options(parser)
     options.add_state_options(parser)
     args = parser.parse_args(argv)
@@ -94,7 +85,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, f"{split}_out") is None:
             dataset = options.dataset_name(getattr(args, split), split)
             setattr(args, f"{split}_out", f"{dataset}-{split}-{kind}-output.txt")
-    print(f"args: {vars(args)}")
+    if distributed.is_main():
+        print(f"args: {vars(args)}")
     return args
 
 
@@ -116,27 +108,24 @@ def output_files(args: argparse.Namespace) -> list[str]:
     return [checkpoint, str(state_path(checkpoint)), args.dev_out, args.test_out]
 
 
-def input_files(args: argparse.Namespace) -> list[str]:
-    """Return the files that the option reads."""
-    splits = SPLITS_READ_BY[args.option]
+def input_files(args: argparse.Namespace) -> list[str | Path]:
+    """Return the files that the option reads, with the tokenizer found beside the model."""
+    splits = SPLITS_READ_BY.get(args.option, SPLITS_READ_BY["finetune"])
     data = [getattr(args, key) for key in (*splits, "label_names")] if splits else []
     return [*data, args.pretrained_model_path, tokenizer_path(args)]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
-    outputs = output_files(args)
-    options.require_outputs(outputs, input_files(args))
-    seed_everything(args.seed)
-    if args.option == "finetune":
-        keep_freed_memory()
-        torch.backends.cuda.matmul.fp32_precision = "tf32"  # 10 bits of fraction, see results/
-        with distributed.joined(args.use_gpu), only_writer(*outputs):
-            finetune(args)
-        return
-    distributed.require_single_process(f"--option {args.option}")
-    with only_writer(*outputs):
-        {"generate": generate, "prompt": test_with_prompting}[args.option](args)
+    run = {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}[args.option]
+    if args.option != "finetune":
+        distributed.require_single_process(f"--option {args.option}")
+    with distributed.joined(args.use_gpu):
+        outputs = output_files(args)
+        options.require_outputs(outputs, input_files(args))
+        seed_everything(args.seed)
+        with only_writer(*outputs):
+            run(args)
 
 
 # ---------------------------------------------------------------- the modes
@@ -144,13 +133,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Continue the assignment's prefix at temperature 0 and at temperature 1."""
-    llama, tokenizer, device = load_backbone(args)
-    announce(args, llama, device)
-    for outfile, temperature in (
-        (args.generated_sentence_low_temp_out, 0.0),
-        (args.generated_sentence_high_temp_out, 1.0),
-    ):
-        _write_continuation(llama, tokenizer, PREFIX, outfile, 75, temperature)
+    backbone = load_backbone(args)
+    announce(args, backbone[0], backbone[2])
+    low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
+    generate_sentence(args, PREFIX, low, temperature=0.0, backbone=backbone)
+    generate_sentence(args, PREFIX, high, temperature=1.0, backbone=backbone)
 
 
 def generate_sentence(
@@ -159,22 +146,11 @@ def generate_sentence(
     outfile: str,
     max_new_tokens: int = 75,
     temperature: float = 0.0,
+    backbone: tuple[Llama, Tokenizer, torch.device] | None = None,
 ) -> None:
     """Print `prefix` and its continuation, and write both to `outfile`."""
-    llama, tokenizer, _ = load_backbone(args)
-    _write_continuation(llama, tokenizer, prefix, outfile, max_new_tokens, temperature)
-
-
-def _write_continuation(
-    llama: Llama,
-    tokenizer: Tokenizer,
-    prefix: str,
-    outfile: str,
-    max_new_tokens: int,
-    temperature: float,
-) -> None:
-    start = tokenizer.encode(prefix, bos=True, eos=False)
-    idx = torch.tensor([start], device=llama.norm.weight.device)  # (1, T)
+    llama, tokenizer, device = backbone or load_backbone(args)
+    idx = torch.tensor([tokenizer.encode(prefix, bos=True, eos=False)], device=device)  # (1, T)
     sentence = tokenizer.decode(llama.generate(idx, max_new_tokens, temperature)[0].tolist())
     print(f"Temperature is {temperature}\n{sentence}\n---------------")
     with atomic_write(outfile) as file:
@@ -195,9 +171,9 @@ def test_with_prompting(args: argparse.Namespace) -> None:
     suffix = prompt_suffix(label_names)
     if llama.config.attention == "causal":
         suffix = suffix.rstrip()  # its last space is a token that " good" never follows
-    room = llama.config.max_seq_len - model.longest_label
+    max_tokens = llama.config.max_seq_len - model.longest_label
     for split, rows in splits.items():
-        data = _encode(args, split, rows, tokenizer, room, suffix)
+        data = _encode(args, split, rows, tokenizer, max_tokens, suffix)
         _evaluate_and_write(args, split, model, data, device)
 
 
@@ -210,17 +186,12 @@ def prompt_suffix(label_names: list[str]) -> str:
     return f"Is this movie {choices}? This movie is "
 
 
-def train(args: argparse.Namespace) -> list[EpochReport]:
+def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochReport]:
     """Finetune on --train and keep the checkpoint of the best dev accuracy.
 
-    An interrupted run continues, see `training.state.StateFile`; its state is deleted at the end.
+    An interrupted run continues, see `training.state.StateFile`; at the end its state is deleted,
+    unless `keep_state`.
     """
-    history, state_file = _train(args)
-    state_file.delete()
-    return history
-
-
-def _train(args: argparse.Namespace) -> tuple[list[EpochReport], StateFile]:
     filepath = checkpoint_path(args)
     options.require_outputs([filepath], input_files(args))
     label_names = read_label_names(args.label_names)
@@ -267,7 +238,10 @@ def _train(args: argparse.Namespace) -> tuple[list[EpochReport], StateFile]:
         recipe=options.recipe_of(args),
         state_file=state_file,
     )
-    return history, state_file
+    distributed.barrier()  # rank 0 has written the checkpoint
+    if not keep_state:
+        state_file.delete()
+    return history
 
 
 def test(args: argparse.Namespace) -> dict[str, Evaluation]:
@@ -296,9 +270,11 @@ def finetune(args: argparse.Namespace) -> None:
 
     The state stays until both outputs are written, so that the same command continues there.
     """
+    keep_freed_memory()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # 10 bits of fraction, see results/
     _require_output_names(args, "finetuning")
     _read_dev_and_test(args, read_label_names(args.label_names))  # before the work, not after
-    history, state_file = _train(args)
+    history = train(args, keep_state=True)
     print("Epoch | Train Loss | Train Acc | Dev Acc")
     for r in history:
         accuracies = f"{r.train_accuracy:9.3f} | {r.dev_accuracy:7.3f}"
@@ -306,7 +282,8 @@ def finetune(args: argparse.Namespace) -> None:
     for split, result in test(args).items():
         if result.macro_f1 is not None:
             print(f"{split} macro f1 :: {result.macro_f1:.3f}")
-    state_file.delete()
+    if distributed.is_main():
+        state_path(checkpoint_path(args)).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the assignment's data functions
@@ -425,7 +402,15 @@ def _settings(
     """Return what decides the trained weights; files count by their content."""
     files = {"train": args.train, "dev": args.dev, "label_names": args.label_names}
     files |= {"model": args.pretrained_model_path, "tokenizer": tokenizer.model_path}
-    names = ("epochs", "batch_size", "lr", "seed", "hidden_dropout_prob", "max_sentence_len")
+    names = (
+        "option",
+        "epochs",
+        "batch_size",
+        "lr",
+        "seed",
+        "hidden_dropout_prob",
+        "max_sentence_len",
+    )
     return {
         **{name: getattr(args, name) for name in names},
         **asdict(options.recipe_of(args)),
@@ -459,13 +444,11 @@ def _warn_of_unused_labels(
     args: argparse.Namespace, label_names: list[str], rows: list[tuple[str, int]]
 ) -> None:
     """Print a line if the data lacks labels of the mapping, which may belong to other data."""
-    used = Counter(label for _, label in rows)
-    unused = [label for label in range(len(label_names)) if not used[label]]
+    unused = sorted(set(range(len(label_names))) - {label for _, label in rows})
     if unused:
-        print(
+        distributed.say(
             f"warning: {args.label_names} names {len(label_names)} labels, but "
-            f"{', '.join(map(str, unused))} never occur in {args.train}",
-            file=sys.stderr,
+            f"{', '.join(map(str, unused))} never occur in {args.train}"
         )
 
 

@@ -1,6 +1,5 @@
 """Labelled sentences -> examples -> right-padded batches that carry their lengths."""
 
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenizer import Tokenizer
+from training import distributed
 from utils import InputError
 
 
@@ -34,12 +34,8 @@ def encode_examples(
     n_suffix = len(tokenizer.encode(suffix, bos=False, eos=False)) if suffix else 0
     if max_tokens < n_suffix + 2:  # bos and one token of the sentence
         raise InputError(
-            f"the model's {max_tokens} positions leave no room for a sentence"
-            + (
-                f" beside a question of {n_suffix} tokens; shorten the label names"
-                if suffix
-                else ""
-            )
+            f"the model's {max_tokens} positions leave no room for a sentence beside a question of "
+            f"{n_suffix} tokens; shorten the label names"
         )
     most = max_tokens
     if max_sentence_len is not None:
@@ -59,10 +55,9 @@ def encode_examples(
 def warn_of_truncation(n_truncated: int, n: int, max_tokens: int, path: str | None = None) -> None:
     """Print a line on standard error if any of n sentences, those of `path`, was truncated."""
     if n_truncated:
-        print(
+        distributed.say(
             f"warning: {'' if path is None else f'{path}: '}{n_truncated} of {n} sentences are "
-            f"longer than the model's {max_tokens} positions and lose their end",
-            file=sys.stderr,
+            f"longer than the model's {max_tokens} positions and lose their end"
         )
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -76,6 +77,12 @@ def joined(use_gpu: bool) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def say(line: str) -> None:
+    """Print a line of the running program on standard error; rank 0 alone does."""
+    if is_main():
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+
+
 def require_single_process(what: str) -> None:
     if world_size() > 1:
         raise InputError(f"{what} runs in one process; start it without torchrun")
@@ -94,6 +101,11 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     values = values.to(device, copy=True)
     dist.all_reduce(values)
     return values.cpu()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    all_sum(torch.zeros(1))
 
 
 def wrap(model: nn.Module) -> nn.Module:

@@ -4,12 +4,12 @@ import argparse
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from config import ATTENTION_MODES, POOLINGS
+from training import distributed
 from training.loop import Recipe
 from training.state import ROOT
 from utils import InputError, is_device, real_path
@@ -23,6 +23,12 @@ DATA, DEMO_DATA = (
         "label_names": f"data/{name}-label-mapping.json",
     }
     for name in ("cfimdb", "demo")
+)
+# Files of the project that no output may replace. Outputs may lie in any of its folders.
+OWN_FILES = (
+    *("*.py", "*.sh", "*.toml", "requirements*.txt", "LICENSE"),
+    *("README*.md", "structure.md", "CHANGELOG.md", "docs/*", "advanced/methods/*.json"),
+    *("data/*.json", "data/mini/*", "data/*-train.txt", "data/*-dev.txt", "data/*-test.txt"),
 )
 
 
@@ -65,6 +71,7 @@ def count(text: str) -> int:
 
 
 # ---------------------------------------------------------------- options
+# fmt: off
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -74,25 +81,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         add(f"--{split}", help=f"lines of `label ||| sentence` (default: {DATA[split]})")
     add("--label-names", help=f"JSON list of names (default: {DATA['label_names']})")
     add("--pretrained-model-path", help=f"a .pt or a llama2.c .bin (default: {MODEL})")
-    add(
-        "--tokenizer_path",
-        help="SentencePiece .model (default: the one beside the checkpoint, else tokenizer.model)",
-    )
-    add(
-        "--max_sentence_len",
-        type=positive_int,
-        help="tokens kept of a sentence (default: as many as the model has positions)",
-    )
-    add(
-        "--attention",
-        choices=ATTENTION_MODES,
-        help="default: what the checkpoint records, else full (the assignment: no mask)",
-    )
-    add(
-        "--pooling",
-        choices=POOLINGS,
-        help="the state that is read (default: position in full mode, last in causal)",
-    )
+    add("--tokenizer_path",
+        help="SentencePiece .model (default: the one beside the checkpoint, else tokenizer.model)")
+    add("--max_sentence_len", type=positive_int,
+        help="tokens kept of a sentence (default: as many as the model has positions)")
+    add("--attention", choices=ATTENTION_MODES,
+        help="default: what the checkpoint records, else full (the assignment: no mask)")
+    add("--pooling", choices=POOLINGS,
+        help="the state that is read (default: position in full mode, last in causal)")
     add("--use_gpu", action="store_true", help="use CUDA, else Apple's MPS (default: the CPU)")
 
 
@@ -100,105 +96,51 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     """The assignment's hyperparameters."""
     add = parser.add_argument
     add("--epochs", type=positive_int, default=5, help="passes over --train (default: %(default)s)")
-    add(
-        "--batch_size",
-        type=positive_int,
-        default=8,
-        help="sentences of a step (default: %(default)s)",
-    )
-    add(
-        "--hidden_dropout_prob",
-        type=probability_below_one,
-        default=0.3,
-        help="dropout before the head (default: %(default)s)",
-    )
-    add(
-        "--lr",
-        type=positive_float,
-        help=f"peak learning rate (default: {LR}, or {MINI_LR} for the bundled model)",
-    )
+    add("--batch_size", type=positive_int, default=8,
+        help="sentences of a step (default: %(default)s)")
+    add("--hidden_dropout_prob", type=probability_below_one, default=0.3,
+        help="dropout before the head (default: %(default)s)")
+    add("--lr", type=positive_float,
+        help=f"peak learning rate (default: {LR}, or {MINI_LR} for the bundled model)")
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """How to train beyond the assignment."""
     add = parser.add_argument_group("finetuning, beyond the assignment").add_argument
-    add(
-        "--warmup",
-        type=probability_below_one,
-        default=0.0,
-        help="share of all steps over which the learning rate rises (default: 0)",
-    )
-    add(
-        "--lr_decay",
-        nargs="?",
-        choices=("linear", "cosine"),
-        const="linear",
-        help="let the rate fall to 0 afterwards (default: constant)",
-    )
-    add(
-        "--layer_decay",
-        type=share,
-        default=1.0,
-        help="rate of a layer relative to the one above (default: 1)",
-    )
+    add("--warmup", type=probability_below_one, default=0.0,
+        help="share of all steps over which the learning rate rises (default: 0)")
+    add("--lr_decay", nargs="?", choices=("linear", "cosine"), const="linear",
+        help="let the rate fall to 0 afterwards (default: constant)")
+    add("--layer_decay", type=share, default=1.0,
+        help="rate of a layer relative to the one above (default: 1)")
     add("--max_grad_norm", type=positive_float, help="clip gradients to this norm (default: none)")
-    add(
-        "--backbone_dropout",
-        type=probability_below_one,
-        help="dropout inside the layers (default: what the checkpoint records, else 0)",
-    )
-    add(
-        "--label_smoothing",
-        type=probability_below_one,
-        default=0.0,
-        help="share of the uniform distribution in each label (default: 0)",
-    )
-    add(
-        "--r_drop",
-        type=non_negative_float,
-        default=0.0,
-        help="weight of R-Drop's divergence (default: 0)",
-    )
-    add(
-        "--patience",
-        type=positive_int,
-        help="end after this many epochs without a better dev accuracy (default: never)",
-    )
-    add(
-        "--bf16",
-        action="store_true",
-        help="compute in bfloat16, keep float32 weights (default: float32)",
-    )
-    add(
-        "--train_acc",
-        choices=("extra", "running"),
-        default="extra",
-        help="train accuracy from an extra pass or from the training passes (default: extra)",
-    )
+    add("--backbone_dropout", type=probability_below_one,
+        help="dropout inside the layers (default: what the checkpoint records, else 0)")
+    add("--label_smoothing", type=probability_below_one, default=0.0,
+        help="share of the uniform distribution in each label (default: 0)")
+    add("--r_drop", type=non_negative_float, default=0.0,
+        help="weight of R-Drop's divergence (default: 0)")
+    add("--patience", type=positive_int,
+        help="end after this many epochs without a better dev accuracy (default: never)")
+    add("--bf16", action="store_true",
+        help="compute in bfloat16, keep float32 weights (default: float32)")
+    add("--train_acc", choices=("extra", "running"), default="extra",
+        help="train accuracy from an extra pass or from the training passes (default: extra)")
 
 
 def add_state_options(parser: argparse.ArgumentParser) -> None:
     """When an interrupted run's state is saved, and whether it is continued."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--resume",
-        action="store_true",
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true",
         help="insist on continuing the saved run, also past changed code (default: continue it if "
-        "settings, data and code are the same)",
-    )
-    group.add_argument(
-        "--restart",
-        action="store_true",
-        help="begin anew although a saved run is there (default: off)",
-    )
-    parser.add_argument(
-        "--save_minutes",
-        type=non_negative_float,
-        default=5.0,
-        help="save the state this often, and after each epoch (default: 5)",
-    )
+        "settings, data and code are the same)")
+    add("--restart", action="store_true",
+        help="begin anew although a saved run is there (default: off)")
+    parser.add_argument("--save_minutes", type=non_negative_float, default=5.0,
+        help="save the state this often, and after each epoch (default: 5)")
 
 
+# fmt: on
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return the recipe; an option that `args` lacks has its default."""
     given = {field.name: getattr(args, field.name, field.default) for field in fields(Recipe)}
@@ -236,11 +178,11 @@ def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> None:
         missing = [key for key in read if getattr(args, key) is None]
         if missing:
             files = ", ".join(f"--{key.replace('_', '-')} {data[key]}" for key in missing)
-            _say(f"not given, so the assignment's: {files}")
+            distributed.say(f"not given, so the assignment's: {files}")
     else:
         data, is_bundled = _choose(DATA, DEMO_DATA, splits)
         if is_bundled:
-            _say(
+            distributed.say(
                 "data/cfimdb-*.txt not found, using the bundled data/demo-*.txt; "
                 "`bash setup.sh` downloads the assignment's data"
             )
@@ -256,7 +198,7 @@ def _say_model_stands_in(lr: float | None) -> None:
             f"; --lr {lr} is {MODEL}'s rate and hardly moves the bundled model, "
             f"which needs --lr {MINI_LR}"
         )
-    _say(line)
+    distributed.say(line)
 
 
 def _choose(
@@ -278,10 +220,6 @@ def _choose(
 def _found(path: str) -> str:
     """Return the path in the current folder, or in the project's if it is only there."""
     return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
-
-
-def _say(line: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
 def dataset_name(path: str, split: str = "train") -> str:
@@ -321,10 +259,5 @@ def require_outputs(outputs: Iterable[str], inputs: Iterable[str | os.PathLike |
 
 
 def _is_own_file(path: Path) -> bool:
-    """Whether a file belongs to the project: its sources, documents and bundled data."""
-    if ROOT not in path.parents:
-        return False
-    is_source = path.suffix in (".py", ".sh", ".md", ".toml") or path.name.startswith(
-        "requirements"
-    )
-    return is_source or real_path(ROOT / "data") in path.parents
+    """Whether an existing file belongs to the project: sources, documents, bundled data."""
+    return ROOT in path.parents and any(path.match(pattern) for pattern in OWN_FILES)
