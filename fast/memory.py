@@ -10,10 +10,9 @@ from pathlib import Path
 def keep_freed_memory() -> None:
     """Let the C library keep freed buffers for the next step. Call it before training.
 
-    PyTorch frees and takes large buffers in every step, and Linux zeroes each page again. On two
-    cores of an AMD EPYC (Zen 3) a training step of the bundled model takes 7 to 17 % less time with
-    this. Only buffers of up to 32 MiB are kept, glibc's own limit; one arena serves all threads.
-    Nothing happens without glibc.
+    PyTorch frees and takes large buffers in every step, and Linux zeroes each page again, which a
+    small model's step notices. Only buffers of up to 32 MiB are kept, glibc's own limit; one arena
+    serves all threads. Nothing happens without glibc.
     """
     if not sys.platform.startswith("linux"):
         return
