@@ -1,12 +1,17 @@
-"""Defaults: the assignment's, else what is bundled, and never in the place of what was typed."""
+"""Defaults: the assignment's, else the bundled ones, never in the place of what was typed; and no
+output in the place of an input or of a file of the project."""
 
+import argparse
 import itertools
+import os
 
 import pytest
 
-import cli
+import run_llama
+from conftest import ROOT, ended
 from training import options
-from utils import atomic_write
+from training.options import require_outputs
+from utils import InputError
 
 DATA = ("train", "dev", "test", "label_names")
 BUNDLED = [options.MINI_MODEL, *options.DEMO_DATA.values()]
@@ -33,179 +38,223 @@ def elsewhere(place, tmp_path, monkeypatch):
     """Makes another folder the current one."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
 
 
 def paths_of(args):
     return {key: getattr(args, key) for key in ("pretrained_model_path", *DATA)}
 
 
-def test_where_the_assignments_files_are_they_are_the_defaults(place, capsys):
-    place(*BUNDLED, *OWN)
-    for option, kind in (("generate", "prompting"), ("prompt", "prompting")):
-        args = options.get_args(["--option", option])
+# ---------------------------------------------------------------- defaults
+
+
+@pytest.mark.parametrize("files", [[], [*BUNDLED, *OWN]])
+def test_the_defaults_are_the_assignments_files(place, capsys, files):
+    place(*files)
+    for option, kind in (("generate", "prompting"), ("finetune", "finetuning")):
+        args = run_llama.get_args(["--option", option])
         assert paths_of(args) == {"pretrained_model_path": options.MODEL, **options.DATA}
         assert (args.lr, args.dev_out) == (2e-5, f"cfimdb-dev-{kind}-output.txt")
-    args = options.get_args(["--option", "finetune"])
-    assert (args.dev_out, args.test_out) == (
-        "cfimdb-dev-finetuning-output.txt",
-        "cfimdb-test-finetuning-output.txt",
-    )
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("option", ["generate", "prompt", "finetune"])
-def test_where_they_are_absent_the_bundled_ones_stand_in_and_a_line_each_says_so(
-    place, capsys, option
+def test_the_bundled_files_stand_in_and_a_line_each_says_so(place, capsys, option):
+    place(*BUNDLED)
+    args = run_llama.get_args(["--option", option])
+    lines = capsys.readouterr().err.splitlines()
+    assert (args.pretrained_model_path, args.lr) == (options.MINI_MODEL, options.MINI_LR)
+    assert "stories42M.pt not found" in lines[0] and "--lr" not in lines[0]
+    assert all("setup.sh" in line for line in lines)
+    assert len(lines) == (1 if option == "generate" else 2)  # generate reads no data
+    if option != "generate":
+        assert "data/cfimdb-*.txt not found" in lines[1]
+        assert {key: getattr(args, key) for key in DATA} == options.DEMO_DATA
+        kind = {"prompt": "prompting", "finetune": "finetuning"}[option]
+        assert args.test_out == f"demo-test-{kind}-output.txt"
+
+
+@pytest.mark.parametrize(("lr", "is_too_small"), [("2e-5", True), ("1e-3", False), ("5e-4", False)])
+def test_a_typed_rate_stays_and_one_that_cannot_move_the_bundled_model_is_said(
+    place, capsys, lr, is_too_small
 ):
     place(*BUNDLED)
-    args = options.get_args(["--option", option])
-    lines = capsys.readouterr().err.splitlines()
-    assert args.pretrained_model_path == options.MINI_MODEL
-    assert args.lr == options.MINI_LR
-    assert "stories42M.pt not found" in lines[0]
-    assert all("setup.sh" in line for line in lines)
-    if option == "generate":  # reads no data, so nothing is said of any
-        assert len(lines) == 1
-        return
-    assert len(lines) == 2
-    assert "data/cfimdb-*.txt not found" in lines[1]
-    assert {key: getattr(args, key) for key in DATA} == options.DEMO_DATA
-    kind = {"prompt": "prompting", "finetune": "finetuning"}[option]
-    assert args.dev_out == f"demo-dev-{kind}-output.txt"
-    assert args.test_out == f"demo-test-{kind}-output.txt"
+    assert run_llama.get_args(["--option", "finetune", "--lr", lr]).lr == float(lr)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert (f"--lr {float(lr)} is stories42M.pt's rate" in line) == is_too_small
+    assert ("which needs --lr 0.0005" in line) == is_too_small
 
 
-def test_prompting_needs_no_training_file(place, capsys):
+def test_prompting_needs_no_training_file(place):
     place(*BUNDLED, *[path for path in OWN if "train" not in path])
-    assert options.get_args(["--option", "prompt"]).dev == options.DATA["dev"]
-    assert options.get_args(["--option", "finetune"]).dev == options.DEMO_DATA["dev"]
+    assert run_llama.get_args(["--option", "prompt"]).dev == options.DATA["dev"]
+    assert run_llama.get_args(["--option", "finetune"]).dev == options.DEMO_DATA["dev"]
 
 
-@pytest.mark.parametrize(
-    ("option", "taken"),
-    [
-        ("finetune", "--test data/cfimdb-test.txt, --label-names data/cfimdb-label-mapping.json"),
-        ("prompt", "--test data/cfimdb-test.txt, --label-names data/cfimdb-label-mapping.json"),
-        ("generate", None),
-    ],
-)
-def test_what_stands_beside_a_typed_path_is_said(place, capsys, option, taken):
+@pytest.mark.parametrize("option", ["generate", "prompt", "finetune"])
+def test_what_is_read_beside_a_typed_path_is_said(place, capsys, option):
     place(*OWN)
-    options.get_args(["--option", option, "--train", "own.txt", "--dev", "own.txt"])
-    line = f"not given and so the assignment's: {taken}\n" if taken else ""
+    run_llama.get_args(["--option", option, "--train", "own.txt", "--dev", "own.txt"])
+    taken = "--test data/cfimdb-test.txt, --label-names data/cfimdb-label-mapping.json"
+    line = "" if option == "generate" else f"not given, so the assignment's: {taken}\n"
     assert capsys.readouterr().err.partition(": ")[2] == line
 
 
 def test_what_was_typed_is_never_replaced(place):
     """Each subset of the paths is typed, all of them naming files that do not exist."""
     place(*BUNDLED)
-    flags = {key: f"--{key.replace('_', '-')}" for key in ("pretrained_model_path", "label_names")}
-    flags |= {split: f"--{split}" for split in ("train", "dev", "test")}
+    keys = ("pretrained_model_path", *DATA)
+    flags = {key: f"--{key if key in DATA[:3] else key.replace('_', '-')}" for key in keys}
     for n in range(len(flags) + 1):
         for typed in itertools.combinations(flags, n):
             argv = [word for key in typed for word in (flags[key], f"absent/{key}")]
-            args = options.get_args(["--option", "finetune", *argv])
+            args = run_llama.get_args(["--option", "finetune", *argv])
             assert all(getattr(args, key) == f"absent/{key}" for key in typed)
-            data_typed = any(key in DATA for key in typed)
             for key in set(DATA) - set(typed):
-                expected = options.DATA if data_typed else options.DEMO_DATA
+                expected = options.DATA if set(DATA) & set(typed) else options.DEMO_DATA
                 assert getattr(args, key) == expected[key]
-
-
-def test_a_typed_default_is_typed(place, capsys):
-    place(*BUNDLED)
-    args = options.get_args(
-        ["--pretrained-model-path", "stories42M.pt", "--dev_out", "my-dev-prompting-output.txt"]
-    )
-    assert args.pretrained_model_path == "stories42M.pt"
-    assert (args.lr, args.dev_out) == (2e-5, "my-dev-prompting-output.txt")
-    assert capsys.readouterr().err == ""
-
-
-def test_a_typed_learning_rate_stays_with_the_bundled_model(place):
-    place(*BUNDLED)
-    assert options.get_args(["--lr", "1e-3"]).lr == 1e-3
-
-
-def test_without_bundled_files_the_defaults_are_the_assignments(place, capsys):
-    place()
-    args = options.get_args(["--option", "finetune"])
-    assert paths_of(args) == {"pretrained_model_path": options.MODEL, **options.DATA}
-    assert capsys.readouterr().err == ""
 
 
 def test_from_another_folder_inputs_are_found_in_the_project_and_outputs_stay_here(
     place, elsewhere
 ):
     root = place(*BUNDLED)
-    args = options.get_args(["--option", "prompt"])
+    args = run_llama.get_args(["--option", "prompt"])
     assert args.pretrained_model_path == str(root / options.MINI_MODEL)
     assert args.dev == str(root / options.DEMO_DATA["dev"])
     assert args.dev_out == "demo-dev-prompting-output.txt"
-
-
-def test_from_another_folder_a_typed_path_does_not_hide_the_projects_other_files(place, elsewhere):
-    root = place(*OWN)
-    args = options.get_args(["--option", "prompt", "--dev", "mine.txt"])
-    assert args.dev == "mine.txt"
-    assert args.test == str(root / options.DATA["test"])
-    assert args.label_names == str(root / options.DATA["label_names"])
-
-
-@pytest.mark.parametrize("sentences", [["-bad"], ["good", "--test"], ["--", "x"], ["a b", "-c d"]])
-def test_what_stands_behind_two_hyphens_is_a_sentence(place, sentences):
     place(*OWN)
-    args = options.get_args(["--option", "predict", "--checkpoint", "x", "--", *sentences])
-    assert args.sentences == sentences
+    args = run_llama.get_args(["--option", "prompt", "--dev", "mine.txt"])
+    assert (args.dev, args.test) == ("mine.txt", str(root / options.DATA["test"]))
 
 
-def test_two_outputs_of_one_name_are_refused(tmp_path):
-    a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    options.require_different([a, b, "/dev/null", "/dev/null"], ["/dev/null", None])
-    with pytest.raises(ValueError, match="is the name of two outputs; give each its own"):
-        options.require_different([a, str(tmp_path / "b" / ".." / "a")], [])
-
-
-def test_an_output_in_an_inputs_place_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is an input, and would be replaced"):
-        options.require_different([str(tmp_path / "b" / ".." / "a")], [None, str(tmp_path / "a")])
-
-
-def test_what_has_no_content_needs_no_writable_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(options.os, "access", lambda *_: False)
-    options.require_folder("/dev/null")
-    with pytest.raises(ValueError, match="its folder may not be written to"):
-        options.require_folder(str(tmp_path / "out.txt"))
-
-
-def test_a_link_to_itself_is_no_traceback(tmp_path):
-    loop = tmp_path / "loop"
-    loop.symlink_to("loop")
-    options.require_different([str(loop)], [str(loop / "a")])
-    with pytest.raises(ValueError, match="its folder does not exist"):
-        options.require_folder(str(loop / "out.txt"))
-    options.require_folder(str(loop))
-    with atomic_write(loop) as file:
-        file.write("in the link's place")
-    assert not loop.is_symlink()
-
-
-def test_splits_in_a_folder_of_their_own_have_the_projects_label_names(place, elsewhere, tmp_path):
+def test_splits_in_a_folder_of_their_own_have_the_projects_label_names(place, elsewhere):
     root = place(*BUNDLED, options.DATA["label_names"])
-    (tmp_path / "elsewhere" / "data").mkdir()
+    (elsewhere / "data").mkdir()
     for split in ("dev", "test"):
-        (tmp_path / "elsewhere" / options.DATA[split]).touch()
-    args = options.get_args(["--option", "prompt"])
+        (elsewhere / options.DATA[split]).touch()
+    args = run_llama.get_args(["--option", "prompt"])
     assert (args.dev, args.test) == (options.DATA["dev"], options.DATA["test"])
     assert args.label_names == str(root / options.DATA["label_names"])
 
 
-@pytest.mark.parametrize(
-    "argv", [["--warmup", "1"], ["--max_grad_norm", "0"], ["--train_acc", "none"]]
-)
-def test_a_recipe_that_cannot_be_is_a_usage_error(place, capsys, argv):
+def test_default_names_of_outputs_and_checkpoints_follow_the_data_set(place, tmp_path, monkeypatch):
     place()
-    with pytest.raises(SystemExit) as ended:
-        cli.run(lambda: options.get_args(argv))
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    argv = ["--option", "finetune", "--train", "data/sst-train.txt", "--dev", "data/sst-dev.txt"]
+    args = run_llama.get_args([*argv, "--test", "x/sst/test.txt"])
+    assert args.dev_out == "sst-dev-finetuning-output.txt"
+    assert args.test_out == "sst-test-finetuning-output.txt"
+    assert run_llama.checkpoint_path(args) == "finetune-sst-5-2e-05.pt"
+    args.train = "cfimdb/train.txt"
+    assert run_llama.checkpoint_path(args) == "finetune-cfimdb-5-2e-05.pt"
+    (tmp_path / "imdb").mkdir()
+    monkeypatch.chdir("imdb")
+    args.train = "train.txt"
+    assert run_llama.checkpoint_path(args) == "finetune-imdb-5-2e-05.pt"
+
+
+# ---------------------------------------------------------------- what is typed
+
+
+@pytest.mark.parametrize(
+    ("parse", "good", "bad"),
+    [
+        (options.positive_int, {"1": 1, "70": 70}, ["0", "-1", "1.5", "x", ""]),
+        (options.non_negative_int, {"0": 0}, ["-1", "nan"]),
+        (options.seed_int, {"0": 0, "4294967295": 2**32 - 1}, ["-1", "4294967296"]),
+        (options.positive_float, {"1e-3": 1e-3}, ["0", "-1", "nan", "inf"]),
+        (options.non_negative_float, {"0": 0.0, "2.5": 2.5}, ["-0.1", "nan", "inf"]),
+        (options.probability_below_one, {"0": 0.0, "0.99": 0.99}, ["1", "-0.1", "nan"]),
+        (options.share, {"1": 1.0, "0.5": 0.5}, ["0", "1.1", "nan"]),
+        (options.count, {"1.5M": 1_500_000, "2e3": 2000, "7": 7}, ["0", "1.5", "M", "1e999", "-1"]),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused_with_the_value(parse, good, bad):
+    assert {text: parse(text) for text in good} == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^'{text}' is not a"):
+            parse(text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--warmup", "1"], "'1' is not a number in [0, 1)"),
+        (["--train_acc", "none"], "--train_acc: invalid choice: 'none'"),
+        (["--pretrained_model_path", "x.pt"], "did you mean --pretrained-model-path?"),
+        (["--label_names=x.json"], "did you mean --label-names?"),
+        (["--resume"], "--resume and --restart belong to --option finetune"),
+        (["--resume", "--restart"], "--restart: not allowed with argument --resume"),
+    ],
+)
+def test_a_usage_error_is_one_line(place, capsys, argv, words):
+    place()
+    code, _, err = ended(lambda: run_llama.get_args(argv), capsys)
+    assert code == 2 and err.count("\n") == 1 and words in err
+
+
+# ---------------------------------------------------------------- outputs
+
+
+def test_an_output_is_no_input_no_other_output_and_has_a_folder(tmp_path):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    same = str(tmp_path / "b" / ".." / "a")
+    require_outputs([a, b, "/dev/null", "/dev/null"], ["/dev/null", None, str(tmp_path / "c")])
+    for outputs, inputs, words in (
+        ([a, same], [], "is the name of two outputs; give each its own"),
+        ([same], [a], "is an input and would be replaced"),
+        ([str(tmp_path)], [], "is not a name for an output file"),
+        ([""], [], "is not a name for an output file"),
+        ([str(tmp_path / "no" / "a")], [], "its folder does not exist; make it first"),
+    ):
+        with pytest.raises(InputError, match=words):
+            require_outputs(outputs, inputs)
+
+
+def test_a_link_is_the_file_that_it_names_and_a_circle_is_no_traceback(tmp_path):
+    (tmp_path / "input").touch()
+    (tmp_path / "link").symlink_to("input")
+    with pytest.raises(InputError, match="is an input"):
+        require_outputs([str(tmp_path / "link")], [str(tmp_path / "input")])
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    require_outputs([str(loop)], [])
+    with pytest.raises(InputError, match="its folder does not exist"):
+        require_outputs([str(loop / "out.txt")], [])
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", int)() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(InputError, match="its folder is not writable"):
+        require_outputs([str(tmp_path / "locked" / "out.txt")], [])
+
+
+FILES_OF_THE_PROJECT = [
+    *("llama.py", "training/loop.py", "setup.sh", "README.md", "docs/usage.md", "pyproject.toml"),
+    *("data/demo-dev.txt", "data/mini/model.pt", "data/mini/tokenizer.model", "data/manifest.json"),
+    *("data/sst-train.txt", "data/sst-label-mapping.json"),
+]
+
+
+@pytest.mark.parametrize("name", FILES_OF_THE_PROJECT)
+def test_an_output_is_no_file_of_the_project(place, name, tmp_path_factory):
+    root = place(name)
+    with pytest.raises(InputError, match="is a file of the project; name another output"):
+        require_outputs([str(root / name)], [])
+    other = tmp_path_factory.mktemp("other") / "llama.py"
+    other.touch()
+    require_outputs([str(other)], [])  # files of other projects are their owner's
+
+
+def test_an_output_in_a_folder_of_the_project_can_be_written_again(place):
+    root = place("data/sst-dev-prompting-output.txt", "out.txt", "runs/model.pt", "my-notes.md")
+    for path in root.rglob("*.*"):
+        require_outputs([str(path)], [])
+
+
+def test_every_file_of_the_project_that_a_command_reads_or_runs_is_guarded():
+    for pattern in ("*.py", "*/*.py", "*/methods/*.json", "data/demo-*", "data/mini/*", "*.md"):
+        for path in ROOT.glob(pattern):
+            with pytest.raises(InputError, match="is a file of the project"):
+                require_outputs([str(path)], [])
