@@ -168,12 +168,14 @@ class Llama(LlamaPreTrainedModel):
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
         self.params = config  # the assignment's name beside `config`
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        output = Linear(config.dim, config.vocab_size)
+        # Not nn.Embedding(V, dim): on the meta device its initialization imports PyTorch's compiler.
+        self.tok_embeddings = nn.Embedding.from_pretrained(output.weight, freeze=False)
+        self.tok_embeddings.weight = output.weight  # tied (Press and Wolf, arXiv 1608.05859)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, eps=config.layer_norm_eps)
-        self.output = Linear(config.dim, config.vocab_size)
-        self.output.weight = self.tok_embeddings.weight  # tied (Press and Wolf, arXiv 1608.05859)
+        self.output = output
         self.init_weights()
 
     @classmethod

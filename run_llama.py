@@ -34,10 +34,6 @@ from utils import (
     sha256_of,
 )
 
-PREFIX = (
-    "I have wanted to see this thriller for a while, and it didn't disappoint. "
-    "Keanu Reeves, playing the hero John Wick, is"
-)
 SPLITS_READ_BY = {
     "generate": (),
     "prompt": ("dev", "test"),
@@ -136,8 +132,8 @@ def generate(args: argparse.Namespace) -> None:
     backbone = load_backbone(args)
     announce(args, backbone[0], backbone[2])
     low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
-    generate_sentence(args, PREFIX, low, temperature=0.0, backbone=backbone)
-    generate_sentence(args, PREFIX, high, temperature=1.0, backbone=backbone)
+    generate_sentence(args, options.PREFIX, low, temperature=0.0, backbone=backbone)
+    generate_sentence(args, options.PREFIX, high, temperature=1.0, backbone=backbone)
 
 
 def generate_sentence(

@@ -44,12 +44,14 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     InputError, an OSError that names a file, and too little memory become one line on standard
     error; `python -X dev script.py` shows their tracebacks, too.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a letter of generated text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a reader that closed the pipe is noticed here, not at exit
+        sys.stdout.flush()  # a reader that closed the pipe is noticed here, not at exit
         sys.exit(code)
     except BrokenPipeError:  # `run_llama.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

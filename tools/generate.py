@@ -20,8 +20,8 @@ from llama import Llama, load_pretrained
 from tokenizer import Tokenizer, find_tokenizer_model
 from tools.sampling import pick_next
 from training.options import (
-    DATA,
-    fill_inputs,
+    PREFIX,
+    fill_model,
     non_negative_float,
     non_negative_int,
     positive_int,
@@ -37,10 +37,6 @@ from utils import (
     seed_everything,
 )
 
-PREFIX = (
-    "I have wanted to see this thriller for a while, and it didn't disappoint. "
-    "Keanu Reeves, playing the hero John Wick, is"
-)
 BATCH_SIZE = 64  # samples that are generated together; it bounds the memory of the KV cache
 
 
@@ -148,13 +144,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="end a text where the model ends it (default: at --max_new_tokens)")  # fmt: skip
     add("--seed", type=seed_int, default=1337, help="default: %(default)s")
     add("--use_gpu", action="store_true", help="use CUDA, else Apple MPS (default: the CPU)")
-    parser.set_defaults(**dict.fromkeys(DATA))  # `fill_inputs` reads these, generation does not
     return parser.parse_args(argv)
 
 
 def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     """Load the model onto its device, and its tokenizer; one line on standard error names both."""
-    fill_inputs(args, [])
+    fill_model(args)
     path = args.pretrained_model_path
     device = pick_device(args.use_gpu)
     llama = load_pretrained(path, attention=args.attention).to(device)

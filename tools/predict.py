@@ -58,7 +58,7 @@ class Predictor:
 
     def probs(self, data: SentenceDataset, batch_size: int) -> torch.Tensor:
         """Return probabilities (N, n_labels) in the order of `data`."""
-        return predict_probs(self.model, data, batch_size, self.device)
+        return predict_probs(self.model, data, batch_size, self.device, description=None)
 
 
 def load_predictor(

@@ -47,18 +47,20 @@ def predict_probs(
     batch_size: int,
     device: torch.device,
     bf16: bool = False,
-    description: str = "eval",
+    description: str | None = "eval",
 ) -> torch.Tensor:
     """Return probabilities (N, n_labels), float32 on the CPU, in the order of `data`.
 
     Puts the model in eval mode. Batches hold similar lengths if the model masks padding; otherwise
     a prediction depends on its batch, and batches follow the data. Of several processes each
-    computes a share.
+    computes a share. Without a `description` there is no progress bar.
     """
     model.eval()
     batches = data.eval_batches(batch_size, similar_lengths=model.reads_lengths)
     probs = torch.zeros(len(data), model.num_labels)
-    bar = tqdm(distributed.share(batches), desc=description, disable=None, leave=False)
+    own = distributed.share(batches)
+    is_silent = True if description is None else None  # None: without a terminal
+    bar = tqdm(own, desc=description, disable=is_silent, leave=False)
     for indices in bar:
         batch = data.collate_fn([data[i] for i in indices])
         probs[indices] = forward_pass(model, batch, device, bf16).float().exp().cpu()

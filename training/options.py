@@ -16,6 +16,10 @@ from utils import InputError, is_device, real_path
 
 # The assignment's defaults, and the bundled files that replace absent ones.
 MODEL, MINI_MODEL = "stories42M.pt", "data/mini/model.pt"
+PREFIX = (
+    "I have wanted to see this thriller for a while, and it didn't disappoint. "
+    "Keanu Reeves, playing the hero John Wick, is"
+)
 LR, MINI_LR = 2e-5, 5e-4  # the bundled model has 13 times fewer parameters
 DATA, DEMO_DATA = (
     {
@@ -161,17 +165,10 @@ def state_mode(args: argparse.Namespace) -> str:
 def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> None:
     """Fill in the model, the data and the learning rate where they were not typed.
 
-    The bundled model is used if stories42M.pt is absent, the demo data if no data path was typed
-    and a file of CFIMDB among `splits` is absent. A line on standard error says so, and which of
-    the assignment's files are read beside typed ones.
+    The demo data is used if no data path was typed and a file of CFIMDB among `splits` is absent. A
+    line on standard error says so, and which of the assignment's files are read beside typed ones.
     """
-    if args.pretrained_model_path is None:
-        paths, is_bundled = _choose({"model": MODEL}, {"model": MINI_MODEL}, ["model"])
-        args.pretrained_model_path = paths["model"]
-        if is_bundled:
-            _say_model_stands_in(getattr(args, "lr", MINI_LR))
-            if getattr(args, "lr", LR) is None:
-                args.lr = MINI_LR
+    fill_model(args)
     if any(getattr(args, key) is not None for key in DATA):
         data = {key: _found(path) for key, path in DATA.items()}
         read = [*splits, "label_names"] if splits else []
@@ -187,8 +184,23 @@ def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> None:
                 "`bash setup.sh` downloads the assignment's data"
             )
     for key, value in {**data, "lr": LR}.items():
-        if getattr(args, key, value) is None:
+        if getattr(args, key) is None:
             setattr(args, key, value)
+
+
+def fill_model(args: argparse.Namespace) -> None:
+    """Fill in the model, and its learning rate in commands that have one.
+
+    The bundled model is used if stories42M.pt is absent, and a line on standard error says so.
+    """
+    if args.pretrained_model_path is not None:
+        return
+    paths, is_bundled = _choose({"model": MODEL}, {"model": MINI_MODEL}, ["model"])
+    args.pretrained_model_path = paths["model"]
+    if is_bundled:
+        _say_model_stands_in(getattr(args, "lr", MINI_LR))
+        if hasattr(args, "lr") and args.lr is None:
+            args.lr = MINI_LR
 
 
 def _say_model_stands_in(lr: float | None) -> None:
