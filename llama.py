@@ -169,7 +169,7 @@ class Llama(LlamaPreTrainedModel):
         super().__init__(config)
         self.params = config  # the assignment's name beside `config`
         output = Linear(config.dim, config.vocab_size)
-        # Not nn.Embedding(V, dim): on the meta device its initialization imports PyTorch's compiler.
+        # nn.Embedding(V, dim) would import PyTorch's compiler to draw weights on the meta device.
         self.tok_embeddings = nn.Embedding.from_pretrained(output.weight, freeze=False)
         self.tok_embeddings.weight = output.weight  # tied (Press and Wolf, arXiv 1608.05859)
         self.dropout = nn.Dropout(config.dropout)
