@@ -5,28 +5,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers import CPU, classifier
 from optimizer import AdamW
-from training.steps import learning_rate_factor, precision, symmetric_kl, take_step
+from training.schedule import (
+    learning_rate_factor,
+    parameter_groups,
+    precision,
+    symmetric_kl,
+    take_step,
+)
 
-CPU = torch.device("cpu")
 
-
-@pytest.mark.parametrize("warmup", [1, 10, 25])
-@pytest.mark.parametrize("decay_from", [0.0, 0.4, 0.9])
-def test_the_learning_rate_is_a_product_of_two_ramps(warmup, decay_from):
-    for step, progress in [(s, p) for s in range(40) for p in np.linspace(0.0, 1.0, 21)]:
-        rise = np.interp(step + 1, [0, warmup], [0, 1])
-        fall = np.interp(progress, [decay_from, 1], [1, 0])
-        ours = learning_rate_factor(step, progress, warmup, decay_from)
+@pytest.mark.parametrize("warmup", [0, 1, 10, 25])
+@pytest.mark.parametrize("decay_from", [0.0, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_learning_rate_is_a_product_of_two_ramps(warmup, decay_from, cosine):
+    for step, progress in [(s, p) for s in range(40) for p in np.linspace(0.0, 1.5, 31)]:
+        rise = np.interp(step + 1, [0, warmup], [0, 1]) if warmup else 1.0
+        done = np.interp(progress, [decay_from, 1], [0, 1]) if decay_from < 1 else 0.0
+        fall = (1 + np.cos(np.pi * done)) / 2 if cosine else 1 - done
+        ours = learning_rate_factor(step, progress, warmup, decay_from, cosine)
         assert ours == pytest.approx(rise * fall, abs=1e-12)
-
-
-@pytest.mark.parametrize("decay_from", [0.0, 0.4])
-def test_the_cosine_falls_along_half_a_wave(decay_from):
-    for progress in np.linspace(0.0, 1.2, 25):
-        share = np.clip((progress - decay_from) / (1 - decay_from), 0, 1)
-        ours = learning_rate_factor(99, progress, 10, decay_from, cosine=True)
-        assert ours == pytest.approx((1 + np.cos(np.pi * share)) / 2, abs=1e-12)
 
 
 def test_symmetric_kl_is_the_sum_of_both_divergences_averaged_over_rows():
@@ -35,16 +34,6 @@ def test_symmetric_kl_is_the_sum_of_both_divergences_averaged_over_rows():
     both += F.kl_div(p, q, log_target=True, reduction="batchmean")
     torch.testing.assert_close(symmetric_kl(p, q), both)
     assert symmetric_kl(p, p) == 0.0
-
-
-def test_without_warmup_and_decay_the_learning_rate_is_the_peak_throughout():
-    assert {learning_rate_factor(s, s / 50) for s in range(51)} == {1.0}
-
-
-@pytest.mark.parametrize("decay_from", [0.0, 0.4, 0.9])
-def test_a_run_past_its_end_has_no_learning_rate_and_never_a_negative_one(decay_from):
-    for progress in (1.0, 1.0 + 1e-9, 3.0):
-        assert learning_rate_factor(99, progress, 10, decay_from) == 0.0
 
 
 def two_optimizers(kind=torch.optim.SGD):
@@ -112,3 +101,23 @@ def test_precision_rules_the_products_and_never_the_weights_or_gradients(bf16):
     y.float().sum().backward()
     assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
     assert layer(x).dtype == torch.float32  # and nothing is left behind
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_each_layer_learns_by_the_decay_slower_than_the_one_above_it(is_tied):
+    model = classifier(n_layers=3)
+    if not is_tied:
+        output = model.llama.output
+        output.weight = torch.nn.Parameter(output.weight.detach().clone())
+    model.llama.layers[0].requires_grad_(False)
+    groups = parameter_groups(model, 2.0, layer_decay=0.5)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    expected = {"classifier_head.": 2.0, "llama.norm.": 2.0, "llama.output.": 2.0}
+    expected |= {"llama.layers.2.": 1.0, "llama.layers.1.": 0.5, "llama.tok_embeddings.": 0.125}
+    for name, parameter in model.named_parameters():
+        if name.startswith("llama.layers.0."):
+            assert id(parameter) not in rate  # frozen
+        else:
+            assert rate[id(parameter)] == next(v for k, v in expected.items() if name.startswith(k))
+    (plain,) = parameter_groups(model, 2.0)
+    assert {id(p) for p in plain["params"]} == set(rate)
