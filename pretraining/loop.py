@@ -87,7 +87,7 @@ class Progress:
         row = {
             "step": self.step,
             "tokens": self.step * recipe.batch_tokens,
-            "minutes": round(minutes, 2),
+            "minutes": round(minutes, 4),
             "lr_factor": round(lr_factor, 4),
             "train_loss": round(train_loss, 4),
         }
@@ -176,7 +176,8 @@ def train_language_model(
     optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
     progress = _restore(state_file, model, optimizer, recipe.seed)
     stream = TokenStream(documents, recipe.seq_len, recipe.n_rows, recipe.seed)
-    micro_rows = _micro_rows(recipe, micro_tokens)
+    own_tokens = recipe.batch_tokens // distributed.world_size()
+    micro_rows = max(1, (micro_tokens or own_tokens) // recipe.seq_len)
     network = distributed.wrap(model)
     model.train()
     if progress.step == 0:
@@ -228,13 +229,6 @@ def add_gradients(
             (loss * weight * distributed.world_size()).backward()  # the exchange takes the mean
         total += weight * loss.item()
     return distributed.all_sum(torch.tensor(total, dtype=torch.float64)).item()
-
-
-def _micro_rows(recipe: Recipe, micro_tokens: int | None) -> int:
-    """Return the most windows of one pass; by default all that a rank has of a step."""
-    if micro_tokens is not None:
-        return max(1, micro_tokens // recipe.seq_len)
-    return math.ceil(recipe.n_rows / distributed.world_size())
 
 
 def _seconds_since(started: float) -> float:
