@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from formats.torch_file import save_torch_file
@@ -42,7 +43,9 @@ class Recipe:
     minutes: float | None = None  # of training, after which it ends earlier
     seq_len: int = 256  # T
     batch_tokens: int = 4096  # of a step: N * T
-    lr: float = 3e-3  # peak
+    optimizer: str = "adamw"  # or "muon"
+    lr: float = 3e-3  # peak, of AdamW
+    muon_lr: float = 6e-3  # peak, of Muon
     weight_decay: float = 0.1  # of matrices; norms have none
     warmup: int = 100  # steps
     decay_from: float = 0.4  # share of the run after which the rate falls linearly to 0
@@ -140,15 +143,26 @@ def measure(model: Llama, heldout: list[HeldOut], batch_size: int) -> dict[str, 
     return measured
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """AdamW that decays matrices and leaves norms alone."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    norms = [p for p in model.parameters() if p.ndim == 1]
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
+    """Return AdamW, or Muon for the matrices of the layers and AdamW for the rest.
+
+    Muon is PyTorch's (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982). Matrices decay, norms
+    do not.
+    """
+    parameters = list(model.named_parameters())  # a tied matrix once
+    hidden = [p for name, p in parameters if p.ndim == 2 and name.startswith("layers.")]
+    outer = [p for name, p in parameters if p.ndim == 2 and not name.startswith("layers.")]
+    norms = [p for _, p in parameters if p.ndim == 1]
+    by_muon = hidden if recipe.optimizer == "muon" else []
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
+        {"params": outer if by_muon else outer + hidden, "weight_decay": recipe.weight_decay},
         {"params": norms, "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
+    optimizers: list[Optimizer] = [AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8)]
+    if by_muon:
+        options = {"lr": recipe.muon_lr, "weight_decay": recipe.weight_decay}
+        optimizers.append(torch.optim.Muon(by_muon, adjust_lr_fn="match_rms_adamw", **options))
+    return optimizers
 
 
 def train_language_model(
@@ -173,8 +187,8 @@ def train_language_model(
     Raises `DivergedError` if a loss or a weight is not finite; the last state stays.
     """
     recipe = replace(recipe, tokens=recipe.tokens or sum(map(len, documents)))
-    optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
-    progress = _restore(state_file, model, optimizer, recipe.seed)
+    optimizers = make_optimizers(model, recipe)
+    progress = _restore(state_file, model, optimizers, recipe.seed)
     stream = TokenStream(documents, recipe.seq_len, recipe.n_rows, recipe.seed)
     own_tokens = recipe.batch_tokens // distributed.world_size()
     micro_rows = max(1, (micro_tokens or own_tokens) // recipe.seq_len)
@@ -182,7 +196,7 @@ def train_language_model(
     model.train()
     if progress.step == 0:
         _say(f"before: {_in_words(measure(model, heldout, micro_rows))}")
-        _save(state_file, model, optimizer, progress)  # a kill from here on leaves a state
+        _save(state_file, model, optimizers, progress)  # a kill from here on leaves a state
     started, evaluated_at = time.monotonic() - progress.seconds, progress.seconds
     with stop_requests() as stop, _progress_bar(recipe.n_steps, progress.step) as bar:
         while (done := progress.share(recipe)) < 1.0:
@@ -190,7 +204,7 @@ def train_language_model(
             batch = stream.batch(progress.step)  # (N, T + 1)
             loss = add_gradients(network, batch, micro_rows, recipe.bf16)
             _require_finite(loss, progress.step, lr_factor)
-            take_step([optimizer], lr_factor, recipe.max_grad_norm)
+            take_step(optimizers, lr_factor, recipe.max_grad_norm)
             progress.add_step(loss, _seconds_since(started))
             bar.update()
             is_last = progress.share(recipe) >= 1.0
@@ -199,7 +213,7 @@ def train_language_model(
                 _say(progress.add_row(measured, recipe, lr_factor))
                 evaluated_at = progress.seconds
             if is_last or stop.requested or state_file.is_due():
-                _save(state_file, model, optimizer, progress)
+                _save(state_file, model, optimizers, progress)
             stop.check(state_file)
     if distributed.is_main():
         _write_outputs(folder, model, progress.history, half)
@@ -245,13 +259,16 @@ def _require_finite(loss: float, step: int, lr_factor: float) -> None:
         )
 
 
-def _restore(state_file: StateFile, model: Llama, optimizer: AdamW, seed: int) -> Progress:
+def _restore(
+    state_file: StateFile, model: Llama, optimizers: list[Optimizer], seed: int
+) -> Progress:
     """Load the saved state, if there is one; return how far that run is."""
     progress, saved = Progress(), state_file.saved
     if saved is not None:
         try:
             model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, kept in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
             set_random_state(saved["random"])
             progress = Progress(**saved["progress"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -262,12 +279,14 @@ def _restore(state_file: StateFile, model: Llama, optimizer: AdamW, seed: int) -
     return progress
 
 
-def _save(state_file: StateFile, model: Llama, optimizer: AdamW, progress: Progress) -> None:
+def _save(
+    state_file: StateFile, model: Llama, optimizers: list[Optimizer], progress: Progress
+) -> None:
     require_finite_weights(model)
     state_file.save(
         model=model.state_dict(),
         model_args=model.config.to_dict(),  # so that the state is itself a checkpoint
-        optimizer=optimizer.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in optimizers],
         random=random_state(),
         progress=vars(progress),
     )

@@ -84,7 +84,8 @@ def _add_training_options(parser: ArgumentParser) -> None:
         ("seq_len", options.positive_int, Recipe.seq_len, "tokens of a window"),
         ("batch_tokens", options.positive_int, Recipe.batch_tokens, "tokens of a step"),
         ("micro_tokens", options.positive_int, None, "tokens of a pass (default: all of a step)"),
-        ("lr", options.positive_float, Recipe.lr, "peak learning rate"),
+        ("lr", options.positive_float, Recipe.lr, "peak learning rate of AdamW"),
+        ("muon_lr", options.positive_float, Recipe.muon_lr, "peak learning rate of Muon"),
         ("weight_decay", options.non_negative_float, Recipe.weight_decay, "of the matrices"),
         ("warmup", options.non_negative_int, Recipe.warmup, "steps until the peak rate"),
         ("decay_from", options.probability_below_one, Recipe.decay_from, "share of the run after "
@@ -96,6 +97,8 @@ def _add_training_options(parser: ArgumentParser) -> None:
         words = words if default is None else f"{words} (default: {default})"
         group.add_argument(f"--{name}", type=kind, default=default, help=words)
     flag = group.add_argument
+    flag("--optimizer", choices=("adamw", "muon"), default=Recipe.optimizer,
+        help="muon: for the layers' matrices, AdamW for the rest (default: adamw)")  # fmt: skip
     flag("--bf16", action=argparse.BooleanOptionalAction,
         help="compute in bfloat16, keep float32 weights (default: on CUDA)")  # fmt: skip
     flag("--half", action="store_true", help="write model.pt in float16 (default: float32)")

@@ -23,7 +23,7 @@ from formats.torch_file import load_torch_file
 from llama import Llama, load_pretrained
 from pretraining import loop, run
 from pretraining.corpus import encode_documents, read_documents
-from pretraining.loop import HeldOut, Recipe, lm_loss, make_optimizer, train_language_model
+from pretraining.loop import HeldOut, Recipe, lm_loss, make_optimizers, train_language_model
 from tokenizer import Tokenizer
 from training import distributed
 from training.loop import DivergedError
@@ -148,13 +148,18 @@ def test_a_uniform_model_has_log_v_nats_per_token(tokenizer):
     assert bits == pytest.approx(math.log2(320) * heldout.n_tokens / heldout.n_bytes)
 
 
-def test_the_optimizer_has_every_parameter_once_and_norms_do_not_decay():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimizers_have_every_parameter_once_and_norms_do_not_decay(name):
     model = random_llama()
     model.output.weight = torch.nn.Parameter(model.output.weight.detach().clone())  # untied
-    groups = make_optimizer(model, lr=0.1, weight_decay=0.3).param_groups
+    optimizers = make_optimizers(model, Recipe(optimizer=name, weight_decay=0.3))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     decay = {parameter: g["weight_decay"] for g in groups for parameter in g["params"]}
     assert sum(len(group["params"]) for group in groups) == len(decay)
     assert decay == {p: 0.0 if "norm" in name else 0.3 for name, p in model.named_parameters()}
+    if name == "muon":  # the matrices of the layers alone
+        by_muon = {p for group in optimizers[1].param_groups for p in group["params"]}
+        assert by_muon == {p for layer in model.layers for p in layer.parameters() if p.ndim == 2}
 
 
 # ---------------------------------------------------------------- a whole run
@@ -304,7 +309,7 @@ def test_a_killed_run_ends_by_the_same_command_in_the_same_bits(tmp_path, tokeni
     text = write_tales(tmp_path / "tales.txt", 30)  # so that there are several epochs
     init = save_llama(random_llama(scale=1.0, dropout=0.2), tmp_path / "init.pt")
     options = ["--text", text, "--init", str(init), "--tokenizer_path", str(tokenizer_file)]
-    options += [*as_options(OPTIONS), "--tokens", str(64 * 80)]
+    options += [*as_options(OPTIONS), "--tokens", str(64 * 80), "--optimizer", "muon"]
     assert start(tmp_path / "whole", *options).wait() == 0
 
     cut, state = tmp_path / "cut", tmp_path / "cut" / "state.pt"
