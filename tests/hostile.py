@@ -1,4 +1,4 @@
-"""Builders of hostile files: pickles, torch files, SentencePiece models, zips, HTTP answers."""
+"""Builders of hostile files: pickles, torch files, SentencePiece models."""
 
 import io
 import os
@@ -28,7 +28,7 @@ def torch_file(content: Any, zipped: bool = True) -> bytes:
 
 
 def repacked(torch_zip: bytes, replaced: Mapping[str, bytes], deflate: bool = False) -> bytes:
-    """The same zip with other members; keys are the ends of their names."""
+    """Return the same zip with other members; keys are the ends of their names."""
     buffer = io.BytesIO()
     kind = zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED
     with zipfile.ZipFile(io.BytesIO(torch_zip)) as old, zipfile.ZipFile(buffer, "w", kind) as new:
@@ -40,24 +40,21 @@ def repacked(torch_zip: bytes, replaced: Mapping[str, bytes], deflate: bool = Fa
 
 @cache
 def bomb(megabytes: int, member: str) -> bytes:
-    """A small torch zip one member of which unpacks to megabytes of zeros."""
+    """Return a small torch zip one member of which unpacks to megabytes of zeros."""
     whole = torch_file({"model": {"norm.weight": torch.ones(8)}, "model_args": {}})
     return repacked(whole, {member: bytes(megabytes * 2**20)}, deflate=True)
 
 
 def legacy_file(content: bytes) -> bytes:
-    """A torch file of the old form around any pickle."""
+    """Return a torch file of the old form around any pickle."""
     begin = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
     head = b"".join(pickle.dumps(part, protocol=2) for part in begin)
     return head + content + pickle.dumps([], protocol=2)
 
 
 def text(value: str) -> bytes:
-    """The instruction that pushes a short text, in a pickle."""
+    """Return the instruction that pushes a short text, in a pickle."""
     return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-# ---------------------------------------------------------------- SentencePiece models
 
 
 def varint(number: int) -> bytes:
@@ -70,7 +67,7 @@ def varint(number: int) -> bytes:
 
 
 def field(key: int, value: int | float | bytes) -> bytes:
-    """One field of a protobuf message."""
+    """Return one field of a protobuf message."""
     if isinstance(value, float):
         return varint(key << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, int):
@@ -83,32 +80,9 @@ def sentencepiece_model(
     trainer: Iterable[tuple[int, int | bytes]],
     normalizer: Iterable[tuple[int, int | bytes]],
 ) -> bytes:
-    """ModelProto: pieces (text, score, type), then the two specs as (field, value)."""
+    """Return a ModelProto: pieces (text, score, type), then the two specs as (field, value)."""
     listed = [
         field(1, field(1, text) + field(2, score) + field(3, kind)) for text, score, kind in pieces
     ]
     specs = [b"".join(field(*pair) for pair in spec) for spec in (trainer, normalizer)]
     return b"".join(listed) + field(2, specs[0]) + field(3, specs[1])
-
-
-def charsmap(units: Iterable[int], declared: int, texts: bytes) -> bytes:
-    """A normalizer's compiled table: the size of a double array, the array, its replacements."""
-    trie = b"".join(struct.pack("<I", unit) for unit in units)
-    return struct.pack("<I", declared & 0xFFFFFFFF) + trie + texts
-
-
-# ---------------------------------------------------------------- zips and answers
-
-
-def patched_zip(content: bytes, local: Mapping[int, bytes], central: Mapping[int, bytes]) -> bytes:
-    """Overwrites bytes of the first local and the first central header, by their offsets there."""
-    out = bytearray(content)
-    for signature, patches in ((b"PK\x03\x04", local), (b"PK\x01\x02", central)):
-        start = content.find(signature)
-        for offset, value in patches.items() if start >= 0 else ():
-            out[start + offset : start + offset + len(value)] = value
-    return bytes(out)
-
-
-def http_answer(status: bytes, headers: Iterable[bytes], body: bytes) -> bytes:
-    return b"\r\n".join([b"HTTP/1.1 " + status, *headers, b"", b""]) + body

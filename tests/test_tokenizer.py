@@ -9,6 +9,7 @@ import tokenizer as tokenizer_module
 from conftest import shared_asset, train_sentencepiece
 from hostile import sentencepiece_model
 from tokenizer import TOKENIZER_MODEL, Tokenizer, find_tokenizer_model, open_tokenizer
+from utils import InputError, sha256_of
 
 TEXTS = [
     "this movie is good",
@@ -71,7 +72,7 @@ def test_max_len_bounds_the_pieces_before_bos_and_eos_are_added(tokenizer, token
 
 @pytest.mark.parametrize("max_len", [0, -1])
 def test_max_len_is_positive(tokenizer_file, max_len):
-    with pytest.raises(ValueError, match=f"max_len={max_len} "):
+    with pytest.raises(InputError, match=f"max_len={max_len} "):
         Tokenizer(max_len=max_len, tokenizer_model=tokenizer_file)
 
 
@@ -107,6 +108,15 @@ def test_a_missing_tokenizer_is_named_with_the_remedy(tmp_path):
         assert caught.value.filename == str(path)
 
 
+def test_a_git_lfs_pointer_is_told_to_be_pulled(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InputError) as caught:
+        Tokenizer(tokenizer_model=path)
+    assert str(caught.value).startswith(f"{path}: is a git-lfs pointer")
+    assert "`git lfs pull`" in str(caught.value)
+
+
 @pytest.mark.parametrize("content", ["empty", "text", "bytes", "zeros", "truncated"])
 def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, tokenizer_file, content):
     real = tokenizer_file.read_bytes()
@@ -120,7 +130,7 @@ def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, tokenizer_file
             "truncated": real[: len(real) // 2],
         }[content]
     )
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InputError) as caught:
         Tokenizer(tokenizer_model=path)
     assert str(caught.value) == f"{path}: is not a SentencePiece model"
 
@@ -137,27 +147,34 @@ def test_a_model_without_a_piece_or_with_one_that_is_no_text_is_named(tmp_path, 
     write(sound)
     assert Tokenizer(tokenizer_model=path).n_words == 259
     write([] if pieces == "none" else [*sound, (b"a\xe2\x96", 0.0, 1)])
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InputError) as caught:
         Tokenizer(tokenizer_model=path)
     assert str(caught.value) == f"{path}: is not a SentencePiece model"
 
 
-@pytest.mark.parametrize(
-    "lacking", [{"byte_fallback": False, "vocab_size": 30}, {"bos_id": -1}, {"eos_id": -1}]
-)
-def test_a_model_without_bos_eos_or_the_zero_byte_is_refused(tmp_path, lacking):
+@pytest.mark.parametrize("lacking", [{"bos_id": -1}, {"eos_id": -1}])
+def test_a_model_without_bos_or_eos_is_refused(tmp_path, lacking):
     path = train_tiny(tmp_path, **lacking)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InputError) as caught:
         Tokenizer(tokenizer_model=path)
-    assert str(caught.value).startswith(f"{path}: lacks one of bos, eos and <0x00>")
+    assert str(caught.value) == f"{path}: has no bos or no eos; train it with both"
+
+
+def test_a_model_without_byte_fallback_works_until_padding_is_needed(tmp_path):
+    path = train_tiny(tmp_path, byte_fallback=False, vocab_size=30)
+    tokenizer = Tokenizer(tokenizer_model=path)
+    ids = tokenizer.encode("a good film", bos=True, eos=False)
+    assert tokenizer.decode(ids) == "a good film"
+    with pytest.raises(InputError) as caught:
+        _ = tokenizer.pad_id
+    assert str(caught.value).startswith(f"{path}: has no <0x00> to pad batches with")
     assert "byte fallback" in str(caught.value)
-    assert Tokenizer(tokenizer_model=train_tiny(tmp_path)).n_words == 300
 
 
 def test_a_vocabulary_of_another_size_is_refused_naming_both(tokenizer, tokenizer_file):
     tokenizer.require_vocab_size(320)
     for size in (319, 321, 32000):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(InputError) as caught:
             tokenizer.require_vocab_size(size)
         message = str(caught.value)
         assert message.startswith(str(tokenizer_file))
@@ -191,12 +208,30 @@ def test_a_checkpoint_takes_the_tokenizer_beside_it_or_else_the_one_at_the_root(
     assert find_tokenizer_model("model.pt") == expected
 
 
-@pytest.mark.parametrize("recorded", ["a" * 5000, "gone.model", ""])
-def test_a_recorded_tokenizer_that_cannot_be_a_file_is_named_on_a_short_line(tmp_path, recorded):
-    with pytest.raises(ValueError) as caught:
+@pytest.mark.parametrize("recorded", ["a" * 5000, "gone.model", "", "\0"])
+def test_a_recorded_tokenizer_that_is_not_there_is_named_on_a_short_line(tmp_path, recorded):
+    with pytest.raises(InputError) as caught:
         open_tokenizer(tmp_path / "kept.pt", {"tokenizer_path": recorded})
     assert "is not there any more" in str(caught.value)
     assert len(str(caught.value)) < len(str(tmp_path)) + 300
+
+
+def test_a_finetuned_checkpoint_finds_its_tokenizer_and_refuses_another(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "runs").mkdir()
+    own = train_tiny(tmp_path / "runs")
+    another = train_tiny(tmp_path / "other", vocab_size=290)
+    saved = {"tokenizer_path": "tokenizer.model", "tokenizer_sha256": sha256_of(own)}
+    checkpoint = tmp_path / "runs" / "best.pt"
+    monkeypatch.chdir(tmp_path / "other")  # which has a tokenizer of that name, too
+    assert sha256_of(open_tokenizer(checkpoint, saved).model_path) == sha256_of(own)
+    assert open_tokenizer(checkpoint, saved, own).model_path == own
+    with pytest.raises(InputError, match="was trained with another tokenizer than") as caught:
+        open_tokenizer(checkpoint, saved, another)
+    assert "--tokenizer_path" in str(caught.value)
+    (tmp_path / "runs" / "tokenizer.model").unlink()
+    with pytest.raises(InputError, match="was trained with another tokenizer than"):
+        open_tokenizer(checkpoint, saved)
 
 
 def test_a_folder_is_no_tokenizer(tmp_path):
