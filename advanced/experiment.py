@@ -61,9 +61,10 @@ class Experiment:
         self.dataset = dataset_name(files["train"])
         self.label_names = read_label_names(files["label_names"])
         self.n_labels = len(self.label_names)
-        self.train: Rows = read_sentences(files["train"], self.n_labels)
-        self.dev: Rows = read_sentences(files["dev"], self.n_labels)
-        self.test: Rows = read_sentences(files["test"], self.n_labels, unlabelled=True)
+        names = {"n_labels": self.n_labels, "label_names": self.label_names}
+        self.train: Rows = read_sentences(files["train"], **names)
+        self.dev: Rows = read_sentences(files["dev"], **names)
+        self.test: Rows = read_sentences(files["test"], unlabelled=True, **names)
         self._require_enough_sentences()
         self.tokenizer = Tokenizer(tokenizer_model=files["tokenizer_path"])
         path = Path(files["pretrained_model_path"])

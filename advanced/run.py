@@ -18,6 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from advanced import produce
 from advanced.compose import AVERAGES, METHODS, OPTIONS, add_method_options, compose, options_of
 from advanced.experiment import SETTINGS, Experiment
@@ -271,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     files = {key: getattr(args, key) for key in FILES}
     options.require_outputs(outputs.values(), files.values())
     keep_freed_memory()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # as run_llama.py finetunes
     experiment = Experiment(
         methods=tuple(name for name in methods if name not in AVERAGES) or ("plain",),
         files=files,
