@@ -1,9 +1,9 @@
-"""The assignment solved plainly: the measuring stick of `benchmarks.run`, not a model to use.
+"""The assignment solved plainly: what `benchmarks.run` compares ours with, not a model to use.
 
-Every formula is written out where it is needed: attention as two products around a softmax, the
-rotary table anew in each layer, keys and values always repeated, the whole sequence again for each
-new token, AdamW tensor by tensor with a new tensor per operation, evaluation that keeps the graph.
-It takes the state dict of our model and gives its numbers (tests/test_naive.py).
+Every formula is written out where it is needed: attention as two products around a softmax, a new
+rotary table in each layer, keys and values always repeated, the whole sequence again for each new
+token, AdamW tensor by tensor with a new tensor per operation, evaluation that keeps the graph. It
+loads the state dict of our model and computes the same (tests/benchmarks/test_naive.py).
 
 Shapes: B batch, T sequence, H query heads, K key/value heads, D head size, F feed-forward size.
 """
@@ -32,7 +32,7 @@ class NaiveRMSNorm(nn.Module):
 
 
 def rotate(x: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
-    """Turns the pairs of x (B, T, heads, D) by their positions, with a table made on the spot."""
+    """Turn the pairs of x (B, T, heads, D) by their positions."""
     T, D = x.shape[1], x.shape[3]
     frequencies = 1.0 / theta ** (torch.arange(0, D, 2).float() / D)  # (D/2,)
     angles = torch.outer(torch.arange(T).float(), frequencies)  # (T, D/2)
@@ -54,7 +54,7 @@ class NaiveAttention(nn.Module):
         self.compute_output = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """allowed (B, 1, T, T) says which query (row) may read which key; None: all of them."""
+        """allowed (B, 1, T, T): whether a query (row) may read a key (column); None: always."""
         config, (B, T, _) = self.config, x.shape
         query = rotate(self.compute_query(x).view(B, T, config.n_heads, config.head_dim))
         key = rotate(self.compute_key(x).view(B, T, config.n_kv_heads, config.head_dim))
@@ -120,7 +120,7 @@ class NaiveLlama(nn.Module):
     def forward(
         self, tokens: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens (B, T) -> logits of the last position (B, 1, V), hidden states (B, T, dim)."""
+        """tokens (B, T) -> logits of the last token (B, 1, V), hidden states (B, T, dim)"""
         h = self.dropout(self.tok_embeddings(tokens))
         allowed = self._allowed(tokens, lengths)
         for layer in self.layers:
@@ -148,15 +148,15 @@ class NaiveLlama(nn.Module):
             logits, _ = self(idx[:, -self.config.max_seq_len :])
             logits = logits[:, -1, :]
             if temperature == 0.0:
-                following = logits.argmax(dim=-1, keepdim=True)
+                next_token = logits.argmax(dim=-1, keepdim=True)
             else:
-                following = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
-            idx = torch.cat((idx, following), dim=1)
+                next_token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+            idx = torch.cat((idx, next_token), dim=1)
         return idx
 
 
 class NaiveClassifier(nn.Module):
-    """Reads the last column, or with `masked` each row's last real token."""
+    """Classify by the last column, or with `masked` by each row's last real token."""
 
     def __init__(self, llama: NaiveLlama, n_labels: int, dropout: float, masked: bool = False):
         super().__init__()
@@ -176,7 +176,7 @@ class NaiveClassifier(nn.Module):
 
 
 class NaiveZeroShot(nn.Module):
-    """log p of labels of one token each."""
+    """Return log p of labels of one token each."""
 
     def __init__(self, llama: NaiveLlama, label_ids: list[int], masked: bool = False):
         super().__init__()
@@ -224,7 +224,7 @@ class NaiveAdamW(torch.optim.Optimizer):
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], batch_size: int
 ) -> list[float]:
-    """One step for each batch; returns their losses (summed NLL over the batch size)."""
+    """Take a step for each batch; return their losses (summed NLL / batch size)."""
     model.train()
     losses = []
     for batch in batches:
@@ -238,7 +238,7 @@ def train(
 
 
 def evaluate(model: Callable[..., torch.Tensor], batches: list[Batch]) -> list[int]:
-    """Predictions of every batch; as in the assignment, nothing says that no graph is needed."""
+    """Predict every batch; as in the assignment, autograd keeps a graph."""
     model.eval()
     predictions = []
     for batch in batches:

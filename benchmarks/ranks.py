@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
             "n_cpus": os.cpu_count(), "n_ranks": n_ranks, "threads": 1, "n_rows": N_ROWS,
             "tokens_of_row": tokens_of_row, "gradient_bytes": gradient_bytes,
             "losses": losses, "seconds": seconds,
+            "command": f"torchrun --nproc-per-node {n_ranks} -m benchmarks.ranks "
+            f"--shape {args.shape} --repeats {args.repeats}{' --use_gpu' * args.use_gpu}",
         }  # fmt: skip
         if distributed.is_main():
             keep(args.out, "ranks", measured)

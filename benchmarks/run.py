@@ -7,7 +7,6 @@ count. So they share no memory, and a drift of the machine's speed meets all. Ne
 and the development packages. `python -m benchmarks.report` prints and draws what was measured.
 """
 
-import argparse
 import contextlib
 import itertools
 import multiprocessing
@@ -89,9 +88,8 @@ def take_turns(
 def measure_machine(repeats: int, threads: int) -> dict[str, float]:
     """Return the best rates of this machine."""
     measured, first = take_turns(MACHINE, "", repeats, threads)
-    rates = {}
-    for name, (_, work) in first.items():
-        rates[name] = max(work.operations, work.bytes) / measured[name]["median"]
+    counts = {name: work.operations or work.bytes for name, (_, work) in first.items()}
+    rates = {name: count / measured[name]["median"] for name, count in counts.items()}
     fastest = max(rates["multiply, BLAS"], rates["multiply, oneDNN"])
     return {"bytes_per_s": rates["read 256 MB"], "operations_per_s": fastest, **rates}
 
@@ -127,20 +125,16 @@ def difference(ours: Any, theirs: Any) -> str | None:
     return f"{n_different} of {len(ours)} differ"
 
 
-def get_args(argv: list[str]) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="benchmarks.run", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, help="default: all")
-    add("--rows", default="", help="time only rows whose name contains this; default: all")
+    add("--rows", default="", help="time only rows whose name contains this (default: all)")
     add("--repeats", type=positive_int, default=5, help="turns of each contender (default: 5)")
     add("--threads", type=positive_int, default=2, help="of each contender (default: 2)")
     add("--out", type=Path, default=SPEED, help="default: results/speed.json")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
-    args = get_args(given)
+    args = parser.parse_args(given)
     command = shlex.join(["python", "-m", "benchmarks.run", *given])
     require_package("transformers")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,11 @@
 """A CUDA device computes, trains and writes what the CPU does; skipped without one."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +14,7 @@ import torch
 import oracle
 from advanced import run as advanced_run
 from advanced.compose import METHODS
-from classifier import LlamaZeroShotClassifier
-from conftest import LABEL_NAMES, LENGTHS, ROOT, TOKENS, ended, random_llama
-from optimizer import AdamW
+from conftest import LENGTHS, ROOT, TOKENS, ended, random_llama
 from tools import explain, predict
 from training import loop
 from training.checkpoint import load_classifier
@@ -28,6 +24,8 @@ from utils import seed_everything
 GPU = torch.device("cuda")
 CHECKPOINT = "finetune-toy-3-0.003.pt"
 TRAIN = ["--epochs", "3", "--lr", "3e-3", "--attention", "causal", "--pooling", "mean"]
+DATA = ["--train", "toy-train.txt", "--dev", "toy-dev.txt", "--test", "toy-test.txt", "--use_gpu"]
+DATA += ["--label-names", "labels.json", "--pretrained-model-path", "model.pt"]
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -88,29 +86,6 @@ def test_random_numbers_of_the_device_continue_from_a_saved_state():
     torch.rand(7, device=GPU)
     set_random_state(state)
     assert torch.equal(torch.rand(7, device=GPU), first)
-
-
-def test_adamw_takes_the_steps_of_the_cpu():
-    weights = []
-    for device in (torch.device("cpu"), GPU):
-        rng = torch.Generator().manual_seed(1)
-        weight = torch.nn.Parameter(torch.randn(40, 30, generator=rng).to(device))
-        optimizer = AdamW([weight], lr=1e-2, weight_decay=0.1)
-        for _ in range(20):
-            weight.grad = torch.randn(40, 30, generator=rng).to(device)
-            optimizer.step()
-        weights.append(weight.detach().cpu())
-    torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=1e-5)
-
-
-def test_scores_of_a_prompt_are_those_of_the_cpu(tokenizer):
-    llama = random_llama(attention="causal", vocab_size=tokenizer.n_words)
-    config = SimpleNamespace(num_labels=2)
-    model = LlamaZeroShotClassifier(config, tokenizer, LABEL_NAMES, llama).eval()
-    with torch.no_grad():
-        expected = model(TOKENS, lengths=LENGTHS)
-        actual = model.to(GPU)(TOKENS.to(GPU), lengths=LENGTHS.to(GPU))
-    torch.testing.assert_close(actual.cpu(), expected, atol=1e-3, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- the commands
@@ -178,9 +153,7 @@ def test_predictions_and_explanations_are_those_of_the_cpu(run, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs(workplace, method, capsys):
-    argv = ["--train", "toy-train.txt", "--dev", "toy-dev.txt", "--test", "toy-test.txt"]
-    argv += ["--label-names", "labels.json", "--pretrained-model-path", "model.pt", "--use_gpu"]
-    argv += ["--method", method, "--seeds", "3,4", "--epochs", "2", "--lr", "1e-2"]
+    argv = [*DATA, "--method", method, "--seeds", "3,4", "--epochs", "2", "--lr", "1e-2"]
     code, _, err = ended(lambda: advanced_run.main([*argv, "--results_dir", "kept"]), capsys)
     assert code == 0, err
     records = [json.loads(path.read_text(encoding="utf-8")) for path in Path("kept").glob("*")]
@@ -192,13 +165,8 @@ def test_every_method_runs(workplace, method, capsys):
 
 def torchrun(n: int, *options: str) -> subprocess.CompletedProcess:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    data = ["--train", "toy-train.txt", "--dev", "toy-dev.txt", "--test", "toy-test.txt"]
-    data += ["--label-names", "labels.json", "--pretrained-model-path", "model.pt"]
-    command = [str(ROOT / "run_llama.py"), "--option", "finetune", *data, "--use_gpu", *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *launch, *command], capture_output=True, text=True, env=env, check=False
-    )
+    command = [sys.executable, *launch, str(ROOT / "run_llama.py"), "--option", "finetune"]
+    return subprocess.run([*command, *DATA, *options], capture_output=True, text=True, check=False)
 
 
 def test_a_process_over_nccl_trains_as_one_alone(run, workplace):
