@@ -2,7 +2,7 @@
 
     python -m benchmarks.many_devices
 
-benchmarks/README.md explains the formula and its assumptions. Nothing is timed here.
+docs/performance.md explains the formula and its assumptions. Nothing is timed here.
 """
 
 import json
