@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import classifier, random_data, states, train
+from toys import classifier
 
 from advanced.methods.adapter import Adapter, add_adapters
 from conftest import TOKENS, log_probs, random_llama, randomize
@@ -64,20 +64,6 @@ def test_adapters_norms_and_head_are_trained_in_closed_form(size):
     assert all(name.endswith("norm.weight") for name in rest if name.startswith("llama."))
     head = sum(parameter.numel() for parameter in model.classifier_head.parameters())
     assert sum(p.numel() for p in rest.values()) == (2 * n_layers + 1) * dim + head
-
-
-def test_training_moves_adapters_and_norms_and_no_bit_of_the_rest():
-    model = classifier()
-    plain = states(model)
-    add_adapters(model, 4)
-    history = train(model, random_data(), epochs=6, lr=1e-2)
-    assert history[-1].train_loss < history[0].train_loss
-    trained = states(model)
-    for name, before in plain.items():
-        if name.startswith("llama."):
-            assert torch.equal(trained[name], before) != name.endswith("norm.weight"), name
-    ups = [tensor for name, tensor in trained.items() if name.endswith("adapter.up.weight")]
-    assert len(ups) == 4 and all(up.count_nonzero() > 0 for up in ups)
 
 
 def test_a_deep_copy_uses_its_own_adapters():

@@ -265,11 +265,6 @@ GRIDS = {
         *("backbone_dropout=0.0,0.5", "warmup=0.0,0.9", "layer_decay=0.1,1.0", "r_drop=0,5"),
         *("max_grad_norm=0.01,9", "label_smoothing=0,0.5", "max_sentence_len=1,50"),
     ],
-    "lora": ["lora_rank=1,2", "lora_alpha=1,20"],
-    "adapter": ["adapter_size=2,4"],
-    "mixout": ["mixout_p=0,0.9"],
-    "l2sp": ["l2sp_weight=0,9", "l2sp_head_weight=0,9"],
-    "smart": ["smart_weight=0,90", "smart_radius=0.1,5", "proximal_weight=0,90"],
     "pretrain": ["pretrain_epochs=1,2", "pretrain_lr=1e-4,1e-2"],
     "last_epochs": ["last=1,2", "epochs=2,3"],
 }

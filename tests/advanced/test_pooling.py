@@ -135,14 +135,6 @@ def test_pooling_position_which_leaves_padding_unmasked_is_refused(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_come_back_in_their_own_class(name):
-    model = pooling(name)
-    randomize(model, name)
-    loaded = POOLINGS[name].from_weights(config(), model.llama.config, model.state_dict())
-    assert torch.equal(loaded(TOKENS, lengths=LENGTHS), model(TOKENS, lengths=LENGTHS))
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_under_autocast_float32_states_are_pooled_in_float32(name):
     model = pooling(name)
     randomize(model, name)

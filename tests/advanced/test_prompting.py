@@ -106,16 +106,6 @@ def test_scores_are_the_summed_probabilities_of_a_labels_strings(tokenizer):
     assert model.longest_label == longest_label(tokenizer, BOTH) == n_tokens - 1
 
 
-def test_scores_under_autocast_are_finer_than_bfloat16(tokenizer):
-    model = classifier(tokenizer)
-    given = batch(tokenizer, ["the film was good", "a heart"])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = model.scores(*given)
-    assert scores.dtype == torch.float32
-    assert not torch.equal(scores, scores.bfloat16().float())
-    torch.testing.assert_close(scores, model.scores(*given), rtol=0.05, atol=0.2)
-
-
 def test_padding_and_other_rows_change_nothing(tokenizer):
     model = classifier(tokenizer)
     texts = ["the film was good and the story bad", "a", "a warm heart"]

@@ -75,29 +75,6 @@ def test_average_is_the_float64_mean_rounded_once(n):
         torch.testing.assert_close(mean[name], expected.to(dtype), rtol=0.0, atol=0.0)
 
 
-def test_average_needs_one_state_at_a_time():
-    alive = []
-
-    class State(dict):
-        def __init__(self, seed):
-            super().__init__(random_state(seed))
-            alive.append(seed)
-
-        def __del__(self):
-            alive.pop()
-
-    most = 0
-
-    def one_at_a_time():
-        nonlocal most
-        for seed in range(5):
-            yield State(seed)
-            most = max(most, len(alive))
-
-    average(one_at_a_time())
-    assert most <= 2
-
-
 def points(*values: float) -> list[dict[str, torch.Tensor]]:
     return [{"x": torch.tensor([value], dtype=torch.float64)} for value in values]
 
