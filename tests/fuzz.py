@@ -99,7 +99,7 @@ def _exit_code(act: Callable[[], None]) -> int | str:
 
 @contextlib.contextmanager
 def _captured() -> Iterator[Callable[[], str]]:
-    """Capture standard error, also of C++, with warnings in it, and drop standard output."""
+    """Capture standard error, also of C++, and drop standard output."""
     kept, streams = os.dup(2), (sys.stdout, sys.stderr)
     with tempfile.TemporaryFile() as file, open(os.devnull, "w", encoding="utf-8") as out:
         os.dup2(file.fileno(), 2)
@@ -112,10 +112,7 @@ def _captured() -> Iterator[Callable[[], str]]:
             return file.read().decode("utf-8", "replace")
 
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("always")
-                warnings.showwarning = lambda *args: print(args[:2], file=sys.stderr)
-                yield read
+            yield read
         finally:
             sys.stderr.close()
             sys.stdout, sys.stderr = streams
@@ -166,7 +163,7 @@ def run_cases(target: Target, n_cases: int, first_seed: int) -> int:
             case.replace(case.with_stem(f"{case.stem}-{len(problems)}"))
 
     with bounded_memory(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, on the strange tensors that are drawn
+        warnings.simplefilter("ignore")  # of torch, on strange tensors
         for batch in range(-(-n_cases // BATCH)):
             seed(first_seed + batch)(run)()
     n_problems = sum(problems.values())

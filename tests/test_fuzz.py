@@ -12,7 +12,7 @@ import fuzz
 from fuzz import Target, examine
 from fuzz_targets import TARGETS
 
-CASES = {"model": 700, "bin": 350, "state": 120, "data": 300, "labels": 150, "tokenizer": 400}
+CASES = {"model": 600, "bin": 350, "state": 120, "data": 300, "labels": 150, "tokenizer": 400}
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, on the strange tensors that are drawn
