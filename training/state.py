@@ -95,7 +95,7 @@ class StateFile:
                 "--restart to begin anew"
             )
         if changed or (source and mode == "auto"):
-            return None, what or "the source code has changed; --resume continues it"
+            return None, what or "the source code has changed"
         if source:
             distributed.say(f"warning: {self.path} was saved by other source code")
         return saved, None
