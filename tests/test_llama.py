@@ -171,6 +171,13 @@ def test_causal_generation_reads_each_token_once(monkeypatch):
     assert widths == [5, 1, 1, 1]
 
 
+def test_a_prefix_that_fills_the_context_makes_no_cache(monkeypatch):
+    model = random_llama(attention="causal", max_seq_len=16)
+    monkeypatch.setattr("fast.decode.KVCache", lambda *_, **__: pytest.fail("it is never read"))
+    for length in (16, 20):
+        assert model.generate(random_tokens(2, length), 3, 0.0).shape == (2, length + 3)
+
+
 def test_sampling_follows_the_softmax_of_the_scaled_logits():
     model = random_llama()
     idx = random_tokens(1, 4).expand(20000, -1)
