@@ -421,9 +421,9 @@ def _settings(
 def _require_output_names(args: argparse.Namespace, kind: str) -> None:
     """Raise InputError for an output that the submission check would not find."""
     for split in ("dev", "test"):
-        ending = f"{split}-{kind}-output.txt"
-        if not getattr(args, f"{split}_out").endswith(ending):
-            raise InputError(f"--{split}_out must end in {ending}, as DATASET-{ending}")
+        outfile, ending = getattr(args, f"{split}_out"), f"{split}-{kind}-output.txt"
+        if not outfile.endswith(ending):
+            raise InputError(f"--{split}_out {outfile}: must end in {ending}, as DATASET-{ending}")
 
 
 def _read_dev_and_test(

@@ -44,6 +44,12 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy in which nobody edits the source code while a run is interrupted and continued."""
+    return copy_project(tmp_path_factory.mktemp("project"))
+
+
 @pytest.fixture(autouse=True)
 def seeded_torch() -> None:
     """What a test draws depends on the run's seed and on the test, not on those before it.

@@ -104,8 +104,8 @@ def torchrun(n: int, script: Path | str, *options: str) -> list[str]:
     return [sys.executable, *launch, str(script), *options]
 
 
-def finetune_command(*options: str) -> list[str]:
+def finetune_command(*options: str, project: Path = ROOT) -> list[str]:
     """What `torchrun` or Python runs to finetune on a workplace's files."""
     data = ["--train", "toy-train.txt", "--dev", "toy-dev.txt", "--test", "toy-test.txt"]
     data += ["--label-names", "labels.json", "--pretrained-model-path", "model.pt"]
-    return [str(ROOT / "run_llama.py"), "--option", "finetune", *data, *options]
+    return [str(project / "run_llama.py"), "--option", "finetune", *data, *options]

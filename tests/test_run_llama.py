@@ -1,23 +1,35 @@
-"""run_llama.py through its real entry point: three modes, every option, every error."""
+"""run_llama.py through its entry point: what it computes, writes and says, and every error."""
 
-import io
-import json
-import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import oracle
 import run_llama
-from conftest import ROOT, random_llama, save_llama, shared_asset
+from classifier import LlamaEmbeddingClassifier
+from conftest import LABEL_NAMES, ROOT, ended, random_llama, save_llama, shared_asset
+from formats.torch_file import load_torch_file
+from helpers import CPU, assert_same_weights, environment
+from llama import Attention, Llama, load_pretrained
 from optimizer import AdamW
-from training.distributed import ALONE
-from training.labelled import PLACEHOLDER_SHA256, read_sentences
+from tokenizer import Tokenizer
+from training import loop, state
+from training.checkpoint import load_classifier, save_classifier
+from training.evaluation import Evaluation
+from training.labelled import read_sentences
+from training.options import PREFIX
+from utils import ArgumentParser, InputError, seed_everything
 
+# The assignment's options.
 DEFAULTS = {
     "train": "data/cfimdb-train.txt",
     "dev": "data/cfimdb-dev.txt",
@@ -37,6 +49,9 @@ DEFAULTS = {
     "hidden_dropout_prob": 0.3,
     "lr": 2e-5,
 }
+OURS = {"attention", "pooling", "tokenizer_path", "warmup", "lr_decay", "layer_decay", "bf16"}
+OURS |= {"backbone_dropout", "label_smoothing", "r_drop", "patience", "max_grad_norm", "train_acc"}
+OURS |= {"resume", "restart", "save_minutes"}
 
 
 def lines_of(path: str) -> list[str]:
@@ -50,49 +65,38 @@ def test_options_and_defaults_are_the_assignments_and_ours_are_optional(
     monkeypatch.chdir(tmp_path)
     args = vars(run_llama.get_args([]))
     assert {key: args.pop(key) for key in DEFAULTS} == DEFAULTS
-    assert args == {
-        "attention": None,
-        "pooling": None,
-        "tokenizer_path": None,
-        "warmup": 0.0,
-        "lr_decay": None,
-        "layer_decay": 1.0,
-        "backbone_dropout": None,
-        "label_smoothing": 0.0,
-        "r_drop": 0.0,
-        "patience": None,
-        "max_grad_norm": None,
-        "bf16": False,
-        "train_acc": "extra",
-        "resume": False,
-        "save_minutes": 5.0,
-    }
+    assert set(args) == OURS
     assert capsys.readouterr().out.count("args: ") == 1
+
+
+def test_every_option_has_a_help_text_with_its_default(monkeypatch):
+    parsers = []
+    monkeypatch.setattr(ArgumentParser, "parse_args", lambda self, _: parsers.append(self) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_llama.get_args([])
+    helps = {action.dest: action.help for action in parsers[0]._actions}
+    assert {*DEFAULTS, *OURS} == set(helps) - {"help"}
+    assert [name for name, text in helps.items() if "default: " not in text] == ["help"]
 
 
 # ---------------------------------------------------------------- generate
 
 
-def test_generate_writes_the_printed_continuations_of_the_assignments_prefix(run):
-    code, out, err = run("generate")
+def test_generate_continues_the_assignments_prefix_at_temperatures_0_and_1(run, workplace):
+    save_llama(random_llama(scale=2.0), workplace / "model.pt")
+    code, out, err = run("generate", "--seed", "5")
     assert (code, err) == (0, "")
     assert out.count("load model from model.pt") == 1
-    for temperature, name in (("0.0", "generated-sentence-temp-0.txt"), ("1.0", "-temp-1.txt")):
-        path = name if name[0] == "g" else f"generated-sentence{name}"
-        text = Path(path).read_bytes().decode("utf-8")
-        assert text.startswith(run_llama.PREFIX)
+    assert "device: cpu, attention: full, model: model.pt, parameters: 33,440" in out
+    seed_everything(5)
+    model, tokenizer = load_pretrained("model.pt"), Tokenizer(tokenizer_model="tokenizer.model")
+    idx = torch.tensor([tokenizer.encode(PREFIX, bos=True, eos=False)])
+    for temperature in (0.0, 1.0):
+        text = tokenizer.decode(model.generate(idx, 75, temperature)[0].tolist())
+        path = f"generated-sentence-temp-{temperature:.0f}.txt"
+        assert Path(path).read_bytes().decode("utf-8") == text
         assert f"Temperature is {temperature}\n{text}\n---------------\n" in out
         assert f"Wrote generated sentence to {path}." in out
-    assert "device: cpu, attention: full, model: model.pt, parameters: 33,440" in out
-
-
-def test_generate_is_reproducible_for_a_seed(run):
-    texts = []
-    for seed in ("1", "1", "2"):
-        out = f"temp-1-{len(texts)}.txt"
-        run("generate", "--seed", seed, "--generated_sentence_high_temp_out", out)
-        texts.append(Path(out).read_bytes())
-    assert texts[0] == texts[1] != texts[2]
 
 
 def test_attention_option_overrides_what_the_checkpoint_records(run, workplace):
@@ -105,224 +109,209 @@ def test_attention_option_overrides_what_the_checkpoint_records(run, workplace):
         assert f"attention: {mode}," in run("generate", *options)[1]
 
 
-def test_generate_pays_for_neither_scikit_learn_nor_transformers(run, workplace):
+def test_generate_pays_for_neither_scikit_learn_nor_transformers(workplace):
     script = (
         "import sys, run_llama; run_llama.main(sys.argv[1:]); "
         "print(sorted({'sklearn', 'scipy', 'transformers'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", script, "--pretrained-model-path", "model.pt"]
-    ended = subprocess.run(
-        command,
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-    )
-    assert ended.stdout.splitlines()[-1] == "[]"
+    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
-FREE = ["--attention", "causal", "--max_new_tokens", "6", "--temperature", "0"]
-
-
-def test_a_prefix_of_ones_own_is_continued_on_standard_output_and_nothing_is_written(
-    run, workplace
-):
-    before = sorted(workplace.iterdir())
-    code, out, err = run("generate", *FREE, "--prefix", "this movie is")
+@pytest.mark.parametrize("name", ["stories260K.pt", "stories260K.bin"])
+def test_real_weights_continue_the_prefix_in_words(run, name):
+    path = shared_asset(f"models/stories260K/{name}")
+    code, _, _ = run("generate", "--pretrained-model-path", str(path), "--attention", "causal")
     assert code == 0
-    assert out.startswith("this movie is ")
-    assert out.count("\n") == 1
-    assert "load model from model.pt" in err
-    assert sorted(workplace.iterdir()) == before
-    likeliest = ["--prefix", "this movie is", "--temperature", "1", "--top_k", "1"]
-    assert run("generate", *FREE, *likeliest, "--num_samples", "2")[1] == (
-        f"{out}---------------\n{out}"
-    )
-
-
-@pytest.mark.parametrize("option", [["--top_k", "1"], ["--temperature", "0"], ["--stop_at_eos"]])
-def test_any_option_of_free_generation_keeps_the_assignments_files_from_being_written(
-    run, workplace, option
-):
-    code, out, _ = run("generate", *option)
-    assert code == 0
-    assert out.startswith(run_llama.PREFIX[:40])
-    assert not list(workplace.glob("generated-sentence*"))
-
-
-def test_a_prefix_is_read_from_standard_input(run, monkeypatch):
-    expected = run("generate", *FREE, "--prefix", "a good\nmovie")[1]
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a good\r\nmovie\n")))
-    assert run("generate", *FREE, "--prefix", "-")[1] == expected
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
-    code, _, err = run("generate", *FREE, "--prefix", "-")
-    assert code == 2
-    assert "--prefix:1: byte 0xe9 is not UTF-8" in err
-
-
-def test_on_a_terminal_the_text_comes_in_pieces_and_is_the_same(run, monkeypatch):
-    options = ["--prefix", "this", "--max_new_tokens", "6", "--seed", "5", "--num_samples", "2"]
-    expected = run("generate", *options)[1]
-    written, write = [], sys.stdout.write
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(sys.stdout, "write", lambda text: written.append(text) or write(text))
-    assert run("generate", *options)[1] == expected
-    first = expected.partition("\n")[0]
-    assert first.startswith(written[0])
-    assert len(written[0]) < len(first)
-
-
-def test_a_prefix_longer_than_the_window_is_continued_with_a_warning(run):
-    code, out, err = run("generate", *FREE, "--prefix", "good " * 200)
-    assert code == 0
-    assert out.startswith("good good")
-    assert "of which the model reads the last 96" in err
+    text = Path("generated-sentence-temp-0.txt").read_text(encoding="utf-8")
+    words = [w.strip(".,!?\"'").lower() for w in text.removeprefix(PREFIX).split()[:-1]]
+    rows = read_sentences(shared_asset("data/sst-train.txt"))
+    vocabulary = {word.lower().strip("'") for sentence, _ in rows for word in sentence.split()}
+    assert len(words) > 15
+    assert sum(word in vocabulary for word in words) / len(words) > 0.9
 
 
 # ---------------------------------------------------------------- prompt
 
 
 @pytest.mark.parametrize("attention", ["full", "causal"])
-def test_prompt_writes_a_prediction_for_each_sentence_in_order(run, attention):
-    code, out, err = run("prompt", "--attention", attention)
-    assert (code, err) == (0, "")
-    for split in ("dev", "test"):
-        rows = read_sentences(f"toy-{split}.txt")
-        written = lines_of(f"toy-{split}-prompting-output.txt")
-        assert [line.split(" ||| ", 1)[1] for line in written] == [s for s, _ in rows]
-        predictions = [int(line.split(" ||| ")[0]) for line in written]
-        hits = [p == label for p, (_, label) in zip(predictions, rows, strict=True)]
-        assert f"{split} acc :: {sum(hits) / len(hits):.3f}\n" in out
+def test_prompt_predicts_by_the_oracles_scores_in_batches(run, workplace, attention):
+    model = random_llama(seed=5, attention=attention)
+    save_llama(model, workplace / "model.pt")
+    code, out, _ = run("prompt", "--attention", attention, "--batch_size", "3")
+    assert code == 0
+    tokenizer = Tokenizer(tokenizer_model="tokenizer.model")
+    labels = [tokenizer.encode(name, bos=False, eos=False)[0] for name in LABEL_NAMES]
+    rows = read_sentences("toy-dev.txt")
+
+    def predictions(ending: str, size: int = 3) -> list[int]:
+        question = f"Is this movie bad or good? This movie is{ending}"
+        prompts = [tokenizer.encode(f"{s} {question}", bos=True, eos=False) for s, _ in rows]
+        said = []
+        for batch in (prompts[i : i + size] for i in range(0, len(prompts), size)):
+            width = max(map(len, batch))
+            padded = [row + [tokenizer.pad_id] * (width - len(row)) for row in batch]
+            logits, _ = oracle.forward(model.state_dict(), model.config, padded)
+            for row, prompt in zip(logits, batch, strict=True):
+                last = len(prompt) - 1 if attention == "causal" else -1
+                said.append(int(np.argmax(row[last, labels])))
+        return said
+
+    with_space, without_space = predictions(" "), predictions("")
+    assert with_space != without_space  # else the space could be lost unnoticed
+    assert attention == "causal" or with_space != predictions(" ", size=8)  # so could batch_size
+    expected = without_space if attention == "causal" else with_space
+    written = [line.split(" ||| ", 1) for line in lines_of("toy-dev-prompting-output.txt")]
+    assert written == [[str(p), s] for p, (s, _) in zip(expected, rows, strict=True)]
+    accuracy = np.mean([p == label for p, (_, label) in zip(expected, rows, strict=True)])
+    assert f"dev acc :: {accuracy:.3f}\n" in out
 
 
 def test_prompt_asks_as_the_assignment_writes_it():
-    assert run_llama.prompt_suffix(["bad", "good"]) == ("Is this movie bad or good? This movie is ")
-    assert run_llama.prompt_suffix(["a", "b", "c", "d"]) == (
-        "Is this movie a, b, c, or d? This movie is "
-    )
+    assert run_llama.prompt_suffix(["bad", "good"]) == "Is this movie bad or good? This movie is "
+    question = "Is this movie a, b, c, or d? This movie is "
+    assert run_llama.prompt_suffix(["a", "b", "c", "d"]) == question
 
 
-def test_prompts_longer_than_the_model_are_cut_with_one_counted_warning(run, workplace):
+@pytest.fixture
+def seen(monkeypatch) -> list[torch.Tensor]:
+    """The token ids (B, T) of every pass through a Llama."""
+    batches, hidden_states = [], Llama.hidden_states
+
+    def recording(self, tokens, *options):
+        batches.append(tokens)
+        return hidden_states(self, tokens, *options)
+
+    monkeypatch.setattr(Llama, "hidden_states", recording)
+    return batches
+
+
+def test_long_prompts_leave_room_for_the_longest_label_and_one_warning_counts_them(
+    run, workplace, seen
+):
+    (workplace / "labels.json").write_text('["bad xyz", "good"]', encoding="utf-8")
     long = "a good film " * 40
-    (workplace / "toy-dev.txt").write_text(
-        f"0 ||| {long}\n1 ||| short\n0 ||| {long}b\n", encoding="utf-8"
-    )
+    (workplace / "toy-dev.txt").write_text(f"0 ||| {long}\n1 ||| short\n", encoding="utf-8")
     code, _, err = run("prompt")
-    assert code == 0
-    assert err.count("warning") == 1
-    assert "toy-dev.txt: 2 of 3 sentences" in err
-    assert [line.split(" ||| ")[1] for line in lines_of("toy-dev-prompting-output.txt")] == [
-        long.strip(),
-        "short",
-        f"{long}b",
-    ]
+    assert (code, err.count("warning")) == (0, 1)
+    assert "toy-dev.txt: 1 of 2 sentences" in err
+    assert max(tokens.shape[1] for tokens in seen) == random_llama().config.max_seq_len
+    said = [line.split(" ||| ")[1] for line in lines_of("toy-dev-prompting-output.txt")]
+    assert said == [long.strip(), "short"]
 
 
 # ---------------------------------------------------------------- finetune
 
 
-def test_finetune_overfits_eight_sentences(run, workplace):
-    code, out, err = run(
-        "finetune", "--epochs", "30", "--lr", "3e-3", "--hidden_dropout_prob", "0", "--pooling",
-        "mean",
-    )  # fmt: skip
+def test_finetune_overfits_eight_sentences(run):
+    options = ["--epochs", "30", "--lr", "3e-3", "--hidden_dropout_prob", "0", "--pooling", "mean"]
+    code, out, err = run("finetune", *options)
     assert (code, err) == (0, "")
     assert "pooling: mean" in out
-    assert "dev acc :: 1.000\ntest acc :: 1.000\n" in out.replace(
-        "load 8 data from toy-test.txt\n", ""
-    )
-    assert "dev macro f1 :: 1.000" in out
+    for line in ("dev acc :: 1.000", "test acc :: 1.000", "dev macro f1 :: 1.000"):
+        assert f"\n{line}\n" in out
     gold = [f"{label} ||| {sentence}" for sentence, label in read_sentences("toy-dev.txt")]
     assert lines_of("toy-dev-finetuning-output.txt") == gold
     assert lines_of("toy-test-finetuning-output.txt") == gold
-
-
-def test_finetune_reports_each_epoch_and_a_table(run):
-    _, out, _ = run("finetune", "--epochs", "2", "--lr", "1e-3")
     lines = out.splitlines()
-    epochs = [line for line in lines if line.startswith("epoch ")]
-    assert len(epochs) == 2
-    loss, train_acc, dev_acc = (part.split(":: ")[1] for part in epochs[1].split(", "))
-    start = lines.index("Epoch | Train Loss | Train Acc | Dev Acc")
-    assert [cell.strip() for cell in lines[start + 2].split("|")] == ["1", loss, train_acc, dev_acc]
+    loss, train_acc, dev_acc = (
+        part.split(":: ")[1]
+        for part in next(x for x in lines if x.startswith("epoch 1:")).split(", ")
+    )
+    row = lines[lines.index("Epoch | Train Loss | Train Acc | Dev Acc") + 2]
+    assert [cell.strip() for cell in row.split("|")] == ["1", loss, train_acc, dev_acc]
+    saved = load_torch_file("finetune-toy-30-0.003.pt")
+    assert saved["label_names"] == ["bad", "good"] and len(saved["tokenizer_sha256"]) == 64
+    assert saved["model_config"]["pooling"] == "mean"
 
 
-def test_finetune_evaluates_the_best_epoch_not_the_last(run, monkeypatch):
-    evaluate = run_llama.evaluate
-    checkpoints = []
+def test_finetune_tests_the_best_epoch_not_the_last(run, monkeypatch):
+    heads = []
 
-    def scripted(model, loader, device, description, bf16=False, ranks=ALONE):
-        result = evaluate(model, loader, device, description, bf16, ranks)
-        accuracy = {"eval train": 0.5, "eval dev": [0.9, 0.1][len(checkpoints)]}[description]
+    def scripted(model, data, batch_size, device, bf16=False, description="eval"):
         if description == "eval dev":
-            checkpoints.append(model.classifier_head.bias.detach().clone())
-        return result.__class__(accuracy, 0.5, [], [], [], [])
+            heads.append(model.classifier_head.bias.detach().clone())
+        accuracy = 0.5 if description == "eval train" else [0.9, 0.1][len(heads) - 1]
+        return Evaluation(accuracy, 0.5, [], [], [], [])
 
-    monkeypatch.setattr("training.loop.evaluate", scripted)
-    run("finetune", "--epochs", "2", "--lr", "1e-2")
-    kept = torch.load("finetune-toy-2-0.01.pt", weights_only=True)["model"]
-    assert torch.equal(kept["classifier_head.bias"], checkpoints[0])
-    assert not torch.equal(kept["classifier_head.bias"], checkpoints[1])
-
-
-def test_finetune_is_reproducible_for_a_seed(run):
-    outputs = [run("finetune", "--epochs", "1", "--seed", seed)[1] for seed in ("1", "1", "2")]
-    epochs = [[line for line in out.splitlines() if "epoch 0" in line] for out in outputs]
-    assert epochs[0] == epochs[1] != epochs[2]
+    monkeypatch.setattr(loop, "evaluate", scripted)
+    code, _, err = run("finetune", "--epochs", "2", "--lr", "1e-2")
+    assert code == 0, err
+    kept = load_torch_file("finetune-toy-2-0.01.pt")["model"]["classifier_head.bias"]
+    assert torch.equal(kept, heads[0]) and not torch.equal(kept, heads[1])
 
 
-def test_checkpoints_of_two_data_sets_do_not_overwrite_each_other(run, workplace):
-    (workplace / "other-train.txt").write_bytes((workplace / "toy-train.txt").read_bytes())
-    run("finetune", "--epochs", "1")
-    run("finetune", "--epochs", "1", "--train", "other-train.txt")
-    for name in ("finetune-toy-1-2e-05.pt", "finetune-other-1-2e-05.pt"):
-        saved = torch.load(workplace / name, weights_only=True)
-        assert saved["label_names"] == ["bad", "good"]
-        assert saved["model_config"]["pooling"] == "position"
-        assert saved["model_args"]["attention"] == "full"
-        assert len(saved["tokenizer_sha256"]) == 64
+def test_training_gets_what_the_command_line_says(run, monkeypatch):
+    calls, train_classifier = [], run_llama.train_classifier
+
+    def recording(model, train_data, dev_data, **options):
+        of_model = {"hidden_dropout_prob": model.dropout.p}
+        of_model["backbone_dropout"] = model.llama.config.dropout
+        calls.append({**options, **asdict(options["recipe"]), **of_model})
+        return train_classifier(model, train_data, dev_data, **options)
+
+    monkeypatch.setattr(run_llama, "train_classifier", recording)
+    said = {"epochs": 2, "batch_size": 3, "lr": 0.01, "seed": 5, "hidden_dropout_prob": 0.25}
+    said |= {"warmup": 0.2, "lr_decay": "cosine", "layer_decay": 0.9, "max_grad_norm": 3.0}
+    said |= {"label_smoothing": 0.1, "r_drop": 0.5, "patience": 7, "backbone_dropout": 0.05}
+    words = [word for key, value in said.items() for word in (f"--{key}", str(value))]
+    assert run("finetune", *words, "--train_acc", "running", "--bf16")[0] == 0
+    said |= {"running_train_acc": True, "bf16": True}
+    assert [{key: call[key] for key in said} for call in calls] == [said]
 
 
-def test_a_label_absent_from_the_train_file_leaves_no_hole_in_the_head(run, workplace):
-    (workplace / "labels.json").write_text('["awful", "bad", "good"]', encoding="utf-8")
-    (workplace / "toy-train.txt").write_text("0 ||| bad film\n2 ||| good film\n", encoding="utf-8")
-    (workplace / "toy-dev.txt").write_text("1 ||| a film\n", encoding="utf-8")
-    assert run("finetune", "--epochs", "1")[0] == 0
+@pytest.mark.parametrize("option", ["prompt", "finetune"])
+def test_the_model_reads_max_sentence_len_tokens_in_batches_of_batch_size(
+    run, workplace, seen, option
+):
+    run(option, "--max_sentence_len", "2", "--batch_size", "3", "--epochs", "1")
+    tokenizer = Tokenizer(tokenizer_model="tokenizer.model")
+    question = run_llama.prompt_suffix(LABEL_NAMES) if option == "prompt" else ""
+    asked = tokenizer.encode(question, bos=False, eos=False)
+    expected = {
+        (tokenizer.bos_id, *tokenizer.encode(sentence, bos=False, eos=False)[:2], *asked)
+        for sentence, _ in read_sentences("toy-dev.txt")  # train and test are the same
+    }
+    assert {tuple(row) for tokens in seen for row in tokens.tolist()} == expected
+    assert sorted({len(tokens) for tokens in seen}) == [2, 3]  # of 8 sentences
+    kind = {"prompt": "prompting", "finetune": "finetuning"}[option]
+    assert lines_of(f"toy-dev-{kind}-output.txt")[0].endswith("this film is bad")
 
 
 @pytest.mark.parametrize("option", ["prompt", "finetune"])
 def test_a_test_file_without_gold_labels_has_no_accuracy(run, workplace, option):
-    (workplace / "toy-test.txt").write_text(
-        "-1 ||| a good film\n-1 ||| a bad film\n", encoding="utf-8"
-    )
+    text = "-1 ||| a good film\n-1 ||| a bad film\n"
+    (workplace / "toy-test.txt").write_text(text, encoding="utf-8")
     code, out, _ = run(option, "--epochs", "1")
     assert code == 0
-    assert "test acc :: n/a (no gold labels)" in out
-    assert "test macro f1" not in out
+    assert "test acc :: n/a (no gold labels)" in out and "test macro f1" not in out
     kind = {"prompt": "prompting", "finetune": "finetuning"}[option]
     assert len(lines_of(f"toy-test-{kind}-output.txt")) == 2
 
 
-def test_the_placeholder_file_is_known_by_its_content_not_its_name(run, workplace):
-    (workplace / "toy-test.txt").write_bytes(shared_asset("data/cfimdb-test.txt").read_bytes())
-    (workplace / "toy-dev.txt").write_text("0 ||| a bad film\n1 ||| good\n", encoding="utf-8")
-    code, out, _ = run("prompt", "--batch_size", "64", "--max_sentence_len", "5")
+def test_labels_of_the_mapping_that_never_occur_are_warned_of_once(run, workplace):
+    """Such as SST's five names for CFIMDB's two labels."""
+    (workplace / "labels.json").write_text('["a", "b", "c", "d", "e"]', encoding="utf-8")
+    code, _, err = run("finetune", "--epochs", "1")
     assert code == 0
-    assert "test acc :: n/a (no gold labels)" in out
-    assert len(PLACEHOLDER_SHA256) == 1
+    assert err.count("\n") == 1
+    assert "warning: labels.json names 5 labels, but 2, 3, 4 never occur in toy-train.txt" in err
 
 
-def test_max_sentence_len_cuts_what_the_model_reads_and_not_what_is_written(run, workplace):
-    (workplace / "toy-dev.txt").write_text(
-        "0 ||| good bad\n1 ||| good bad film and story\n", encoding="utf-8"
-    )
-    run("finetune", "--epochs", "1", "--max_sentence_len", "2", "--batch_size", "1")
-    first, second = lines_of("toy-dev-finetuning-output.txt")
-    assert first.split(" ||| ")[0] == second.split(" ||| ")[0]  # the same two tokens were read
-    assert second.endswith("good bad film and story")
+def test_predictions_are_named_after_their_data(workplace, capsys):
+    for split in ("train", "dev", "test"):
+        Path(f"toy-{split}.txt").rename(f"sst-{split}.txt")
+    argv = ["--option", "finetune", "--epochs", "1", "--label-names", "labels.json"]
+    argv += ["--train", "sst-train.txt", "--dev", "sst-dev.txt", "--test", "sst-test.txt"]
+    argv += ["--pretrained-model-path", "model.pt"]
+    assert ended(lambda: run_llama.main(argv), capsys)[0] == 0
+    names = sorted(path.name for path in workplace.glob("*-output.txt"))
+    assert names == ["sst-dev-finetuning-output.txt", "sst-test-finetuning-output.txt"]
 
 
-# ---------------------------------------------------------------- errors: one line, exit code 2
+# ---------------------------------------------------------------- errors
 
 
 def write(name: str, content: bytes):
@@ -333,52 +322,34 @@ def nothing(folder: Path) -> None:
     pass
 
 
+LOW = "--generated_sentence_low_temp_out"
 ERRORS = [
-    ("generate", ["--seed", "-1"], nothing, ["--seed", "'-1'"]),
-    ("generate", ["--seed", "x"], nothing, ["--seed", "'x'"]),
     ("finetune", ["--epochs", "0"], nothing, ["--epochs", "'0'"]),
-    ("finetune", ["--batch_size", "0"], nothing, ["--batch_size", "'0'"]),
-    ("finetune", ["--lr", "nan"], nothing, ["--lr", "'nan'"]),
-    ("finetune", ["--lr", "-1"], nothing, ["--lr", "'-1'"]),
-    ("finetune", ["--hidden_dropout_prob", "1"], nothing, ["--hidden_dropout_prob", "'1'"]),
-    ("finetune", ["--max_sentence_len", "0"], nothing, ["--max_sentence_len", "'0'"]),
-    ("generate", ["--attention", "none"], nothing, ["--attention", "'none'"]),
-    ("generate", ["--pooling", "max"], nothing, ["--pooling", "'max'"]),
-    ("generate", ["--nonsense"], nothing, ["--nonsense"]),
     ("generate", ["--option", "train"], nothing, ["--option", "'train'"]),
+    ("generate", ["--pretrained_model_path", "x.pt"], nothing, ["mean --pretrained-model-path?"]),
+    ("generate", ["--resume"], nothing, ["--resume", "--option finetune"]),
     ("generate", ["--pretrained-model-path", "no.pt"], nothing, ["no.pt", "setup.sh"]),
     ("generate", ["--pretrained-model-path", "."], nothing, ["is not a file"]),
     ("generate", [], write("model.pt", b"<html>not found</html>"), ["model.pt", "text page"]),
     ("generate", ["--tokenizer_path", "no.model"], nothing, ["no.model", "setup.sh"]),
     ("generate", [], write("tokenizer.model", b"garbage"), ["tokenizer.model", "SentencePiece"]),
-    (
-        "generate",
-        ["--generated_sentence_low_temp_out", "no/out.txt"],
-        nothing,
-        ["no/out.txt", "folder does not exist"],
-    ),
-    (
-        "generate",
-        ["--generated_sentence_low_temp_out", "."],
-        nothing,
-        ["is no name for an output file"],
-    ),
+    ("generate", [LOW, "no/out.txt"], nothing, ["no/out.txt", "folder does not exist"]),
+    ("generate", [LOW, "model.pt"], nothing, ["model.pt: is an input"]),
+    ("generate", [LOW, "tokenizer.model"], nothing, ["tokenizer.model: is an input"]),  # found
+    ("generate", [LOW, str(ROOT / "llama.py")], nothing, ["llama.py: is a file of the project"]),
+    ("generate", [LOW, str(ROOT / "data/demo-dev.txt")], nothing, ["is a file of the project"]),
     ("prompt", ["--dev_out", "dev.txt"], nothing, ["dev.txt", "dev-prompting-output.txt"]),
-    ("prompt", ["--test_out", "t.txt"], nothing, ["t.txt", "test-prompting-output.txt"]),
+    ("prompt", ["--dev", "x-dev-prompting-output.txt", "--dev_out", "x-dev-prompting-output.txt"],
+     nothing, ["is an input"]),
     ("prompt", ["--pooling", "mean"], nothing, ["mean", "position"]),
-    ("finetune", ["--dev_out", "d.txt"], nothing, ["d.txt", "dev-finetuning-output.txt"]),
     ("finetune", ["--test_out", "t.txt"], nothing, ["t.txt", "test-finetuning-output.txt"]),
-    ("prompt", ["--label-names", "no.json"], nothing, ["no.json", "no such file"]),
     ("prompt", [], write("labels.json", b'{"0": "bad"}'), ["labels.json", "JSON list"]),
-    ("prompt", ["--dev", "no.txt"], nothing, ["no.txt", "no such file"]),
-    ("finetune", ["--train", "no.txt"], nothing, ["no.txt", "no such file"]),
     ("finetune", ["--test", "no.txt"], nothing, ["no.txt", "no such file"]),
     ("prompt", [], write("toy-dev.txt", b"0 ||| a\n7 ||| b\n"), ["toy-dev.txt:2", "7"]),
-    ("finetune", [], write("toy-train.txt", b"1 ||| a\nno label\n"), ["toy-train.txt:2"]),
+    ("finetune", [], write("toy-train.txt", b"good ||| a\n"), ["toy-train.txt:1", "write 1"]),
     ("finetune", [], write("toy-dev.txt", b"-1 ||| a\n"), ["toy-dev.txt:1", "test files only"]),
-    ("finetune", [], write("toy-train.txt", b""), ["toy-train.txt", "no example"]),
     ("prompt", [], write("toy-test.txt", b"0 ||| caf\xe9\n"), ["toy-test.txt:1", "0xe9"]),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("option", "options", "spoil", "words"), ERRORS)
@@ -388,130 +359,104 @@ def test_errors_are_one_line_with_value_and_place_and_leave_no_file(
     spoil(workplace)
     before = sorted(path.name for path in workplace.iterdir())
     code, _, err = run(option, *options)
-    assert code == 2
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    for word in words:
-        assert word in err
+    assert code == 2 and err.count("\n") == 1
+    assert [word for word in words if word not in err] == []
     assert sorted(path.name for path in workplace.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", ["generate", "prompt", "finetune"])
+def test_a_bug_in_the_model_shows_its_traceback(run, monkeypatch, option):
+    def forward(self, x, *_):
+        B, T = x.shape  # the third dimension is forgotten
+        return x.view(B, T, -1)
+
+    monkeypatch.setattr(Attention, "forward", forward)
+    with pytest.raises(ValueError, match="too many values to unpack") as bug:
+        run(option)
+    assert not isinstance(bug.value, InputError)
+
+
+def test_a_vocabulary_unlike_the_checkpoints_is_named_with_both_sizes(run, workplace):
+    save_llama(random_llama(vocab_size=100), workplace / "model.pt")
+    for option in ("generate", "prompt", "finetune"):
+        code, _, err = run(option)
+        assert code == 2
+        assert "320 tokens, the checkpoint has 100" in err and "--tokenizer_path" in err
 
 
 @pytest.mark.skipif(
     torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU here"
 )
-@pytest.mark.parametrize("option", ["generate", "prompt", "finetune"])
-def test_use_gpu_without_a_gpu_is_one_line(run, option):
-    code, _, err = run(option, "--use_gpu")
-    assert code == 2
-    assert err.count("\n") == 1
-    assert "neither a CUDA nor an MPS device" in err
-
-
-def test_vocabulary_unlike_the_checkpoints_is_named_with_both_sizes(run, workplace):
-    save_llama(random_llama(vocab_size=100), workplace / "model.pt")
+def test_use_gpu_without_a_gpu_is_one_line(run):
     for option in ("generate", "prompt", "finetune"):
-        code, _, err = run(option)
-        assert code == 2
-        assert "320" in err
-        assert "100" in err
-        assert "--tokenizer_path" in err
+        code, _, err = run(option, "--use_gpu")
+        assert code == 2 and err.count("\n") == 1
+        assert "neither a CUDA nor an MPS device" in err
 
 
-def test_tokenizer_path_names_the_tokenizer(run, workplace):
-    (workplace / "tokenizer.model").rename(workplace / "elsewhere.bin")
-    assert run("generate", "--tokenizer_path", "elsewhere.bin")[0] == 0
-
-
-def test_real_process_ends_with_one_line_and_code_2(workplace):
+def test_a_real_process_ends_with_one_line_and_code_2(workplace):
     command = [sys.executable, str(ROOT / "run_llama.py"), "--pretrained-model-path", "no.pt"]
-    ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("run_llama.py: error: no.pt: ")
-    assert ended.stderr.count("\n") == 1
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("run_llama.py: error: no.pt: ") and done.stderr.count("\n") == 1
 
 
-# ---------------------------------------------------------------- the assignment's own functions
+# ---------------------------------------------------------------- the assignment's functions
 
 
 @pytest.fixture
 def args(workplace) -> Namespace:
     """What the assignment's get_args returns and main adds: none of our own options."""
     names = {key: f"toy-{key}.txt" for key in ("train", "dev", "test")}
-    return Namespace(
-        **{
-            **DEFAULTS,
-            **names,
-            "label_names": "labels.json",
-            "pretrained_model_path": "model.pt",
-            "option": "finetune",
-            "epochs": 1,
-            "dev_out": "toy-dev-finetuning-output.txt",
-            "test_out": "toy-test-finetuning-output.txt",
-            "filepath": "my-model.pt",
-        }
-    )
+    outputs = {f"{key}_out": f"toy-{key}-finetuning-output.txt" for key in ("dev", "test")}
+    ours = {"label_names": "labels.json", "pretrained_model_path": "model.pt", "epochs": 2}
+    rest = {"option": "finetune", "filepath": "my-model.pt", "lr": 1e-3}
+    return Namespace(**{**DEFAULTS, **names, **outputs, **ours, **rest})
 
 
-def test_assignment_data_functions_work_together(args, tokenizer):
-    data, n_labels = run_llama.create_data(args.train, tokenizer, "train")
-    assert n_labels == 2
-    sentence, label, tokens = data[0]
-    assert (sentence, label) == ("this film is bad", 0)
-    assert tokens == tokenizer.encode(sentence, bos=True, eos=True)
-    prompted = run_llama.create_data(
-        args.dev, tokenizer, "valid", lower=True, eos=False, prompt_suffix="So?"
-    )
+def test_its_data_functions_work_together(args, tokenizer):
+    Path("gap.txt").write_text("0 ||| A Film\n2 ||| Fine\n", encoding="utf-8")
+    data, n_labels = run_llama.create_data("gap.txt", tokenizer, "train", lower=True)
+    assert (n_labels, data[0].sentence, data[0].label) == (3, "a film", 0)
+    assert data[0].tokens == tokenizer.encode("a film", bos=True, eos=True)
+    Path("unknown.txt").write_text("-1 ||| a\n", encoding="utf-8")
+    assert run_llama.create_data("unknown.txt", tokenizer, "test")[0].label == -1
+    prompted = run_llama.create_data(args.dev, tokenizer, "valid", eos=False, prompt_suffix="So?")
     assert prompted[0].sentence == "this film is bad So?"
+    args.max_sentence_len = 4
     dataset = run_llama.LlamaDataset(prompted, args)
-    loader = DataLoader(dataset, shuffle=False, batch_size=3, collate_fn=dataset.collate_fn)
-    batch = next(iter(loader))
-    expected = tokenizer.encode("this film is bad So?", bos=True, eos=False)
+    batch = next(iter(DataLoader(dataset, batch_size=3, collate_fn=dataset.collate_fn)))
+    expected = tokenizer.encode("this film is bad So?", bos=True, eos=False)[:5]
     assert batch["token_ids"][0, : len(expected)].tolist() == expected
-    assert (batch["token_ids"][0, len(expected) :] == tokenizer.pad_id).all()
     assert set(batch) == {"token_ids", "labels", "lengths", "sents"}
 
 
-def test_assignment_data_functions_take_what_the_assignments_do(args, tokenizer):
-    Path("gap.txt").write_text("0 ||| A Film\n2 ||| Fine\n", encoding="utf-8")
-    data, n_labels = run_llama.create_data("gap.txt", tokenizer, "train", lower=True)
-    assert (n_labels, data[0].sentence) == (3, "a film")
-    Path("unknown.txt").write_text("-1 ||| a\n", encoding="utf-8")
-    assert run_llama.create_data("unknown.txt", tokenizer, "test")[0].label == -1
-    args.max_sentence_len = 2
-    dataset = run_llama.LlamaDataset([("this film is bad", 0)], args)
-    assert len(dataset[0].tokens) == 3  # two, and the beginning
-
-
-def test_assignment_train_test_and_save_work_on_its_args(args, tokenizer, capsys):
-    for _ in range(2):  # and leave nothing that bars the next run of the same script
+def test_its_train_test_and_save_work_on_its_args(args, tokenizer, capsys):
+    for _ in range(2):  # nothing is left that bars the next run of the same script
         run_llama.seed_everything(args.seed)
         run_llama.train(args)
-        run_llama.test(args)
-    out = capsys.readouterr().out
-    assert "epoch 0: train loss :: " in out
-    assert "dev acc :: " in out
-    assert "load model from my-model.pt" in out
-
-    model = run_llama.load_classifier("my-model.pt")[0]
+        results = run_llama.test(args)
+    assert "load model from my-model.pt" in capsys.readouterr().out
+    model, _ = load_classifier("my-model.pt")
     config = Namespace(
         num_labels=2, pretrained_model_path="model.pt", option="finetune", hidden_dropout_prob=0.3
     )
-    optimizer = AdamW(model.parameters())
-    run_llama.save_model(model, optimizer, args, config, "again.pt")
-    assert "optim" in torch.load("again.pt", weights_only=True)
+    run_llama.save_model(model, AdamW(model.parameters()), args, config, "again.pt")
+    assert "optim" in load_torch_file("again.pt")
+    dataset = run_llama.LlamaDataset(
+        run_llama.create_data(args.dev, tokenizer, "valid", eos=False), args
+    )
+    loader = DataLoader(dataset, batch_size=8, collate_fn=dataset.collate_fn)
+    again, _ = load_classifier("again.pt")
+    accuracy, f1, predictions, labels, sents = run_llama.model_eval(loader, again, CPU)
+    dev = results["dev"]
+    assert (accuracy, f1) == (dev.accuracy, dev.macro_f1)
+    assert (predictions, labels, sents) == (dev.predictions, dev.labels, dev.sentences)
+    run_llama.write_predictions_to_file("dev", "out.txt", accuracy, predictions, sents)
+    assert lines_of("out.txt") == lines_of(args.dev_out)
 
-    dataset = run_llama.LlamaDataset(run_llama.create_data(args.dev, tokenizer, "valid"), args)
-    loader = DataLoader(dataset, batch_size=4, collate_fn=dataset.collate_fn)
-    again = run_llama.load_classifier("again.pt")[0]
-    results = [run_llama.model_eval(loader, m, torch.device("cpu")) for m in (model, again)]
-    assert results[0] == results[1]
-    accuracy, _, predictions, labels, sentences = results[0]
-    assert len(predictions) == len(labels) == len(sentences) == 8
-    run_llama.write_predictions_to_file("dev", "out.txt", accuracy, predictions, sentences)
-    assert lines_of("out.txt")[0] == f"{predictions[0]} ||| {sentences[0]}"
 
-
-def test_assignment_generate_sentence_and_prompting_work_on_its_args(args):
+def test_its_generating_and_prompting_work_on_its_args(args):
     run_llama.generate_sentence(args, "a good film", "out.txt", max_new_tokens=3)
     assert Path("out.txt").read_text(encoding="utf-8").startswith("a good film")
     args.option = "prompt"
@@ -520,34 +465,171 @@ def test_assignment_generate_sentence_and_prompting_work_on_its_args(args):
     assert len(lines_of(args.dev_out)) == 8
 
 
-# ---------------------------------------------------------------- real weights
+@pytest.fixture
+def interrupted(args, monkeypatch) -> dict[str, torch.Tensor]:
+    """A call of train(args) was stopped in its second epoch; what a whole one ends in."""
+    run_llama.seed_everything(args.seed)
+    run_llama.train(args)
+    whole = load_torch_file("my-model.pt")["model"]
+    take_step, steps = loop.take_step, []
+
+    def stopping(*given):
+        take_step(*given)
+        steps.append(1)
+        if len(steps) == 2:  # of one batch in each epoch
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(state.Stopped):
+        patch.setattr(loop, "take_step", stopping)
+        run_llama.seed_everything(args.seed)
+        run_llama.train(args)
+    assert Path("my-model.state.pt").exists()
+    return whole
 
 
-@pytest.mark.parametrize("name", ["stories260K.pt", "stories260K.bin"])
-def test_real_weights_continue_the_prefix_in_words(run, name):
-    path = shared_asset(f"models/stories260K/{name}")
-    code, out, _ = run("generate", "--pretrained-model-path", str(path), "--attention", "causal")
-    assert code == 0
-    text = Path("generated-sentence-temp-0.txt").read_text(encoding="utf-8")
-    continuation = text.removeprefix(run_llama.PREFIX).split()
-    vocabulary = shared_words()
-    known = [word.strip(".,!?\"'").lower() in vocabulary for word in continuation[:-1]]
-    assert len(known) > 15
-    assert sum(known) / len(known) > 0.9  # English words, not pieces of them
-    assert "attention: causal, model: " + name in out
+OLD = Path("my-model.state.old.pt")
 
 
-def shared_words() -> set[str]:
-    """Every word of the SST training sentences."""
-    rows = read_sentences(shared_asset("data/sst-train.txt"))
-    return {word.lower().strip("'") for sentence, _ in rows for word in sentence.split()}
+@pytest.mark.parametrize("how", ["again", "resume"])
+def test_a_script_that_calls_train_again_continues(args, interrupted, capsys, how):
+    setattr(args, how, True)
+    run_llama.seed_everything(3)  # not what decides
+    run_llama.train(args)
+    assert "continue my-model.state.pt in epoch 1, batch 1" in capsys.readouterr().out
+    assert_same_weights(load_torch_file("my-model.pt")["model"], interrupted)
+    assert not Path("my-model.state.pt").exists() and not OLD.exists()
 
 
-def test_committed_label_names_are_those_of_the_data(workplace):
-    for dataset, n_labels in (("sst", 5), ("cfimdb", 2)):
-        names = json.loads(
-            (ROOT / f"data/{dataset}-label-mapping.json").read_text(encoding="utf-8")
-        )
-        assert len(names) == n_labels
-        labels = {label for _, label in read_sentences(shared_asset(f"data/{dataset}-train.txt"))}
-        assert labels == set(range(n_labels))
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda args: setattr(args, "restart", True), "(--restart)"),
+        (lambda args: setattr(args, "seed", 5), "(seed: 1337 there, 5 here)"),
+        (lambda args: write("toy-train.txt", b"0 ||| a\n1 ||| b\n")(Path()), "(train_sha256: "),
+        (lambda args: save_llama(random_llama(seed=1), Path("model.pt")), "(model_sha256: "),
+        (None, "(the source code has changed)"),
+    ],
+)
+def test_what_differs_begins_anew_and_the_old_state_lies_beside_it(
+    args, interrupted, capsys, monkeypatch, change, words
+):
+    if change is None:
+        monkeypatch.setattr(state, "source_digest", lambda: "another")
+    else:
+        change(args)
+    run_llama.seed_everything(args.seed)
+    assert [report.epoch for report in run_llama.train(args)] == [0, 1]
+    out, err = capsys.readouterr()
+    assert f"my-model.state.pt is not continued {words}" in err
+    assert f"it is kept as {OLD}" in err and "continue my-model" not in out
+    assert load_torch_file(OLD)["progress"]["epoch"] == 1
+
+
+def test_resume_insists_past_changed_code_but_not_past_changed_settings(
+    args, interrupted, monkeypatch, capsys
+):
+    args.resume, args.lr = True, 0.5
+    with pytest.raises(InputError, match=r"another run \(lr: 0\.001 there, 0\.5 here\)"):
+        run_llama.train(args)
+    args.lr = 1e-3
+    monkeypatch.setattr(state, "source_digest", lambda: "another")
+    run_llama.train(args)
+    assert "warning: my-model.state.pt was saved by other source code" in capsys.readouterr().err
+    assert_same_weights(load_torch_file("my-model.pt")["model"], interrupted)
+
+
+def test_a_script_may_not_train_into_a_file_that_it_reads(args):
+    for args.filepath in ("model.pt", "tokenizer.model", "toy-train.txt", "labels.json"):
+        with pytest.raises(InputError, match="is an input and would be replaced"):
+            run_llama.train(args)
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"label_names": ["good", "bad"]}, ["['good', 'bad']", "['bad', 'good']"]),
+        ({"tokenizer_sha256": "0" * 64}, ["another tokenizer", "tokenizer.model"]),
+        ({"vocab_size": 100}, ["320 tokens", "100"]),
+    ],
+)
+def test_a_checkpoint_of_other_labels_tokenizer_or_vocabulary_is_one_line(args, saved, words):
+    config = SimpleNamespace(num_labels=2, option="finetune", hidden_dropout_prob=0.0)
+    llama = random_llama(vocab_size=saved.pop("vocab_size", 320))
+    save_classifier("my-model.pt", LlamaEmbeddingClassifier(config, llama), config, **saved)
+    with pytest.raises(InputError) as refused:
+        run_llama.test(args)
+    assert "\n" not in str(refused.value)
+    assert [word for word in words if word not in str(refused.value)] == []
+    assert not list(Path().glob("*-output.txt"))
+
+
+# ---------------------------------------------------------------- a script of one's own
+
+# In the form of the assignment's run_llama.py: its own data functions and loop, which hand the
+# model token ids alone, over our llama, classifier, optimizer, tokenizer and utils.
+SCRIPT = """
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from types import SimpleNamespace
+
+from classifier import LlamaZeroShotClassifier, LlamaEmbeddingClassifier
+from llama import Llama, load_pretrained
+from optimizer import AdamW
+from tokenizer import Tokenizer
+from utils import *
+
+def read(path, tokenizer):
+    with open(path, encoding="utf-8") as file:
+        pairs = [line.lower().strip().split(" ||| ") for line in file]
+    return [(tokenizer.encode(text, bos=True, eos=True), int(label)) for label, text in pairs]
+
+def collate(rows):
+    width = max(len(ids) for ids, _ in rows)
+    ids = [ids + [tokenizer.pad_id] * (width - len(ids)) for ids, _ in rows]
+    return torch.LongTensor(ids), torch.LongTensor([label for _, label in rows])
+
+seed_everything(1337)
+tokenizer = Tokenizer(None, "tokenizer.model")
+rows = read("toy-train.txt", tokenizer)
+loader = DataLoader(rows, shuffle=True, batch_size=4, collate_fn=collate)
+config = SimpleNamespace(
+    hidden_dropout_prob=0.0, pretrained_model_path="model.pt", num_labels=2, option="finetune"
+)
+model = LlamaEmbeddingClassifier(config)
+optimizer = AdamW(model.parameters(), lr=3e-3)
+for epoch in range(20):
+    model.train()
+    for b_ids, b_labels in loader:
+        optimizer.zero_grad()
+        loss = F.nll_loss(model(b_ids), b_labels.view(-1), reduction="sum") / 4
+        loss.backward()
+        optimizer.step()
+model.eval()
+with torch.no_grad():
+    together = model(collate(rows)[0])
+    alone = torch.cat([model(collate([row])[0]) for row in rows])
+print("accuracy", (together.argmax(1) == collate(rows)[1]).float().mean().item())
+print("padding", bool((together - alone).abs().max() > 1e-4))
+print("asked", LlamaZeroShotClassifier(config, tokenizer, ["bad", "good"])(collate(rows)[0]).shape)
+llama = load_pretrained("model.pt")
+start = torch.tensor(tokenizer.encode("a good film", bos=True, eos=False)).unsqueeze(0)
+ids = llama.generate(start, max_new_tokens=5, temperature=0.0)[0].tolist()
+print("text", tokenizer.decode(ids))
+"""
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+def test_a_script_in_the_assignments_form_runs_on_our_modules(workplace, attention):
+    """Also over a checkpoint that records causal attention, whose padding is then no word."""
+    save_llama(random_llama(scale=1.0), workplace / "model.pt", attention=attention)
+    Path("script.py").write_text(SCRIPT, encoding="utf-8")
+    env = {**environment(), "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert said["accuracy"] == "1.0"
+    assert said["padding"] == str(attention == "full")
+    assert said["asked"] == "torch.Size([8, 2])"
+    assert said["text"].startswith("a good film")

@@ -6,6 +6,7 @@ same bits as an uninterrupted one (on the same machine, with as many threads, in
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 import random
@@ -252,6 +253,9 @@ def only_writer(*paths: str | os.PathLike) -> Iterator[None]:
                     f"{path}: another process is writing it; wait, or name another output"
                 ) from error
             stack.callback(_remove, lock)
+            begin = glob.escape(hidden_neighbor(path, "").name)
+            for leftover in path.parent.glob(f"{begin}[0-9]*.tmp"):  # of a killed process
+                leftover.unlink(missing_ok=True)
         yield
 
 
