@@ -1,0 +1,402 @@
+"""A stopped run continues as if it had not been stopped, and no other run gets in its way."""
+
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import run_llama
+from formats.torch_file import load_torch_file, save_torch_file
+from helpers import (
+    assert_same_weights,
+    classifier,
+    finetune_command,
+    finish,
+    random_data,
+    start,
+    train,
+    wait_for,
+    weights_of,
+)
+from training import distributed, loop, state
+from training.state import (
+    StateFile,
+    Stopped,
+    only_writer,
+    random_state,
+    require_space,
+    set_random_state,
+    state_path,
+    stop_requests,
+)
+from utils import InputError, seed_everything
+
+SETTINGS = {"lr": 1e-3, "seed": 7}
+
+
+@pytest.fixture(autouse=True)
+def heeded_interrupts():
+    """A suite in the background ignores SIGINT; these tests must not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------- the law, at every moment
+
+
+def run_with(state_file: StateFile | None, pooling: str, dropout_seed: int = 1, hook=None) -> dict:
+    """What two epochs of three batches, with two kinds of dropout, end in."""
+    model, reports = classifier(pooling, dropout=0.3), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    if hook is not None:
+        model.llama.norm.register_forward_pre_hook(hook)
+    torch.manual_seed(dropout_seed)
+    history = train(
+        model,
+        random_data(10),
+        random_data(6, seed=1),
+        state_file=state_file,
+        on_epoch=lambda report, is_best: reports.append((report.epoch, is_best)),
+    )
+    history = [asdict(report) for report in history]
+    return {"history": history, "weights": weights_of(model), "reports": reports}
+
+
+# Forward passes: three batches to train on, three for the train and two for the dev accuracy.
+@pytest.mark.parametrize("n_passes", range(1, 17))
+def test_a_run_stopped_in_any_pass_continues_to_the_same_bits(tmp_path, n_passes, capsys):
+    pooling = ("position", "last")[n_passes % 2]
+    signum = (signal.SIGTERM, signal.SIGINT)[n_passes // 2 % 2]
+    whole, path, passes = run_with(None, pooling), tmp_path / "run.state.pt", []
+
+    def stop(*_):
+        passes.append(1)
+        if len(passes) == n_passes:
+            signal.raise_signal(signum)
+
+    with pytest.raises(Stopped, match=r"the same command continues from .*run\.state\.pt") as stop_:
+        run_with(StateFile(path, SETTINGS), pooling, hook=stop)
+    assert stop_.value.exit_code == 128 + signum
+    state_file = StateFile(path, SETTINGS)
+    epoch = state_file.saved["progress"]["epoch"]
+    continued = run_with(state_file, pooling, dropout_seed=99)  # not what decides
+    assert f"continue {path} in epoch {epoch}, batch " in capsys.readouterr().out
+    assert continued["history"] == whole["history"]
+    assert_same_weights(continued["weights"], whole["weights"])
+    assert continued["reports"] == [said for said in whole["reports"] if said[0] >= epoch]
+
+
+@pytest.mark.parametrize(("minutes", "n_saves"), [(60, 2), (0, 8)])
+def test_a_state_is_saved_after_each_epoch_and_when_due_and_that_changes_nothing(
+    tmp_path, minutes, n_saves, monkeypatch
+):
+    saves = []
+    monkeypatch.setattr(state, "save_torch_file", lambda path, content: saves.append(path))
+    saved = run_with(StateFile(tmp_path / "x", SETTINGS, minutes=minutes), "last")
+    assert_same_weights(saved["weights"], run_with(None, "last")["weights"])
+    assert saves == [tmp_path / "x"] * n_saves
+
+
+def test_random_numbers_continue_from_a_saved_state(tmp_path):
+    def draws() -> list[float]:
+        return [random.gauss(0, 1), np.random.normal(), torch.rand(()).item()]
+
+    seed_everything(3)
+    draws()  # gauss makes two numbers and keeps the second
+    save_torch_file(tmp_path / "random.pt", random_state())
+    expected = draws()
+    seed_everything(4)
+    set_random_state(load_torch_file(tmp_path / "random.pt"))
+    assert draws() == expected
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_a_second_signal_ends_a_run_at_once():
+    with stop_requests() as stop:
+        stop.check(None)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stop.check(None)  # nothing is saved
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_signal_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_requests() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.requested
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+# ---------------------------------------------------------------- which run it is
+
+
+@pytest.fixture
+def saved_run(tmp_path) -> Path:
+    path = tmp_path / "run.state.pt"
+    StateFile(path, SETTINGS).save(progress={"epoch": 1})
+    return path
+
+
+OLD = "run.state.old.pt"
+
+
+@pytest.mark.parametrize("mode", ["auto", "resume"])
+def test_the_same_settings_continue(saved_run, mode, capsys):
+    assert StateFile(saved_run, SETTINGS, mode).saved["progress"] == {"epoch": 1}
+    assert capsys.readouterr().err == ""
+
+
+def test_other_settings_begin_anew_say_what_differs_and_keep_the_old_state(saved_run, capsys):
+    content = saved_run.read_bytes()
+    changed = {**SETTINGS, "lr": 0.1, "train_sha256": "0" * 64}
+    assert StateFile(saved_run, changed).saved is None
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "is not continued (lr: 0.001 there, 0.1 here; train_sha256: None there, 000" in err
+    assert f"it is kept as {OLD}" in err
+    assert not saved_run.exists() and saved_run.with_name(OLD).read_bytes() == content
+
+
+def test_to_insist_on_another_runs_state_is_an_error(saved_run):
+    with pytest.raises(InputError, match=r"of another run \(seed: 7 there, 8 here\); use that run"):
+        StateFile(saved_run, {**SETTINGS, "seed": 8}, "resume")
+    assert StateFile(saved_run, SETTINGS, "resume").saved
+    with pytest.raises(InputError, match="no saved state to --resume"):
+        StateFile(saved_run.with_name("other.state.pt"), SETTINGS, "resume")
+
+
+def test_changed_source_code_begins_anew_unless_one_insists(saved_run, monkeypatch, capsys):
+    monkeypatch.setattr(state, "source_digest", lambda: "another")
+    assert StateFile(saved_run, SETTINGS, "resume").saved
+    assert "warning: " in capsys.readouterr().err
+    assert StateFile(saved_run, SETTINGS).saved is None
+    assert "the source code has changed" in capsys.readouterr().err
+    assert saved_run.with_name(OLD).exists()
+
+
+def test_the_digest_of_the_source_code_is_of_every_module_that_training_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "ROOT", tmp_path)
+    digests = {state.source_digest()}
+    for name in ("llama.py", "optimizer.py", "training/loop.py", "fast/linear.py",
+                 "advanced/methods/lora.py", "formats/checkpoint.py"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1", encoding="utf-8")
+        digests.add(state.source_digest())
+    (tmp_path / "llama.py").write_text("2", encoding="utf-8")
+    digests.add(state.source_digest())
+    assert len(digests) == 8
+    (tmp_path / "notes.txt").touch()
+    assert state.source_digest() in digests
+
+
+def test_restart_begins_anew_and_keeps_the_old_state(saved_run, capsys):
+    assert StateFile(saved_run, SETTINGS, "restart").saved is None
+    assert f"(--restart); it is kept as {OLD}" in capsys.readouterr().err
+    assert saved_run.with_name(OLD).exists()
+    assert StateFile(saved_run, SETTINGS, "restart").saved is None  # with nothing there, too
+
+
+@pytest.mark.parametrize("content", [b"garbage", b""])
+def test_a_damaged_state_is_kept_and_not_continued(saved_run, content, capsys):
+    saved_run.write_bytes(content)
+    with pytest.raises(InputError, match="is damaged or of another version; --restart begins anew"):
+        StateFile(saved_run, SETTINGS, "resume")
+    assert StateFile(saved_run, SETTINGS).saved is None
+    assert "it is damaged or of another version" in capsys.readouterr().err
+    assert saved_run.with_name(OLD).read_bytes() == content
+
+
+@pytest.mark.parametrize("lost", ["progress", "model", "optimizer", "random"])
+def test_a_state_that_lacks_something_is_called_damaged(tmp_path, lost):
+    path = tmp_path / "run.state.pt"
+    run_with(StateFile(path, SETTINGS), "last")
+    content = load_torch_file(path)
+    del content[lost]
+    save_torch_file(path, content)
+    with pytest.raises(InputError, match=r"run\.state\.pt: is damaged"):
+        run_with(StateFile(path, SETTINGS), "last")
+
+
+def test_the_state_lies_beside_its_checkpoint():
+    assert state_path("a b/finetune-sst-5-2e-05.pt") == Path("a b/finetune-sst-5-2e-05.state.pt")
+    assert state_path("finetune-sst-5-0.0005.pt") == Path("finetune-sst-5-0.0005.state.pt")
+
+
+# ---------------------------------------------------------------- the command as a process
+
+CHECKPOINT, STATE = "finetune-toy-2-0.001.pt", "finetune-toy-2-0.001.state.pt"
+OUTPUTS = [f"toy-{split}-finetuning-output.txt" for split in ("dev", "test")]
+OPTIONS = ["--epochs", "2", "--lr", "1e-3", "--batch_size", "2", "--save_minutes", "0"]
+
+
+@pytest.fixture
+def command(project: Path) -> list[str]:
+    return [sys.executable, *finetune_command(*OPTIONS, project=project)]
+
+
+@pytest.fixture
+def long_run(workplace: Path) -> Path:
+    """The workplace with training data for a run of some seconds."""
+    path = workplace / "toy-train.txt"
+    path.write_text(path.read_text(encoding="utf-8") * 20, encoding="utf-8")
+    return workplace
+
+
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[bytes]]:
+    weights = load_torch_file(folder / CHECKPOINT)["model"]
+    return weights, [(folder / name).read_bytes() for name in OUTPUTS]
+
+
+@pytest.fixture(scope="module")
+def results() -> list:
+    return []
+
+
+@pytest.fixture
+def uninterrupted(results, command, long_run, tmp_path_factory) -> tuple:
+    """What the run ends in if left alone; run once, as its files are the same in every test."""
+    if not results:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        shutil.copytree(long_run, folder)
+        code, _, err = finish(start(command, folder))
+        assert code == 0, err
+        assert not (folder / STATE).exists() and not list(folder.glob(".*"))
+        results += outcome(folder)
+    return tuple(results)
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_same_files(long_run, command, uninterrupted):
+    moments, progress, path = random.Random(), [], long_run / STATE
+    for _ in range(3):
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        process = start(command, long_run)
+        wait_for(lambda old=before: path.exists() and path.stat().st_mtime_ns != old, process)
+        time.sleep(moments.uniform(0.0, 0.3))
+        process.kill()
+        process.communicate()
+        if not path.exists():  # it was faster
+            break
+        reached = load_torch_file(path)["progress"]
+        progress.append((reached["epoch"], reached["n_batches"]))
+    code, out, err = finish(start(command, long_run))
+    assert (code, err) == (0, "")
+    assert f"continue {STATE} in epoch" in out
+    assert progress == sorted(set(progress))
+    weights, outputs = outcome(long_run)
+    assert_same_weights(weights, uninterrupted[0])
+    assert outputs == uninterrupted[1]
+    assert not path.exists() and not list(long_run.glob(".*"))
+
+
+def test_a_run_bars_another_and_after_ctrl_c_the_same_command_continues(
+    long_run, command, uninterrupted
+):
+    process = start(command, long_run)
+    wait_for((long_run / STATE).exists, process)
+    other = start([*command, "--lr", "0.5"], long_run)  # another checkpoint, the same outputs
+    code, _, err = finish(other)
+    assert code == 2 and err.count("\n") == 1
+    assert "another process is writing it; wait, or name another output" in err
+    process.send_signal(signal.SIGINT)
+    line = f"run_llama.py: interrupted; the same command continues from {STATE}\n"
+    assert finish(process)[::2] == (130, line)
+    assert not (long_run / OUTPUTS[0]).exists() and not list(long_run.glob(".*"))
+    code, out, err = finish(start(command, long_run))
+    assert (code, err) == (0, "")
+    assert f"continue {STATE} in epoch" in out
+    assert_same_weights(outcome(long_run)[0], uninterrupted[0])
+
+
+def test_of_several_processes_the_first_holds_the_locks(tmp_path, monkeypatch):
+    with only_writer(tmp_path / "out", "/dev/null"):
+        with pytest.raises(InputError, match="another process is writing it"):  # noqa: SIM117
+            with only_writer(tmp_path / "out"):
+                pass
+        monkeypatch.setattr(distributed, "is_main", lambda: False)
+        with only_writer(tmp_path / "out"):
+            pass
+
+
+def test_a_disk_that_is_full_costs_no_earlier_result(long_run, command, uninterrupted):
+    resource = pytest.importorskip("resource")
+    weights, outputs = uninterrupted
+    for name, content in zip(OUTPUTS, outputs, strict=True):
+        (long_run / name).write_bytes(content)
+    (long_run / CHECKPOINT).write_bytes(b"an earlier checkpoint")
+    limit = 2 * sum(tensor.nbytes for tensor in weights.values())  # a state has three of each
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # which children inherit
+    try:
+        process = start(command, long_run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert finish(process)[::2] == (2, f"run_llama.py: error: {long_run / STATE}: File too large\n")
+    assert [(long_run / name).read_bytes() for name in OUTPUTS] == outputs
+    assert (long_run / CHECKPOINT).read_bytes() == b"an earlier checkpoint"
+    assert not list(long_run.glob(".*"))
+
+
+# ---------------------------------------------------------------- what goes wrong on the way
+
+
+def finetune(run, *options: str) -> tuple[int, str, str]:
+    return run("finetune", "--epochs", "2", "--lr", "1e-3", "--batch_size", "3", *options)
+
+
+def test_a_run_stopped_in_its_last_evaluation_continues_there(run, workplace, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_llama, "load_classifier", lambda path: signal.raise_signal(signal.SIGINT))
+        code, out, _ = finetune(run)
+    assert code == 130 and "epoch 1: " in out
+    code, continued, _ = finetune(run)
+    assert code == 0 and f"continue {STATE} in epoch 2, batch 0" in continued
+    assert "epoch 1: " not in continued
+    table = continued[continued.index("Epoch | ") :]
+    assert table.startswith(out[out.index("Epoch | ") :].rstrip())
+    assert not Path(STATE).exists()
+
+
+def test_what_was_saved_before_a_divergence_is_kept(run, workplace, monkeypatch):
+    take_step, taken = loop.take_step, []
+
+    def diverging(optimizers, *given):
+        take_step(optimizers, *given)
+        taken.append(1)
+        if len(taken) == 5:  # in the second epoch
+            with torch.no_grad():
+                optimizers[0].param_groups[0]["params"][0][0, 0] = float("inf")
+
+    monkeypatch.setattr(loop, "take_step", diverging)
+    code, _, err = finetune(run)
+    assert code == 2 and err.count("\n") == 1 and "lower --lr or set --max_grad_norm" in err
+    assert load_torch_file(STATE)["progress"]["epoch"] == 1
+    for name in (CHECKPOINT, STATE):
+        assert all(tensor.isfinite().all() for tensor in load_torch_file(name)["model"].values())
+
+
+def test_too_little_space_is_said_before_the_training(run, workplace, monkeypatch):
+    usage = shutil.disk_usage(workplace)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    code, out, err = finetune(run)
+    assert code == 2 and "0 MB free, training needs" in err and "make room" in err
+    assert "train loss" not in out
+    for n_kept, floats in ((1, 7), (5, 11)):  # checkpoints, and two states of three floats each
+        require_space(workplace / "x.pt", 100_000 // (4 * floats), n_kept)
+        with pytest.raises(InputError, match="make room"):
+            require_space(workplace / "x.pt", 100_000 // (4 * floats) + 1, n_kept)
