@@ -109,17 +109,6 @@ def test_attention_option_overrides_what_the_checkpoint_records(run, workplace):
         assert f"attention: {mode}," in run("generate", *options)[1]
 
 
-def test_generate_pays_for_neither_scikit_learn_nor_transformers(workplace):
-    script = (
-        "import sys, run_llama; run_llama.main(sys.argv[1:]); "
-        "print(sorted({'sklearn', 'scipy', 'transformers'} & set(sys.modules)))"
-    )
-    command = [sys.executable, "-c", script, "--pretrained-model-path", "model.pt"]
-    env = {**environment(), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 @pytest.mark.parametrize("name", ["stories260K.pt", "stories260K.bin"])
 def test_real_weights_continue_the_prefix_in_words(run, name):
     path = shared_asset(f"models/stories260K/{name}")
@@ -382,23 +371,6 @@ def test_a_vocabulary_unlike_the_checkpoints_is_named_with_both_sizes(run, workp
         code, _, err = run(option)
         assert code == 2
         assert "320 tokens, the checkpoint has 100" in err and "--tokenizer_path" in err
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU here"
-)
-def test_use_gpu_without_a_gpu_is_one_line(run):
-    for option in ("generate", "prompt", "finetune"):
-        code, _, err = run(option, "--use_gpu")
-        assert code == 2 and err.count("\n") == 1
-        assert "neither a CUDA nor an MPS device" in err
-
-
-def test_a_real_process_ends_with_one_line_and_code_2(workplace):
-    command = [sys.executable, str(ROOT / "run_llama.py"), "--pretrained-model-path", "no.pt"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("run_llama.py: error: no.pt: ") and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------- the assignment's functions

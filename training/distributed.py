@@ -93,6 +93,22 @@ def share(items: Sequence[Item]) -> list[Item]:
     return list(items[rank() :: world_size()])
 
 
+def own_rows(batch: dict[str, Any], masks_padding: bool) -> tuple[dict[str, Any], int]:
+    """Return this process's rows of a batch and their weight, 1.
+
+    A process without rows computes the first one with weight 0, since all must take part in the
+    exchange of gradients.
+    """
+    if world_size() == 1:
+        return batch, 1
+    rows = share(range(len(batch["sents"])))
+    chosen = rows or [0]
+    own = {key: batch[key][chosen] for key in ("token_ids", "labels", "lengths")}
+    if masks_padding:  # otherwise the padding of the whole batch is read
+        own["token_ids"] = own["token_ids"][:, : int(own["lengths"].max())]
+    return own, int(bool(rows))
+
+
 def all_sum(values: torch.Tensor) -> torch.Tensor:
     """Return the sum of a CPU tensor over all processes."""
     if world_size() == 1:

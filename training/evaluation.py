@@ -59,8 +59,8 @@ def predict_probs(
     batches = data.eval_batches(batch_size, similar_lengths=model.reads_lengths)
     probs = torch.zeros(len(data), model.num_labels)
     own = distributed.share(batches)
-    is_silent = True if description is None else None  # None: without a terminal
-    bar = tqdm(own, desc=description, disable=is_silent, leave=False)
+    is_silent = True if description is None or not distributed.is_main() else None
+    bar = tqdm(own, description, disable=is_silent, leave=False)  # None: without a terminal
     for indices in bar:
         batch = data.collate_fn([data[i] for i in indices])
         probs[indices] = forward_pass(model, batch, device, bf16).float().exp().cpu()

@@ -82,7 +82,7 @@ class TrainState:
     loss_sum: float = 0.0  # over them
     n_correct: int = 0  # of their examples, while training
     shuffle_state: torch.Tensor | None = None  # of the shuffling generator at the epoch's start
-    history: list[dict[str, Any]] = field(default_factory=list)  # the reports of earlier epochs
+    history: list[EpochReport] = field(default_factory=list)  # of earlier epochs
 
 
 def train_classifier(
@@ -139,18 +139,15 @@ def train_classifier(
                 torch.manual_seed(seed + 1000 * state.epoch + distributed.rank())
             batches = itertools.islice(loader, state.n_batches, None)
             bar = {"total": len(loader), "initial": state.n_batches, "leave": False}
-            for batch in tqdm(batches, desc=f"train-{state.epoch}", disable=None, **bar):
+            is_silent = None if distributed.is_main() else True  # None: without a terminal
+            for batch in tqdm(batches, f"train-{state.epoch}", disable=is_silent, **bar):
                 factor = _rate_factor(state, len(loader), epochs, recipe)
                 loss, n_correct = batch_loss(
                     trained, model, batch, batch_size, device, recipe, regularizer
                 )
                 value, n_correct = _total(loss, n_correct)
                 if not math.isfinite(value):
-                    raise DivergedError(
-                        f"epoch {state.epoch}, step {state.n_batches + 1} of {len(loader)}, "
-                        f"learning rate {factor * lr:.3g}: the loss is {value} on the batch that "
-                        f"begins with {batch['sents'][0][:60]!r}; {REMEDY}"
-                    )
+                    raise _diverged(state, len(loader), factor * lr, value, batch["sents"][0])
                 # The loss is a sum over processes, and their gradients are averaged.
                 (loss * distributed.world_size()).backward()
                 take_step([optimizer], factor, recipe.max_grad_norm)
@@ -162,16 +159,15 @@ def train_classifier(
                 stop.check(state_file)
 
             report = _report(model, state, loader, dev_data, batch_size, device, recipe)
-            is_best = all(report.dev_accuracy > past["dev_accuracy"] for past in state.history)
+            is_best = all(report.dev_accuracy > past.dev_accuracy for past in state.history)
             on_epoch(report, is_best)
+            history = [*state.history, report]
             state = TrainState(
-                epoch=state.epoch + 1,
-                shuffle_state=generator.get_state(),
-                history=[*state.history, asdict(report)],
+                state.epoch + 1, shuffle_state=generator.get_state(), history=history
             )
             save()
             stop.check(state_file)
-    return [EpochReport(**report) for report in state.history]
+    return state.history
 
 
 def batch_loss(
@@ -187,7 +183,7 @@ def batch_loss(
 
     `trained` is the model as `distributed.wrap` returned it.
     """
-    own, weight = _own_rows(batch, model.reads_lengths)
+    own, weight = distributed.own_rows(batch, model.reads_lengths)
     labels = own["labels"].to(device)
 
     def forward(module: nn.Module) -> torch.Tensor:
@@ -210,6 +206,15 @@ def batch_loss(
         loss = loss + regularizer(model, log_probs, forward)
     n_correct = (log_probs.argmax(dim=1) == labels).sum().item()
     return weight * loss, weight * n_correct
+
+
+def _diverged(
+    state: TrainState, n_batches: int, lr: float, loss: float, sentence: str
+) -> DivergedError:
+    return DivergedError(
+        f"epoch {state.epoch}, step {state.n_batches + 1} of {n_batches}, learning rate {lr:.3g}: "
+        f"the loss is {loss} on the batch that begins with {sentence[:60]!r}; {REMEDY}"
+    )
 
 
 def _total(loss: torch.Tensor, n_correct: int) -> tuple[float, int]:
@@ -241,22 +246,6 @@ def _report(
     return EpochReport(state.epoch, state.loss_sum / len(loader), train_accuracy, dev_accuracy)
 
 
-def _own_rows(batch: dict[str, Any], masks_padding: bool) -> tuple[dict[str, Any], int]:
-    """Return this process's rows of a batch and their weight, 1.
-
-    A process without rows computes the first one with weight 0, since all must take part in the
-    exchange of gradients.
-    """
-    if distributed.world_size() == 1:
-        return batch, 1
-    rows = distributed.share(range(len(batch["sents"])))
-    chosen = rows or [0]
-    own = {key: batch[key][chosen] for key in ("token_ids", "labels", "lengths")}
-    if masks_padding:  # otherwise the padding of the whole batch is read
-        own["token_ids"] = own["token_ids"][:, : int(own["lengths"].max())]
-    return own, int(bool(rows))
-
-
 def _rate_factor(state: TrainState, n_batches: int, epochs: int, recipe: Recipe) -> float:
     step, n_steps = state.epoch * n_batches + state.n_batches, epochs * n_batches
     warmup_steps = round(recipe.warmup * n_steps)
@@ -265,9 +254,9 @@ def _rate_factor(state: TrainState, n_batches: int, epochs: int, recipe: Recipe)
     return learning_rate_factor(step, step / n_steps, warmup_steps, decay_from, cosine)
 
 
-def _has_stalled(history: list[dict[str, Any]], patience: int | None) -> bool:
+def _has_stalled(history: list[EpochReport], patience: int | None) -> bool:
     """Whether the last `patience` epochs did not exceed the best dev accuracy before them."""
-    accuracies = [report["dev_accuracy"] for report in history]
+    accuracies = [report.dev_accuracy for report in history]
     if patience is None or len(accuracies) <= patience:
         return False
     return max(accuracies[-patience:]) <= max(accuracies[:-patience])
@@ -281,7 +270,7 @@ def _save(
     regularizer: nn.Module | None,
 ) -> None:
     state_file.save(
-        progress=vars(state),
+        progress=asdict(state),
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
         regularizer={} if regularizer is None else regularizer.state_dict(),
@@ -295,7 +284,8 @@ def _restore(
     """Load the saved weights, optimizer and random numbers; return how far the run was."""
     saved = state_file.saved
     try:
-        state = TrainState(**saved["progress"])
+        history = [EpochReport(**report) for report in saved["progress"]["history"]]
+        state = TrainState(**{**saved["progress"], "history": history})
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if regularizer is not None:

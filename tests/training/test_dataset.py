@@ -263,18 +263,6 @@ def test_a_model_without_room_for_one_token_is_refused(tokenizer, suffix):
         encode_examples(ROWS, tokenizer, max_tokens=1 + n_suffix, suffix=suffix)
 
 
-@pytest.mark.parametrize(("name", "mean", "longest"), [("sst", 27, 93), ("cfimdb", 236, 585)])
-def test_the_real_sentences_have_the_known_lengths(name, mean, longest):
-    tokenizer = Tokenizer(tokenizer_model=shared_asset("models/tokenizer.model"))
-    rows = []
-    for split in ("train", "dev", "test"):
-        rows += read_sentences(shared_asset(f"data/{name}-{split}.txt"), unlabelled=split == "test")
-    examples, n_truncated = encode_examples(rows, tokenizer, max_tokens=1024)
-    lengths = [len(example.tokens) for example in examples]
-    assert abs(sum(lengths) / len(lengths) - mean) < 1
-    assert (max(lengths), n_truncated) == (longest, 0)
-
-
 # ---------------------------------------------------------------- batches
 
 PAD = 3
