@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import oracle
 import run_llama
 from classifier import LlamaEmbeddingClassifier
-from conftest import LABEL_NAMES, ROOT, ended, random_llama, save_llama, shared_asset
+from conftest import LABEL_NAMES, ROOT, ended, random_llama, save_llama
 from formats.torch_file import load_torch_file
 from helpers import CPU, assert_same_weights, environment
 from llama import Attention, Llama, load_pretrained
@@ -107,19 +107,6 @@ def test_attention_option_overrides_what_the_checkpoint_records(run, workplace):
         (("--attention", "causal"), "causal"),
     ):
         assert f"attention: {mode}," in run("generate", *options)[1]
-
-
-@pytest.mark.parametrize("name", ["stories260K.pt", "stories260K.bin"])
-def test_real_weights_continue_the_prefix_in_words(run, name):
-    path = shared_asset(f"models/stories260K/{name}")
-    code, _, _ = run("generate", "--pretrained-model-path", str(path), "--attention", "causal")
-    assert code == 0
-    text = Path("generated-sentence-temp-0.txt").read_text(encoding="utf-8")
-    words = [w.strip(".,!?\"'").lower() for w in text.removeprefix(PREFIX).split()[:-1]]
-    rows = read_sentences(shared_asset("data/sst-train.txt"))
-    vocabulary = {word.lower().strip("'") for sentence, _ in rows for word in sentence.split()}
-    assert len(words) > 15
-    assert sum(word in vocabulary for word in words) / len(words) > 0.9
 
 
 # ---------------------------------------------------------------- prompt
