@@ -1,12 +1,13 @@
-"""Two ways to classify a sentence with a Llama: ask it, or train a head on its states.
+"""Two ways to classify a sentence with a Llama: prompt it, or train a head on its hidden states.
 
 Both take right-padded token ids (B, T) and return log-probabilities (B, n_labels). `pooling` says
 which hidden states they read:
 
 - "position": the last column, a pad token in every row but the longest. This is the assignment's
-  way; it ignores lengths, and pad tokens are attended to like words.
+  way; it ignores lengths, and attention reads pad tokens like words.
 - "last": each row's last real token; "mean": the mean over each row's real tokens. Padding is
-  masked and changes nothing. Both read `lengths` (B,), or count the tokens before the padding.
+  masked and changes nothing. Both need `lengths` (B,); if absent, they count the tokens before the
+  trailing pads.
 """
 
 from typing import Any
@@ -17,11 +18,11 @@ from torch import nn
 
 from config import POOLINGS, LlamaConfig, require_classifier_config
 from formats.checkpoint import load_exactly
-from llama import Llama, last_token, load_pretrained
+from llama import Llama, last_token, load_pretrained, padding_mask
 from tokenizer import Tokenizer
 from utils import InputError
 
-PAD_ID = 3  # `<0x00>` of every tokenizer with byte fallback, the assignment's padding
+PAD_ID = 3  # of `<0x00>` in the Llama 2 tokenizer, which the assignment pads with
 
 
 def choose_pooling(pooling: str | None, attention: str) -> str:
@@ -34,7 +35,9 @@ def choose_pooling(pooling: str | None, attention: str) -> str:
 
 
 class _Classifier(nn.Module):
-    """A Llama with a pooling. `reads_lengths` is True if padding is masked."""
+    """A Llama and the pooling of its states. `reads_lengths` is True if padding is masked."""
+
+    pad_id = PAD_ID
 
     def __init__(self, config: Any, llama: Llama | None):
         super().__init__()
@@ -43,7 +46,9 @@ class _Classifier(nn.Module):
         if llama is None:
             llama = load_pretrained(config.pretrained_model_path, attention=attention)
         elif attention not in (None, llama.config.attention):
-            raise InputError(f"attention={attention!r} for a {llama.config.attention!r} Llama")
+            raise InputError(
+                f"attention={attention!r}, but the given Llama has {llama.config.attention!r}"
+            )
         self.llama = llama
         self.pooling = choose_pooling(getattr(config, "pooling", None), self.llama.config.attention)
         self.reads_lengths = self.pooling != "position"
@@ -58,13 +63,13 @@ class _Classifier(nn.Module):
             return lengths
         # A caller without lengths, such as the assignment's own run_llama.py: padding is the run of
         # pad ids that ends a row.
-        is_word = input_ids != PAD_ID
+        is_token = input_ids != self.pad_id
         positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        return (is_word * positions).amax(dim=1).clamp(min=1)
+        return (is_token * positions).amax(dim=1).clamp(min=1)
 
 
 class LlamaZeroShotClassifier(_Classifier):
-    """log p(label string | prompt) for each label, by a frozen model.
+    """Score log p(label string | prompt) for each label by a frozen model (`llama` in place).
 
     `config` has `num_labels` and `pretrained_model_path`, and optionally `attention` and `pooling`.
     Raises InputError for pooling "mean": the next token follows a position, not an average.
@@ -79,7 +84,7 @@ class LlamaZeroShotClassifier(_Classifier):
     ):
         super().__init__(config, llama)
         if self.pooling == "mean":
-            raise InputError("pooling='mean' cannot prompt; choose 'position' or 'last'")
+            raise InputError("pooling='mean' cannot score a next token; use 'position' or 'last'")
         if len(label_names) != self.num_labels:
             raise InputError(f"{len(label_names)} label names for num_labels={self.num_labels}")
         tokenizer.require_vocab_size(self.llama.config.vocab_size)
@@ -96,15 +101,15 @@ class LlamaZeroShotClassifier(_Classifier):
         more. The prompt must leave the model room for `longest_label` positions.
         """
         lengths = self._real_lengths(input_ids, lengths)
-        next_token: dict[tuple[int, ...], torch.Tensor] = {}  # beginning of a label -> (B, V)
+        log_probs: dict[tuple[int, ...], torch.Tensor] = {}  # beginning of a label -> (B, V)
         scores = []
         for ids in self.label_name_ids:
             score = torch.zeros(len(input_ids), device=input_ids.device)
             for i, token in enumerate(ids):
                 beginning = tuple(ids[:i])
-                if beginning not in next_token:
-                    next_token[beginning] = self._log_probs(input_ids, lengths, beginning)
-                score = score + next_token[beginning][:, token]
+                if beginning not in log_probs:
+                    log_probs[beginning] = self._log_probs(input_ids, lengths, beginning)
+                score = score + log_probs[beginning][:, token]
             scores.append(score)
         return torch.stack(scores, dim=1)
 
@@ -164,11 +169,11 @@ class LlamaEmbeddingClassifier(_Classifier):
         """(B, T), real tokens (B,) of right-padded rows -> log-probabilities (B, n_labels)."""
         lengths = self._real_lengths(input_ids, lengths)
         hidden = self.llama.hidden_states(input_ids, lengths)  # (B, T, dim)
-        scores = self.classifier_head(self.dropout(self.pool(hidden, lengths)))
-        return _log_softmax(scores)
+        logits = self.classifier_head(self.dropout(self.pool(hidden, lengths)))
+        return _log_softmax(logits)
 
     def pool(self, hidden: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        """Return what the head reads of the states: (B, T, dim), (B,) -> (B, dim)."""
+        """Return the pooled state of each row: (B, T, dim), (B,) -> (B, dim)."""
         if self.pooling == "position":
             return hidden[:, -1]
         if self.pooling == "last":
@@ -176,17 +181,12 @@ class LlamaEmbeddingClassifier(_Classifier):
         return masked_mean(hidden, lengths)
 
 
-def _log_softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension, in float32 at least: bfloat16 has two to three digits."""
-    return F.log_softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
-
-
-def is_real(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Return which positions hold no padding: (B, T, dim), (B,) -> (B, T)."""
-    return torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return log-probabilities in float32 at least: bfloat16 has two to three digits."""
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
 def masked_mean(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Return the mean of each row's real positions: (B, T, dim), (B,) -> (B, dim)."""
-    real = is_real(hidden, lengths)[:, :, None]
+    real = padding_mask(lengths, hidden.shape[1])[:, :, None]
     return hidden.masked_fill(~real, 0.0).sum(dim=1) / lengths[:, None]

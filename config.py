@@ -1,12 +1,13 @@
-"""The shape of a Llama model, checked once so that no later line has to."""
+"""The sizes of a Llama model, checked once so that no later line has to."""
 
 from typing import Any
 
 from utils import InputError, brief
 
 ATTENTION_MODES = ("full", "causal")
-POOLINGS = ("position", "last", "mean")  # what a classifier reads, see classifier.py
+POOLINGS = ("position", "last", "mean")  # how a classifier pools hidden states
 MAX_LABELS = 10_000
+MAX_LAYERS = 1_000  # building more would only take long before weights are found missing
 MAX_SIZE = 2**28  # the product of any two sizes fits PyTorch's 64-bit indices
 MAX_ANGLES = 2**24  # max_seq_len * head size; the rotary table takes up to 16 bytes for each
 
@@ -55,9 +56,10 @@ class LlamaConfig:
         self._validate()
 
     def _validate(self) -> None:
-        sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
-        for key in (*sizes, "multiple_of"):
+        sizes = ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "multiple_of")
+        for key in sizes:
             _require_size(key, getattr(self, key))
+        _require_size("n_layers", self.n_layers, MAX_LAYERS)
         if self.hidden_dim is not None:
             _require_size("hidden_dim", self.hidden_dim)
         _require_probability("dropout", self.dropout)

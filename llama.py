@@ -1,5 +1,9 @@
 """Llama 2 (Touvron et al. 2023, arXiv 2307.09288): RMSNorm, grouped-query attention, SwiGLU.
 
+Llama 2 is causal. The default here is attention="full", because the assignment's reference has no
+mask; attention="causal" is right for published checkpoints. Read `Linear` as nn.Linear without a
+bias; fast/linear.py only makes it faster on CPUs.
+
 Shapes: B batch, T sequence, S keys in reach (T plus the positions in a cache), H query heads,
 K key/value heads, D head size (dim = H * D), F feed-forward hidden size, V vocabulary.
 """
@@ -52,7 +56,7 @@ class Attention(nn.Module):
         self.compute_key = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.compute_value = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.compute_output = Linear(config.n_heads * self.head_dim, config.dim)
-        self.attn_dropout = nn.Dropout(config.dropout)
+        self.attn_dropout = nn.Dropout(config.dropout)  # applied by the fused kernel
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def compute_query_key_value_scores(
@@ -69,19 +73,15 @@ class Attention(nn.Module):
         Returns (B, H, T, D).
         """
         T, S = query.shape[-2], key.shape[-2]
-        is_plain = self.is_causal and T == S and key_mask is None  # fused kernels know this mask
-        mask = None  # True where a query may read a key, broadcast to (B, H, T, S)
-        if self.is_causal and not is_plain and T > 1:  # a single query reads every key
+        mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, S)
+        if self.is_causal and 1 < T < S:  # T new queries behind S - T cached keys
             mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
-        if key_mask is not None:
-            keys = key_mask[:, None, None, :]  # (B, 1, 1, S)
-            mask = keys if mask is None else mask & keys
         return F.scaled_dot_product_attention(
             query,
             repeat_heads(key, self.n_heads // self.n_kv_heads),
             repeat_heads(value, self.n_heads // self.n_kv_heads),
             attn_mask=mask,
-            is_causal=is_plain,
+            is_causal=self.is_causal and T == S,
             dropout_p=self.attn_dropout.p if self.training else 0.0,
         )
 
@@ -92,10 +92,10 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer_id: int = 0,
     ) -> torch.Tensor:
-        """x (B, T, dim) -> (B, T, dim), before the residual addition.
+        """Return attention's output for x (B, T, dim), (B, T, dim), before the residual addition.
 
-        With a cache the S keys are those it holds for layer `layer_id` and these T, which it
-        stores; without one S is T.
+        With a cache, S counts its positions plus the T new ones, which this call stores for layer
+        `layer_id`; without one S is T.
         """
         B, T, _ = x.shape
         query = self.compute_query(x).view(B, T, self.n_heads, self.head_dim)  # (B, T, H, D)
@@ -169,7 +169,8 @@ class Llama(LlamaPreTrainedModel):
         super().__init__(config)
         self.params = config  # the assignment's name beside `config`
         output = Linear(config.dim, config.vocab_size)
-        # nn.Embedding(V, dim) would import PyTorch's compiler to draw weights on the meta device.
+        # from_pretrained skips nn.Embedding's initialization, which imports torch._dynamo on the
+        # meta device. It wraps the weight in a new Parameter, so tie it again.
         self.tok_embeddings = nn.Embedding.from_pretrained(output.weight, freeze=False)
         self.tok_embeddings.weight = output.weight  # tied (Press and Wolf, arXiv 1608.05859)
         self.dropout = nn.Dropout(config.dropout)
@@ -185,13 +186,13 @@ class Llama(LlamaPreTrainedModel):
         `output.weight` may be absent or equal to the embedding (tied), or differ (untied). Raises
         InputError that lists every missing, unexpected, misshapen and non-finite tensor.
         """
-        if config.n_layers > len(weights):  # too many layers to build only to list their names
-            raise InputError(
-                f"n_layers={config.n_layers}, but there are only {len(weights)} tensors"
-            )
+        if "tok_embeddings.weight" in weights:
+            weights = {"output.weight": weights["tok_embeddings.weight"], **weights}
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
         load_exactly(model, weights)
+        if torch.equal(model.output.weight, model.tok_embeddings.weight):
+            model.output.weight = model.tok_embeddings.weight
         return model.eval()
 
     def forward(
@@ -201,10 +202,11 @@ class Llama(LlamaPreTrainedModel):
         lengths: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens (B, T) -> logits, hidden states (B, T, dim) after the final norm.
+        """Return logits and final hidden states (B, T, dim) of tokens (B, T).
 
-        logits are (B, T, V) if `targets` is given (its values are not read); else (B, 1, V), those
-        of the last position, which with `lengths` is each row's last real token.
+        The logits are (B, 1, V), those of the last position, or of each row's last real token if
+        `lengths` is given. Any tensor as `targets` asks for the logits of every position (B, T, V),
+        as in the assignment; its values are ignored, and the loss is computed outside.
         """
         h = self.hidden_states(tokens, lengths, cache)
         if targets is not None:
@@ -217,7 +219,7 @@ class Llama(LlamaPreTrainedModel):
         lengths: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """tokens (B, T) -> (B, T, dim) after the final norm: `forward` without the logits.
+        """Return the hidden states of tokens (B, T) after the final norm, (B, T, dim).
 
         `lengths` (B,) counts the real tokens of right-padded rows: padding is masked and changes no
         real token's state. Without lengths every token is real, as in the assignment. `cache` holds
@@ -231,7 +233,7 @@ class Llama(LlamaPreTrainedModel):
             if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
                 raise InputError(f"lengths {lengths.tolist()} are not {B} numbers in 1..{T}")
             if self.config.attention == "full":  # in causal mode no real token reads a later pad
-                key_mask = torch.arange(T, device=tokens.device) < lengths[:, None]  # (B, T)
+                key_mask = padding_mask(lengths, T)  # (B, T)
 
         h = self.dropout(self.tok_embeddings(tokens))  # (B, T, dim)
         for layer in self.layers:
@@ -249,8 +251,10 @@ class Llama(LlamaPreTrainedModel):
         The model reads the last `max_seq_len` tokens. Temperature 0 takes the likeliest token, any
         other draws from PyTorch's global generator. Call `eval()` first.
         """
-        if not temperature >= 0.0 or max_new_tokens < 0:
-            raise InputError(f"temperature={temperature} or {max_new_tokens=} is below 0")
+        if not temperature >= 0.0:
+            raise InputError(f"temperature={temperature} is not a number of at least 0")
+        if idx.shape[1] == 0:
+            raise InputError("the prompt has no token; begin it with bos")
         if self.config.attention == "causal":  # earlier states never change, so a cache keeps them
             pick = partial(sample, temperature=temperature)
             return torch.cat((idx, *next_tokens(self, idx, max_new_tokens, pick)), dim=1)
@@ -261,9 +265,9 @@ class Llama(LlamaPreTrainedModel):
 
 
 def sample(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """logits (B, V) -> tokens (B, 1): the likeliest, or a draw from softmax(logits / temperature).
+    """Draw a token for each row of logits (B, V) from softmax(logits / temperature), (B, 1).
 
-    Raises InputError if the largest logit of a row is not finite.
+    Temperature 0 takes the likeliest. Raises InputError if a row's largest logit is not finite.
     """
     largest, likeliest = logits.max(dim=-1, keepdim=True)
     if not largest.isfinite().all():
@@ -275,8 +279,13 @@ def sample(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def repeat_heads(states: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """(B, K, S, D) -> (B, K * n_rep, S, D), whose head h is head h // n_rep of `states`."""
+    """Repeat each key/value head `n_rep` times: (B, K, S, D) -> (B, K * n_rep, S, D)."""
     return states if n_rep == 1 else states.repeat_interleave(n_rep, dim=1)
+
+
+def padding_mask(lengths: torch.Tensor, T: int) -> torch.Tensor:
+    """Return True at the real tokens of rows with these lengths (B,), (B, T)."""
+    return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
 def last_token(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,8 @@ class AdamW(Optimizer):
     alpha_t. `torch.optim.AdamW` corrects m and v themselves and decays by lr; as t grows the two
     meet. With `correct_bias=False` alpha_t is lr.
 
-    The assignment's published weights (optimizer_test.py) come from a reference that subtracts
-    lr weight_decay theta after the update; over its 1000 steps that differs from this by 1.8e-5.
+    optimizer_test.py ends within 1.8e-5 of the assignment's published weights; so does a decay by
+    lr after the update.
 
     State per parameter: `step` (int), `m`, `v`. Raises InputError for a hyperparameter out of its
     range, in the defaults or in a parameter group, and RuntimeError for a sparse gradient.
@@ -50,7 +50,7 @@ class AdamW(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_hyperparameters(**{**self.defaults, **param_group})
+        _check_hyperparameters(**(self.defaults | param_group))
         super().add_param_group(param_group)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from utils import run_script
 
 # The weights of the assignment's optimizer_test.npy.
 REFERENCE = torch.tensor([[0.554828, 0.866657, 0.072920], [-0.447245, -0.295123, -0.271727]])
-TOLERANCE = 1e-4
+TOLERANCE = 3e-5  # without any decay the weights differ by 4.4e-5
 
 
 def final_weights(opt_class: type[torch.optim.Optimizer]) -> torch.Tensor:
@@ -32,7 +32,7 @@ def main() -> int:
     difference = (final_weights(AdamW) - REFERENCE).abs().max().item()
     print(f"largest difference {difference:.2e} (tolerance {TOLERANCE:.0e})")
     if not difference <= TOLERANCE:
-        print("Optimizer test failed: check the bias correction and where the decay is added.")
+        print("Optimizer test failed: check the bias correction and whether the decay is applied.")
         return 1
     print("Optimizer test passed!")
     return 0

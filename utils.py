@@ -1,4 +1,4 @@
-"""Errors for users, the frame of every script, seeds, the device, and files written whole."""
+"""Errors for users, the entry point of every script, seeds, the device, and atomic writes."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ import torch
 
 
 class InputError(ValueError):
-    """An error that the user can mend. The message names the value, the place and the remedy.
+    """An error that the user can fix. The message names the value, the place and the remedy.
 
     `run_script` shows it as one line. Every other exception is a bug and keeps its traceback.
     """
@@ -85,7 +85,7 @@ def require_package(name: str) -> None:
 
 
 def seed_everything(seed: int = 11711) -> None:
-    """Seed Python, NumPy and every PyTorch device, and ask cuDNN for repeatable kernels."""
+    """Seed Python, NumPy and every PyTorch device, and ask cuDNN for deterministic kernels."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -106,7 +106,7 @@ def pick_device(use_gpu: bool) -> torch.device:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside `path` and rename it to `path` if the block ends well.
+    """Open a temporary file beside `path` and rename it to `path` if the block raises nothing.
 
     Text is UTF-8 with "\\n" for newlines. After an exception `path` is unchanged. Links are
     followed. Devices and pipes, such as /dev/null, are opened directly.
@@ -142,7 +142,8 @@ def hidden_neighbor(path: Path, ending: str) -> Path:
 def is_device(path: str | os.PathLike) -> bool:
     """Whether `path` is in /dev, a pipe or the like: it has no content to protect."""
     real = real_path(path)
-    in_dev = Path("/dev") in Path(path).absolute().parents
+    parents = Path(path).absolute().parents
+    in_dev = Path("/dev") in parents and Path("/dev/shm") not in parents  # that is a RAM disk
     return in_dev or (real.exists() and not real.is_file() and not real.is_dir())
 
 
@@ -170,8 +171,8 @@ def brief(value: Any) -> str:
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Escape what would steer a terminal; keep the characters in `kept` and the joiners of letters
-    in Persian and of people in an emoji."""
+    """Escape control characters of terminals; keep `kept` and the joiners of Persian letters and of
+    people in an emoji."""
     kept += "\u200c\u200d"
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 

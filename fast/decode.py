@@ -1,4 +1,4 @@
-"""Decoding with a KV cache: each step computes the new position alone.
+"""Decoding with a KV cache: each step computes only the new position.
 
 Shapes: B batch, T new positions, S all positions so far, K key/value heads, D head size, V
 vocabulary.
@@ -62,9 +62,9 @@ def next_tokens(
     """Yield the tokens that continue each row of idx (B, T), one position at a time.
 
     `pick` maps logits (B * num_samples, V) to tokens (B * num_samples, 1); the samples of a row
-    stand side by side and share one pass over its prefix. The tokens are those of `Llama.generate`:
-    the model reads the last `max_seq_len` positions. Once this window slides, or with full
-    attention, every step recomputes it, since each position's state depends on all it reads.
+    stand side by side and share one pass over its prefix. The tokens equal `Llama.generate`'s. The
+    model reads the last `max_seq_len` positions; with full attention, or once this window slides,
+    every step recomputes it.
     """
     window = model.config.max_seq_len
     cache = None
@@ -79,7 +79,8 @@ def next_tokens(
         if step == 0 and num_samples > 1:
             logits = logits.repeat_interleave(num_samples, dim=0)
             idx = idx.repeat_interleave(num_samples, dim=0)
-            cache = cache and cache.repeated(num_samples)
+            if cache is not None:
+                cache = cache.repeated(num_samples)
         token = pick(logits[:, -1])
         yield token
         idx = torch.cat((idx, token), dim=1)

@@ -1,9 +1,9 @@
 """Linear layers whose float32 products on a CPU go to oneDNN instead of the BLAS library.
 
-PyTorch ships both and gives float32 to the BLAS library: on x86 to MKL, which leaves much of a
-processor unused that is not Intel's. oneDNN's inner product is behind an operator that PyTorch's
-own compiler emits; `results/speed.json` says what it is worth. Anything else than float32 on a
-CPU, or a PyTorch without that operator, takes the usual way.
+PyTorch sends float32 products on an x86 CPU to MKL, which is slow on processors that are not
+Intel's. oneDNN is faster there (results/speed.json); PyTorch exposes it by a private operator.
+Every other device and dtype, and a PyTorch without the operator, uses F.linear. Importing this
+module sets two environment variables, which both libraries read at the first product.
 """
 
 import os
@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# oneDNN, and PyTorch's layer over it, each keep 1,024 kernels, one for every shape of a product
-# that there was. Batches of many lengths fill both: half a gigabyte, strewn over the heap, so that
-# little of what is freed between them fits a later batch. A step takes about twenty. Both are read
-# when the first product is computed.
-KEPT_KERNELS = 64
+# oneDNN and PyTorch each cache 1,024 kernels, one per product shape. Batches of many lengths fill
+# both caches (0.5 GB) and fragment the heap. A step uses about 20 kernels.
+MAX_CACHED_KERNELS = 64
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, str(KEPT_KERNELS))
+    os.environ.setdefault(_name, str(MAX_CACHED_KERNELS))
 
 
 def _find_onednn_linear() -> "torch._ops.OpOverload | None":
@@ -31,13 +29,13 @@ def _find_onednn_linear() -> "torch._ops.OpOverload | None":
 
 
 _onednn_linear = _find_onednn_linear()
-# Fewer multiplications than these are not worth oneDNN's call; for more than one row it also builds
-# a kernel for each new number of rows, of which sentences have many.
-SMALL_ROW, SMALL = 2**18, 2**23
+# oneDNN is slower below these numbers of multiplications, of one row and of several: its call costs
+# more, and each new number of rows builds a kernel.
+MIN_PRODUCTS_ONE_ROW, MIN_PRODUCTS = 2**18, 2**23
 
 
-class _Product(torch.autograd.Function):
-    """x (N, I), weight (O, I) -> x weight^T (N, O)."""
+class _OneDNNLinear(torch.autograd.Function):
+    """The product x weight^T (N, O) of x (N, I) and weight (O, I)."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -55,26 +53,26 @@ class _Product(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (..., I), weight (O, I) -> x weight^T (..., O), for autograd (not for torch.func)."""
+    """Return x weight^T (..., O) of x (..., I) and weight (O, I), for autograd (not torch.func)."""
     if (
         _onednn_linear is None
         or x.device.type != "cpu"
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
         or torch.is_autocast_enabled("cpu")
-        or x.shape[-1] != weight.shape[1]  # an error, which F.linear words better
-        or (multiplications := x.numel() * weight.shape[0]) < SMALL_ROW
-        or (multiplications < SMALL and x.numel() > x.shape[-1])
+        or x.shape[-1] != weight.shape[1]  # let F.linear raise the error
+        or (multiplications := x.numel() * weight.shape[0]) < MIN_PRODUCTS_ONE_ROW
+        or (multiplications < MIN_PRODUCTS and x.numel() > x.shape[-1])
     ):
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         rows = x.reshape(-1, x.shape[-1])
-        return _Product.apply(rows, weight).view(*x.shape[:-1], -1)
+        return _OneDNNLinear.apply(rows, weight).view(*x.shape[:-1], -1)
     return _onednn_linear(x, weight, None, "none", [], "")
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without a bias, by `linear`."""
+    """Apply `linear` as a layer without a bias."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)

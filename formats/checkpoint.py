@@ -1,4 +1,4 @@
-"""Weight files as they occur in the wild, read into one form: (model_args, weights).
+"""Published checkpoint formats, read into one form: (model_args, weights).
 
 Two formats are read, recognised by their content and not by their name: a torch file with
 {"model": state dict, "model_args": LlamaConfig arguments}, whose attention matrices have llama2.c's
@@ -27,7 +27,7 @@ _UNREAD_ARGS = ("position_embedding_type", "use_cache")  # of the assignment's L
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], Weights]:
-    """Return the LlamaConfig arguments and the float32 CPU weights, under the CMU names, of a file.
+    """Read a file; return LlamaConfig arguments and float32 CPU weights under the CMU names.
 
     Raises FileNotFoundError, or InputError that begins with the file's name.
     """
@@ -48,7 +48,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], Weights]:
     try:
         return read_bin(path)
     except InputError as error:
-        if head.lstrip().startswith((b"<", b"{")):  # only now: a .bin may begin with any byte
+        if head.lstrip().startswith((b"<", b"{")):  # checked last: a .bin may begin with any byte
             reason = "is a text page, not a checkpoint; download it again"
             raise InputError(f"{path}: {reason}") from error
         raise
@@ -90,28 +90,16 @@ def parse_checkpoint(
 
 
 def load_exactly(module: nn.Module, weights: Weights) -> None:
-    """Give a module, built on the meta device, exactly these weights in its dtypes.
+    """Replace every parameter of `module` by the tensor of its name, in the parameter's dtype.
 
-    A module's tied matrices stay tied if their weights are equal or only the first is given, else
-    each becomes a parameter of its own. All others end up in separate memory. Raises InputError
-    that lists missing, unexpected and misshapen tensors, or those with NaN or infinity.
+    The tensors are taken over, not copied, and share no memory afterwards. Raises InputError that
+    lists missing, unexpected and misshapen tensors, or those with NaN or infinity.
     """
-    first: dict[int, str] = {}  # the first name of each parameter
-    names = dict(module.named_parameters(remove_duplicate=False))
-    ties = {name: first.setdefault(id(parameter), name) for name, parameter in names.items()}
-    ties = {name: tied_to for name, tied_to in ties.items() if name != tied_to}
-    weights = {**{n: weights[m] for n, m in ties.items() if m in weights}, **weights}
     wanted = module.state_dict()
     _require_names_and_shapes(wanted, weights)
     weights = {name: weights[name].to(tensor.dtype) for name, tensor in wanted.items()}
-    ties = {n: m for n, m in ties.items() if torch.equal(weights[n], weights[m])}
-    untied = {name: tensor for name, tensor in weights.items() if name not in ties}
-    require_finite(untied)
-    separate = _separate(untied)
-    module.load_state_dict({**separate, **{n: separate[m] for n, m in ties.items()}}, assign=True)
-    for name, tied_to in ties.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(owner), attribute, module.get_parameter(tied_to))
+    require_finite(weights)
+    module.load_state_dict(_separate(weights), assign=True)
 
 
 def require_finite(

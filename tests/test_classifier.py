@@ -157,7 +157,7 @@ def test_zero_shot_model_is_frozen(tokenizer):
 
 
 def test_zero_shot_refuses_what_cannot_be_asked(tokenizer):
-    with pytest.raises(InputError, match="'mean' cannot prompt"):
+    with pytest.raises(InputError, match="'mean' cannot score"):
         zero_shot(tokenizer, pooling="mean")
     config = SimpleNamespace(num_labels=3)
     with pytest.raises(InputError, match="2 label names for num_labels=3"):

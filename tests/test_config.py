@@ -23,7 +23,7 @@ ASSIGNMENT = {
     "hidden_dim": None,
 }
 SIZES = {*ASSIGNMENT} - {"dropout", "layer_norm_eps"}
-MAX_SIZE = 2**28
+MAX_SIZE, MAX_LAYERS = 2**28, 1000
 OTHER = {
     "vocab_size": 100,
     "dim": 48,
@@ -62,7 +62,8 @@ def test_kv_heads_and_head_size_are_computed():
         {"dim": 16},  # heads of size 2, the smallest that rotates
         {"hidden_dim": 1},
         {"max_seq_len": 2**18},  # times 64: the largest rotary table
-        *({key: MAX_SIZE} for key in ("vocab_size", "n_layers", "multiple_of", "hidden_dim")),
+        *({key: MAX_SIZE} for key in ("vocab_size", "multiple_of", "hidden_dim")),
+        {"n_layers": MAX_LAYERS},
         {"dim": MAX_SIZE, "n_heads": 64, "max_seq_len": 4},
     ],
 )

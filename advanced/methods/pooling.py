@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from classifier import LlamaEmbeddingClassifier, is_real, masked_mean
-from llama import Llama, last_token
+from classifier import LlamaEmbeddingClassifier, masked_mean
+from llama import Llama, last_token, padding_mask
 from utils import InputError
 
 
@@ -46,7 +46,9 @@ class AttentionPooling(_MaskedPooling):
 
     def pool(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         scores = (hidden * self.query).sum(dim=-1)  # (B, T); autocast would round a matrix product
-        weights = F.softmax(scores.masked_fill(~is_real(hidden, lengths), -torch.inf), dim=-1)
+        weights = F.softmax(
+            scores.masked_fill(~padding_mask(lengths, hidden.shape[1]), -torch.inf), dim=-1
+        )
         return (weights[:, :, None] * hidden).sum(dim=1)  # (B, dim)
 
 

@@ -21,8 +21,8 @@ def way(request, monkeypatch) -> str:
         monkeypatch.setattr(module, "_onednn_linear", None)
     elif module._onednn_linear is None:
         pytest.skip("this PyTorch has no oneDNN linear")
-    monkeypatch.setattr(module, "SMALL_ROW", 1)
-    monkeypatch.setattr(module, "SMALL", 1)
+    monkeypatch.setattr(module, "MIN_PRODUCTS_ONE_ROW", 1)
+    monkeypatch.setattr(module, "MIN_PRODUCTS", 1)
     return request.param
 
 
@@ -95,11 +95,12 @@ def test_autocast_computes_in_bfloat16(way):
 
 
 @pytest.mark.parametrize(
-    ("rows", "limit"), [((1,), "SMALL_ROW"), ((1, 1), "SMALL_ROW"), ((4,), "SMALL")]
+    ("rows", "limit"),
+    [((1,), "MIN_PRODUCTS_ONE_ROW"), ((1, 1), "MIN_PRODUCTS_ONE_ROW"), ((4,), "MIN_PRODUCTS")],
 )
 def test_small_products_take_the_usual_way(monkeypatch, rows, limit):
     monkeypatch.setattr(module, "_onednn_linear", _refuse)
-    monkeypatch.setattr(module, "SMALL_ROW", 1)
+    monkeypatch.setattr(module, "MIN_PRODUCTS_ONE_ROW", 1)
     x, weight, _ = random_triple(rows, 5, 3)
     multiplications = x.numel() * 3
     monkeypatch.setattr(module, limit, multiplications + 1)

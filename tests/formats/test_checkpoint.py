@@ -13,7 +13,7 @@ import torch
 
 import oracle
 from conftest import random_llama, save_llama, shared_asset
-from formats.checkpoint import load_exactly, read_checkpoint, require_finite
+from formats.checkpoint import read_checkpoint, require_finite
 from llama import Llama, load_pretrained
 from utils import InputError
 
@@ -285,17 +285,6 @@ def test_a_message_stays_short_where_a_file_declares_endless_names(path):
     assert message.endswith(" and 11 more") and len(message) < 1000
     torch.save({"a" * 10**6: 1, **{f"x{i}": 1 for i in range(1000)}}, path)
     assert len(refusal(path)) < 1000
-
-
-def test_a_module_within_a_module_keeps_its_tie():
-    outer = torch.nn.ModuleDict({"llama": random_llama()})
-    with torch.device("meta"):
-        module = torch.nn.ModuleDict({"llama": Llama(outer["llama"].config)})
-    module["llama"].norm.requires_grad_(False)
-    load_exactly(module, outer.state_dict())
-    assert module["llama"].output.weight is module["llama"].tok_embeddings.weight
-    assert not module["llama"].norm.weight.requires_grad
-    assert_same_weights(module["llama"], outer["llama"].state_dict())
 
 
 # ---------------------------------------------------------------- files that are no checkpoint
