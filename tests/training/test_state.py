@@ -333,6 +333,15 @@ def test_of_several_processes_the_first_holds_the_locks(tmp_path, monkeypatch):
             pass
 
 
+def test_leftovers_of_a_killed_process_are_removed_and_no_other_files(tmp_path):
+    kept = {"out[1]", ".out[1].notes.tmp", ".out1.12.tmp"}
+    for name in (*kept, ".out[1].12.tmp"):
+        (tmp_path / name).touch()
+    with only_writer(tmp_path / "out[1]"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
 def test_a_disk_that_is_full_costs_no_earlier_result(long_run, command, uninterrupted):
     resource = pytest.importorskip("resource")
     weights, outputs = uninterrupted
