@@ -58,7 +58,8 @@ INSTALLED = (
 MAX_ENTRIES = 2_000  # files of a submission; this project has about 60
 MAX_BYTES = 128 * 2**20  # of all files of a submission, unpacked
 WEIGHTS = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
-LEFT_OUT = (*WEIGHTS, ".zip", ".md", ".pyc", ".tmp", ".part")  # files at the top of a folder
+# Endings of files at the top of a folder that stay out, unless they are required.
+LEFT_OUT = (*WEIGHTS, ".zip", ".md", ".pyc", ".tmp", ".jsonl", ".html", "-output.txt")
 FINDER = "__MACOSX/"  # what macOS adds to the zips that its Finder makes
 SEPARATOR = " ||| "
 OLDEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
@@ -130,13 +131,13 @@ def shown(text: str) -> str:
 def travelers(folder: Path) -> tuple[list[str], list[str]]:
     """Return the files to pack, and the top-level names that stay out.
 
-    All Python files at the top travel, with everything that they import; so does `advanced/` beside
-    an advanced output. JSON files travel with the modules of their folder, and `data/fetch.py` with
-    what `setup.sh` needs.
+    Files at the top travel, a report too, but no weights and no leftovers; so does everything that
+    the Python files at the top import, and `advanced/` beside an advanced output. JSON files travel
+    with the modules of their folder, and `data/fetch.py` with what `setup.sh` needs.
     """
     names = set(files_below(folder))
     kept = {name for name in names if "/" not in name and not name.lower().endswith(LEFT_OUT)}
-    kept |= names & {"README.md", "structure.md"}
+    kept |= names & {*REQUIRED, *ADVANCED}
     sources = {name: (folder / name).read_bytes() for name in names if name.endswith(".py")}
     roots = [name for name in sources if name in kept or name == "data/fetch.py"]
     if kept.intersection(ADVANCED):

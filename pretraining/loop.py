@@ -197,6 +197,10 @@ def train_language_model(
     if progress.step == 0:
         _say(f"before: {_in_words(measure(model, heldout, micro_rows))}")
         _save(state_file, model, optimizers, progress)  # a kill from here on leaves a state
+
+    def save() -> None:
+        _save(state_file, model, optimizers, progress)
+
     started, evaluated_at = time.monotonic() - progress.seconds, progress.seconds
     with stop_requests() as stop, _progress_bar(recipe.n_steps, progress.step) as bar:
         while (done := progress.share(recipe)) < 1.0:
@@ -212,9 +216,7 @@ def train_language_model(
                 measured = measure(model, heldout, micro_rows)
                 _say(progress.add_row(measured, recipe, lr_factor))
                 evaluated_at = progress.seconds
-            if is_last or stop.requested or state_file.is_due():
-                _save(state_file, model, optimizers, progress)
-            stop.check(state_file)
+            stop.handle(save, state_file, is_last or state_file.is_due())
     if distributed.is_main():
         _write_outputs(folder, model, progress.history, half)
         state_file.delete()

@@ -15,8 +15,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from config import LlamaConfig
 from fast.memory import keep_freed_memory
 from llama import Llama, load_pretrained
@@ -162,7 +160,7 @@ def pretrain(
             shutil.copyfile(tokenizer_path, path)
         else:
             train_tokenizer(texts, model.config.vocab_size, path)
-    distributed.all_sum(torch.zeros(1))  # nobody reads it before it is written
+    distributed.barrier()  # nobody reads it before it is written
     tokenizer = Tokenizer(tokenizer_model=path)
     documents = encode_documents(tokenizer, texts)
     keep_freed_memory()

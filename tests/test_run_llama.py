@@ -463,7 +463,7 @@ def test_a_script_that_calls_train_again_continues(args, interrupted, capsys, ho
     ("change", "words"),
     [
         (lambda args: setattr(args, "restart", True), "(--restart)"),
-        (lambda args: setattr(args, "seed", 5), "(seed: 1337 there, 5 here)"),
+        (lambda args: setattr(args, "seed", 5), "(seed: saved 1337, now 5)"),
         (lambda args: write("toy-train.txt", b"0 ||| a\n1 ||| b\n")(Path()), "(train_sha256: "),
         (lambda args: save_llama(random_llama(seed=1), Path("model.pt")), "(model_sha256: "),
         (None, "(the source code has changed)"),
@@ -488,7 +488,7 @@ def test_resume_insists_past_changed_code_but_not_past_changed_settings(
     args, interrupted, monkeypatch, capsys
 ):
     args.resume, args.lr = True, 0.5
-    with pytest.raises(InputError, match=r"another run \(lr: 0\.001 there, 0\.5 here\)"):
+    with pytest.raises(InputError, match=r"another run \(lr: saved 0\.001, now 0\.5\)"):
         run_llama.train(args)
     args.lr = 1e-3
     monkeypatch.setattr(state, "source_digest", lambda: "another")

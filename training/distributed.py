@@ -27,7 +27,8 @@ Item = TypeVar("Item")
 
 def is_launched() -> bool:
     """Whether torchrun started this process."""
-    return dist.is_available() and "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    variables = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return dist.is_available() and variables <= os.environ.keys()
 
 
 def rank() -> int:
@@ -71,14 +72,14 @@ def joined(use_gpu: bool) -> Iterator[None]:
         try:
             yield
         except InputError:
-            if os.environ.get("LOCAL_RANK") != "0":  # all have it; one of each machine says so
+            if os.environ.get("LOCAL_RANK") != "0":  # every rank raises it; local rank 0 reports it
                 sys.exit(2)
             raise
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: nccl would wait for the others
 
 
 def say(line: str) -> None:
-    """Print a line of the running program on standard error; rank 0 alone does."""
+    """Print `line` to standard error on rank 0."""
     if is_main():
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
@@ -124,11 +125,16 @@ def barrier() -> None:
     all_sum(torch.zeros(1))
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    """Return the model with gradients averaged over the processes in each backward pass."""
+def wrap(model: nn.Module, has_unused_parameters: bool = False) -> nn.Module:
+    """Return the model with gradients averaged over the processes in each backward pass.
+
+    `has_unused_parameters` says that some parameter never gets a gradient.
+    """
     if world_size() == 1:
         return model
-    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    wrapped = nn.parallel.DistributedDataParallel(
+        model, find_unused_parameters=has_unused_parameters
+    )
     if hasattr(model, "reads_lengths"):
         wrapped.reads_lengths = model.reads_lengths
     return wrapped

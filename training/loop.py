@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ REMEDY = "lower --lr or set --max_grad_norm (what was saved before is kept)"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train beyond epochs, batch size and learning rate; the defaults are the assignment's.
+    """Options beyond epochs, batch size and learning rate; the defaults are the assignment's.
 
     `warmup` is the share of all steps over which the learning rate rises; with `lr_decay`, "linear"
     or "cosine", it then falls to 0. `layer_decay` is described at `parameter_groups`.
@@ -75,14 +75,14 @@ class EpochReport:
 
 @dataclass
 class TrainState:
-    """How far a run is. An epoch whose batches are all trained on has yet to be evaluated."""
+    """Progress of a run. An epoch whose batches are all trained may still await evaluation."""
 
     epoch: int = 0
-    n_batches: int = 0  # trained on in this epoch
-    loss_sum: float = 0.0  # over them
-    n_correct: int = 0  # of their examples, while training
-    shuffle_state: torch.Tensor | None = None  # of the shuffling generator at the epoch's start
-    history: list[EpochReport] = field(default_factory=list)  # of earlier epochs
+    n_batches: int = 0  # batches trained in this epoch
+    loss_sum: float = 0.0  # sum of their losses
+    n_correct: int = 0  # correct predictions among their examples
+    shuffle_state: torch.Tensor | None = None  # shuffling generator's state at the epoch's start
+    history: list[EpochReport] = field(default_factory=list)  # reports of earlier epochs
 
 
 def train_classifier(
@@ -100,21 +100,20 @@ def train_classifier(
     state_file: StateFile | None = None,
     regularizer: nn.Module | None = None,
 ) -> list[EpochReport]:
-    """Minimize the NLL by AdamW over shuffled batches; the model must be on `device`.
+    """Minimize the NLL by AdamW over shuffled batches; return the report of each epoch.
 
-    `model` is a classifier of classifier.py, or a module that is called like one. The loss of a
-    batch is its summed NLL over `batch_size`, also for a shorter last batch. A `regularizer` adds
-    regularizer(model, log_probs, forward), where log_probs (B, n_labels) are the batch's and
-    forward(module) is another pass of the batch; its `state_dict` is saved with the run's.
+    `model`, on `device`, is a classifier of classifier.py or a module that is called like one. The
+    loss of a batch is its summed NLL over `batch_size`, also for a shorter last batch. A
+    `regularizer(model, log_probs, forward)` returns a term that is added to it; `forward(module)`
+    runs the batch again.
 
-    After each epoch train and dev accuracy are measured in eval mode and `on_epoch(report,
-    is_best)` is called; best is the first epoch with the highest dev accuracy. With a `state_file`
-    the run continues from its state, if it has one, and saves there after each epoch, when a save
-    is due, and on Ctrl-C or SIGTERM. Raises DivergedError before anything that is not finite is
-    saved.
+    After each epoch `on_epoch(report, is_best)` is called; the best epoch is the first one with the
+    highest dev accuracy. Resume from `state_file` if it holds a state. Save there after each epoch,
+    when a save is due, and on Ctrl-C or SIGTERM. Raises DivergedError before a loss or a weight
+    that is not finite is saved.
 
-    Several processes, which all call this alike, take equal shares of each batch and of the
-    evaluation. Without dropout their weights equal those of one process, up to rounding.
+    Under torchrun each process trains on an equal share of every batch; without dropout the weights
+    equal those of one process, up to rounding.
     """
     if regularizer is not None:
         distributed.require_single_process("a regularizer")
@@ -124,7 +123,8 @@ def train_classifier(
     state = TrainState(shuffle_state=generator.get_state())
     if state_file is not None and state_file.saved is not None:
         state = _restore(state_file, model, optimizer, regularizer)
-    trained = distributed.wrap(model)
+    is_tied = model.llama.output.weight is model.llama.tok_embeddings.weight
+    ddp_model = distributed.wrap(model, has_unused_parameters=not is_tied)
 
     def save() -> None:
         require_finite_weights(model)
@@ -137,41 +137,50 @@ def train_classifier(
             generator.set_state(state.shuffle_state)
             if distributed.world_size() > 1:  # each process draws its own dropout masks
                 torch.manual_seed(seed + 1000 * state.epoch + distributed.rank())
-            batches = itertools.islice(loader, state.n_batches, None)
-            bar = {"total": len(loader), "initial": state.n_batches, "leave": False}
-            is_silent = None if distributed.is_main() else True  # None: without a terminal
-            for batch in tqdm(batches, f"train-{state.epoch}", disable=is_silent, **bar):
-                factor = _rate_factor(state, len(loader), epochs, recipe)
+            for batch in _remaining(loader, state):
+                rate_factor = _rate_factor(state, len(loader), epochs, recipe)
                 loss, n_correct = batch_loss(
-                    trained, model, batch, batch_size, device, recipe, regularizer
+                    ddp_model, model, batch, batch_size, device, recipe, regularizer
                 )
-                value, n_correct = _total(loss, n_correct)
-                if not math.isfinite(value):
-                    raise _diverged(state, len(loader), factor * lr, value, batch["sents"][0])
-                # The loss is a sum over processes, and their gradients are averaged.
+                total_loss, n_correct = _total(loss, n_correct)
+                if not math.isfinite(total_loss):
+                    raise _diverged(state, loader, rate_factor * lr, total_loss, batch["sents"][0])
+                # The loss is a sum over the processes, but their gradients are averaged.
                 (loss * distributed.world_size()).backward()
-                take_step([optimizer], factor, recipe.max_grad_norm)
-                state.loss_sum += value
+                take_step([optimizer], rate_factor, recipe.max_grad_norm)
+                state.loss_sum += total_loss
                 state.n_correct += n_correct
                 state.n_batches += 1
-                if stop.requested or (state_file is not None and state_file.is_due()):
-                    save()
-                stop.check(state_file)
+                is_due = state_file is not None and state_file.is_due()
+                stop.handle(save, state_file, is_due)
 
-            report = _report(model, state, loader, dev_data, batch_size, device, recipe)
+            report = _evaluate(model, state, loader, dev_data, batch_size, device, recipe)
             is_best = all(report.dev_accuracy > past.dev_accuracy for past in state.history)
             on_epoch(report, is_best)
-            history = [*state.history, report]
             state = TrainState(
-                state.epoch + 1, shuffle_state=generator.get_state(), history=history
+                epoch=state.epoch + 1,
+                shuffle_state=generator.get_state(),
+                history=[*state.history, report],
             )
-            save()
-            stop.check(state_file)
+            stop.handle(save, state_file, is_due=True)
     return state.history
 
 
+def _remaining(loader: DataLoader, state: TrainState) -> Iterable[dict[str, Any]]:
+    """Return the batches of the epoch that are not trained yet, with a progress bar on rank 0."""
+    is_silent = None if distributed.is_main() else True  # None: shown on a terminal
+    return tqdm(
+        itertools.islice(loader, state.n_batches, None),
+        desc=f"train-{state.epoch}",
+        total=len(loader),
+        initial=state.n_batches,
+        leave=False,
+        disable=is_silent,
+    )
+
+
 def batch_loss(
-    trained: nn.Module,
+    ddp_model: nn.Module,
     model: nn.Module,
     batch: dict[str, Any],
     batch_size: int,
@@ -181,25 +190,24 @@ def batch_loss(
 ) -> tuple[torch.Tensor, int]:
     """Return this process's part of a batch's loss, and how many of its rows are correct.
 
-    `trained` is the model as `distributed.wrap` returned it.
+    `ddp_model` is the model as `distributed.wrap` returned it.
     """
-    own, weight = distributed.own_rows(batch, model.reads_lengths)
-    labels = own["labels"].to(device)
+    rows, weight = distributed.own_rows(batch, model.reads_lengths)
+    labels = rows["labels"].to(device)
 
     def forward(module: nn.Module) -> torch.Tensor:
-        return forward_pass(module, own, device, recipe.bf16)
+        return forward_pass(module, rows, device, recipe.bf16)
 
     def nll(log_probs: torch.Tensor) -> torch.Tensor:
         loss = F.nll_loss(log_probs, labels, reduction="sum")
-        if recipe.label_smoothing:
-            uniform = -log_probs.mean(dim=1).sum()
-            loss = torch.lerp(loss, uniform, recipe.label_smoothing)
+        if eps := recipe.label_smoothing:
+            loss = (1 - eps) * loss - eps * log_probs.mean(dim=1).sum()
         return loss / batch_size
 
-    log_probs = forward(trained)
+    log_probs = forward(ddp_model)
     loss = nll(log_probs)
-    if recipe.r_drop:
-        second = forward(trained)
+    if recipe.r_drop:  # not a regularizer, because it also averages two NLLs
+        second = forward(ddp_model)
         divergence = symmetric_kl(log_probs, second) * len(labels) / batch_size
         loss = (loss + nll(second)) / 2 + recipe.r_drop / 4 * divergence
     if regularizer is not None:
@@ -209,22 +217,23 @@ def batch_loss(
 
 
 def _diverged(
-    state: TrainState, n_batches: int, lr: float, loss: float, sentence: str
+    state: TrainState, loader: DataLoader, lr: float, loss: float, sentence: str
 ) -> DivergedError:
     return DivergedError(
-        f"epoch {state.epoch}, step {state.n_batches + 1} of {n_batches}, learning rate {lr:.3g}: "
-        f"the loss is {loss} on the batch that begins with {sentence[:60]!r}; {REMEDY}"
+        f"epoch {state.epoch}, step {state.n_batches + 1} of {len(loader)}, "
+        f"learning rate {lr:.3g}: the loss is {loss} on the batch that begins with "
+        f"{sentence[:60]!r}; {REMEDY}"
     )
 
 
 def _total(loss: torch.Tensor, n_correct: int) -> tuple[float, int]:
-    """Sum over the processes."""
+    """Return both summed over the processes."""
     values = torch.tensor([loss.item(), n_correct], dtype=torch.float64)
     value, n_correct = distributed.all_sum(values).tolist()
     return value, int(n_correct)
 
 
-def _report(
+def _evaluate(
     model: nn.Module,
     state: TrainState,
     loader: DataLoader,
@@ -291,10 +300,11 @@ def _restore(
         if regularizer is not None:
             regularizer.load_state_dict(saved["regularizer"])
         set_random_state(saved["random"])
+        torch.Generator().set_state(state.shuffle_state)  # or a TypeError here, not in the loop
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise state_file.damaged() from error
     if distributed.is_main():
-        print(f"continue {state_file.path} in epoch {state.epoch}, batch {state.n_batches}")
+        print(f"continue {state_file.path} in epoch {state.epoch} after {state.n_batches} batches")
     return state
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def learning_rate_factor(
     """Return the factor of the peak learning rate at `step` (0, 1, ...): a trapezoid.
 
     It rises linearly over the first `warmup_steps` steps and stays at 1. When `progress`, the share
-    of the training that is done, passes `decay_from`, it falls linearly to 0 (Hagele et al. 2024,
+    of the training that is done, passes `decay_from`, it falls linearly to 0 (Hägele et al. 2024,
     arXiv 2405.18392), or with `cosine` along half a wave (Loshchilov and Hutter 2017, arXiv
     1608.03983, equation 5). `decay_from=0` is the usual warm-up and decay, `decay_from=1` never
     decays.
@@ -40,21 +40,24 @@ def symmetric_kl(log_probs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return ((log_probs.exp() - others.exp()) * (log_probs - others)).sum(dim=-1).mean()
 
 
-def precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
-    """Return the context to compute in: float32, or autocast to bfloat16 (weights stay float32).
+@contextlib.contextmanager
+def precision(device: torch.device, bf16: bool) -> Iterator[None]:
+    """Compute in float32 (TF32 products on CUDA if allowed), or autocast to bfloat16.
 
     Enter it for each pass anew: inside, autocast caches bfloat16 copies of the weights, which an
     optimizer step would not change. A CPU without bfloat16 instructions is slow with it.
     """
-    stack = contextlib.ExitStack()
-    if bf16:
+    if not bf16:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         if device.type == "cpu":  # its fused kernel is slower in bfloat16 than plain products
             allow = torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp
             stack.callback(allow, torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed())
             allow(True)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    return stack
+        yield
 
 
 def take_step(

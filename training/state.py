@@ -1,4 +1,4 @@
-"""What an interrupted run needs to continue: its state file, signals, and one writer a file.
+"""Save and resume interrupted runs: state files, signals, file locks.
 
 A state is saved after each epoch, every few minutes, and on Ctrl-C or SIGTERM. It is plain data,
 replaced whole, and holds the random generators' states, so a run that continues from it ends in the
@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,16 @@ from training import distributed
 from utils import InputError, hidden_neighbor, is_device, real_path, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("", "formats/", "fast/", "training/", "pretraining/", "advanced/", "advanced/methods/")
-CHECKS = ("prepare_submit.py", "sanity_check.py", "optimizer_test.py", "rope_test.py")
+HASHED_FOLDERS = (
+    "",
+    "formats/",
+    "fast/",
+    "training/",
+    "pretraining/",
+    "advanced/",
+    "advanced/methods/",
+)
+UNHASHED_FILES = ("prepare_submit.py", "sanity_check.py", "optimizer_test.py", "rope_test.py")
 
 
 def state_path(checkpoint: str | os.PathLike) -> Path:
@@ -39,7 +47,7 @@ def state_path(checkpoint: str | os.PathLike) -> Path:
 class StateFile:
     """The saved state of one run, at `path`.
 
-    `settings` is plain data that decides the run's result: options, and files by their SHA-256.
+    `settings` are the options and file hashes that determine the result, as plain data.
     `mode` says what to do with a state that is already there:
 
     - "auto": continue if its settings and our source code are the same; otherwise begin anew and
@@ -48,8 +56,8 @@ class StateFile:
       all, are an InputError.
     - "restart": begin anew and keep it as `....state.old.pt`.
 
-    `saved` is then the content to continue from, or None. Of several processes all read the file,
-    so it must lie where each can see it, and rank 0 alone writes and renames it.
+    `saved` is the state to resume from, or None. All processes read the file; only rank 0 writes
+    and renames it.
     """
 
     def __init__(
@@ -123,21 +131,21 @@ class StateFile:
 def source_digest() -> str:
     """Return the SHA-256 of the project's modules that a training may run."""
     digest = hashlib.sha256()
-    for path in sorted(path for room in ROOMS for path in ROOT.glob(f"{room}*.py")):
-        if path.name not in CHECKS:
+    for path in sorted(path for room in HASHED_FOLDERS for path in ROOT.glob(f"{room}*.py")):
+        if path.name not in UNHASHED_FILES:
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def differences(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
-    """Return what differs by its key, such as {"lr": "0.1 there, 0.2 here"}."""
+    """Return what differs by its key, such as {"lr": "saved 0.1, now 0.2"}."""
 
     def cut(value: Any) -> str:
         text = str(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
 
     return {
-        key: f"{cut(saved.get(key))} there, {cut(settings.get(key))} here"
+        key: f"saved {cut(saved.get(key))}, now {cut(settings.get(key))}"
         for key in {**settings, **saved}
         if saved.get(key) != settings.get(key)
     }
@@ -191,24 +199,26 @@ class StopRequests:
 
     signum: int | None = None
 
-    @property
-    def requested(self) -> bool:
-        return self.signum is not None
+    def handle(
+        self, save: Callable[[], None], state_file: StateFile | None, is_due: bool = False
+    ) -> None:
+        """Call `save` if it is due or a signal came; then raise for the signal.
 
-    def check(self, state_file: StateFile | None) -> None:
-        """Raise if a signal came: `Stopped`, or KeyboardInterrupt if no state was saved."""
-        if self.signum is not None and state_file is not None:
-            raise Stopped(self.signum, state_file.path)
-        if self.signum is not None:
-            raise KeyboardInterrupt
+        Raises `Stopped`, or KeyboardInterrupt without a `state_file`.
+        """
+        signum = self.signum  # read once: a signal may arrive on any line
+        if is_due or signum is not None:
+            save()
+        if signum is not None:
+            raise KeyboardInterrupt if state_file is None else Stopped(signum, state_file.path)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
     """Note the first SIGINT or SIGTERM instead of ending at once; a second one ends the process.
 
-    An ignored signal (`nohup`) stays ignored. Several processes end at once, since they would not
-    all stop behind the same batch; their last saved state counts.
+    An ignored signal (`nohup`) stays ignored. With several processes a signal ends all at once,
+    because they would stop at different batches; the last saved state counts.
     """
     requests = StopRequests()
     handlers = {}

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import oracle
-import run_llama
 import sanity_check
 from config import ATTENTION_MODES
 from conftest import ROOT, copy_project
 from llama import load_pretrained
 from tokenizer import Tokenizer
+from training.options import PREFIX
 
 MINI = ROOT / "data/mini"
 # A proxy that no name server knows: a script that uses the network fails.
@@ -69,7 +69,7 @@ def test_its_tokenizer_gives_back_any_text(mini, mini_tokenizer, text):
 
 def test_its_cache_changes_nothing(mini, mini_tokenizer):
     """Greedy tokens are the argmax of one forward pass over the whole text."""
-    start = mini_tokenizer.encode(run_llama.PREFIX, bos=True, eos=False)
+    start = mini_tokenizer.encode(PREFIX, bos=True, eos=False)
     out = mini.generate(torch.tensor([start]), 40, temperature=0.0)
     with torch.inference_mode():
         logits, _ = mini(out, targets=out)
@@ -114,8 +114,8 @@ def test_bare_generate(clone):
     assert "stories42M.pt not found, using the bundled" in ended.stderr
     for name in ("0", "1"):
         text = (clone / f"generated-sentence-temp-{name}.txt").read_text(encoding="utf-8")
-        assert text.startswith(run_llama.PREFIX)
-        assert len(text) > len(run_llama.PREFIX) + 100
+        assert text.startswith(PREFIX)
+        assert len(text) > len(PREFIX) + 100
 
 
 def test_bare_prompt(clone):

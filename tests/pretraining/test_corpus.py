@@ -58,8 +58,12 @@ def test_a_file_gives_its_documents_however_it_is_packed(tmp_path, suffix, newli
         ("text.xz", lzma.compress("good\nna\xefve".encode("latin-1")), ":2: is not UTF-8"),
         ("text.xz", lzma.compress(LONG)[:-9], ": is damaged"),
         ("text.xz", LONG, ": is damaged"),
-        ("text.gz", gzip.compress(LONG)[:99], ": is damaged"),
-        ("text.gz", gzip.compress(LONG)[:83] + b"\0" + gzip.compress(LONG)[84:], ": is damaged"),
+        ("text.gz", gzip.compress(LONG, mtime=0)[:99], ": is damaged"),
+        (
+            "text.gz",
+            gzip.compress(LONG, mtime=0)[:83] + b"\0" + gzip.compress(LONG, mtime=0)[84:],
+            ": is damaged",
+        ),
         ("text.txt", b"\n \n\t\n", ": holds no document"),
     ],
 )

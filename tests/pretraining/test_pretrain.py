@@ -358,8 +358,8 @@ def test_a_stopped_run_continues_by_the_same_command(call, tmp_path, finished, m
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (["--lr", 0.004], "lr: 0.005 there, 0.004 here"),
-        (["--tokens", 2400], "tokens: 2500 there, 2400 here"),
+        (["--lr", 0.004], "lr: saved 0.005, now 0.004"),
+        (["--tokens", 2400], "tokens: saved 2500, now 2400"),
         (["--heldout", 6], "text_sha256"),
     ],
 )

@@ -125,21 +125,40 @@ def test_random_numbers_continue_from_a_saved_state(tmp_path):
 
 def test_a_second_signal_ends_a_run_at_once():
     with stop_requests() as stop:
-        stop.check(None)
+        saves = []
+        stop.handle(lambda: saves.append("not due"), None)
         signal.raise_signal(signal.SIGINT)
-        assert stop.requested
+        assert stop.signum == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            stop.check(None)  # nothing is saved
+            stop.handle(lambda: saves.append("stopped"), None)
+        assert saves == ["stopped"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_during_a_save_waits_for_the_next_one(saved_run):
+    """`Stopped` promises that the state is saved, so it is raised only behind a save that began
+    after the signal."""
+    state_file, saves = StateFile(saved_run, SETTINGS), []
+
+    def save() -> None:
+        saves.append(len(saves))
+        if len(saves) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with stop_requests() as stop:
+        stop.handle(save, state_file, is_due=True)
+        with pytest.raises(Stopped, match="the same command continues"):
+            stop.handle(save, state_file)
+    assert saves == [0, 1]
 
 
 def test_an_ignored_signal_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with stop_requests() as stop:
         signal.raise_signal(signal.SIGINT)
-        assert not stop.requested
+        assert stop.signum is None
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
@@ -168,13 +187,13 @@ def test_other_settings_begin_anew_say_what_differs_and_keep_the_old_state(saved
     assert StateFile(saved_run, changed).saved is None
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "is not continued (lr: 0.001 there, 0.1 here; train_sha256: None there, 000" in err
+    assert "is not continued (lr: saved 0.001, now 0.1; train_sha256: saved None, now 000" in err
     assert f"it is kept as {OLD}" in err
     assert not saved_run.exists() and saved_run.with_name(OLD).read_bytes() == content
 
 
 def test_to_insist_on_another_runs_state_is_an_error(saved_run):
-    with pytest.raises(InputError, match=r"of another run \(seed: 7 there, 8 here\); use that run"):
+    with pytest.raises(InputError, match=r"of another run \(seed: saved 7, now 8\); use that run"):
         StateFile(saved_run, {**SETTINGS, "seed": 8}, "resume")
     assert StateFile(saved_run, SETTINGS, "resume").saved
     with pytest.raises(InputError, match="no saved state to --resume"):
