@@ -166,7 +166,9 @@ def test_every_method_runs(workplace, method, capsys):
 def torchrun(n: int, *options: str) -> subprocess.CompletedProcess:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
     command = [sys.executable, *launch, str(ROOT / "run_llama.py"), "--option", "finetune"]
-    return subprocess.run([*command, *DATA, *options], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*command, *DATA, *options], capture_output=True, encoding="utf-8", check=False
+    )
 
 
 def test_a_process_over_nccl_trains_as_one_alone(run, workplace):

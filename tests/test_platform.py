@@ -14,6 +14,7 @@ import pytest
 
 import run_llama
 from conftest import ROOT, copy_project
+from training.options import PREFIX
 from utils import atomic_write
 
 ROOMS = ("advanced", "benchmarks", "data", "fast", "formats", "pretraining", "results", "tools")
@@ -51,7 +52,7 @@ def test_from_another_folder_inputs_are_the_projects_and_outputs_stay_here(tmp_p
     assert sorted(path.name for path in here.iterdir()) == outputs
     assert sorted(project.rglob("*")) == before
     for name in outputs:
-        assert (here / name).read_text(encoding="utf-8").startswith(run_llama.PREFIX)
+        assert (here / name).read_text(encoding="utf-8").startswith(PREFIX)
 
 
 @pytest.mark.parametrize(

@@ -454,7 +454,7 @@ def test_a_script_that_calls_train_again_continues(args, interrupted, capsys, ho
     setattr(args, how, True)
     run_llama.seed_everything(3)  # not what decides
     run_llama.train(args)
-    assert "continue my-model.state.pt in epoch 1, batch 1" in capsys.readouterr().out
+    assert "continue my-model.state.pt in epoch 1 after 1 batches" in capsys.readouterr().out
     assert_same_weights(load_torch_file("my-model.pt")["model"], interrupted)
     assert not Path("my-model.state.pt").exists() and not OLD.exists()
 

@@ -110,7 +110,9 @@ def test_a_missing_tokenizer_is_named_with_the_remedy(tmp_path):
 
 def test_a_git_lfs_pointer_is_told_to_be_pulled(tmp_path):
     path = tmp_path / "tokenizer.model"
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", encoding="utf-8"
+    )
     with pytest.raises(InputError) as caught:
         Tokenizer(tokenizer_model=path)
     assert str(caught.value).startswith(f"{path}: is a git-lfs pointer")

@@ -137,7 +137,7 @@ def export_hf(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
                 f"{tokenizer.model_path}: transformers' tokenizer.json cannot split texts as it "
                 f"does, so {out} has tokenizer.model alone"
             )
-        folder.rename(out)
+        folder.replace(out)
     print(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     return notes
 

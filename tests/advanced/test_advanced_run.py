@@ -204,7 +204,7 @@ def test_a_killed_command_continues_to_the_same_bits(advanced):
     options.append("--epochs=16")
     command = [sys.executable, "-m", "advanced.run", *DATA, *SHORT, *options, "--save_minutes=0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8")
     for line in process.stdout:
         if line.startswith("epoch 1:"):
             break
@@ -453,7 +453,7 @@ def test_a_greedy_soup_tries_each_candidates_weights_and_writes_what_it_kept(adv
     (ours,) = weights("soup").values()
     torch.testing.assert_close(ours[name], mean(*alone[:2])[name])
     code, _, err = advanced("--method=soup", "--epochs=1", "--seeds=3,4,5", "--soup=uniform")
-    assert code == 2 and "soup: greedy there, uniform here" in err
+    assert code == 2 and "soup: saved greedy, now uniform" in err
 
 
 def test_a_uniform_soup_of_other_seeds_replaces_the_earlier(advanced):
@@ -546,7 +546,7 @@ def test_an_output_does_not_replace_an_input(advanced):
 def test_weights_that_are_gone_or_of_another_run_are_named(advanced):
     assert advanced("--seeds", "3", "--epochs", "1")[0] == 0
     code, _, err = advanced("--seeds", "3", "--epochs", "1", "--label_smoothing", "0.1")
-    assert code == 2 and "label_smoothing: 0.0 there, 0.1 here" in err
+    assert code == 2 and "label_smoothing: saved 0.0, now 0.1" in err
     other = ["--results_dir", "elsewhere", "--hidden_dropout_prob", "0.8"]
     assert advanced("--seeds", "3", "--epochs", "1", *other)[0] == 0
     code, _, err = advanced("--seeds", "3", "--epochs", "1", "--method", "wise_ft")

@@ -95,7 +95,7 @@ def test_a_record_of_other_settings_is_refused_with_what_differs(tmp_path):
     path = tmp_path / "toy.json"
     Record(path, IDENTITY, "first").write()
     other = {**IDENTITY, "settings": {"epochs": 3, "targets": ["w1"]}}
-    with pytest.raises(InputError, match=r"toy\.json: .*epochs: 2 there, 3 here.*--name"):
+    with pytest.raises(InputError, match=r"toy\.json: .*epochs: saved 2, now 3.*--name"):
         Record(path, other, "second")
     path.write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="is not JSON"):

@@ -37,7 +37,7 @@ def random_data(seed: int = 0) -> SentenceDataset:
 
 
 def test_these_shapes_are_large_enough_for_onednn():
-    assert LENGTHS.numel() * LENGTHS.max() * 256 * 256 >= linear.SMALL
+    assert LENGTHS.numel() * LENGTHS.max() * 256 * 256 >= linear.MIN_PRODUCTS
 
 
 @pytest.mark.parametrize("attention", ["full", "causal"])

@@ -286,7 +286,9 @@ def test_ranks_and_micro_batches_end_in_the_weights_of_one_process(tmp_path, n):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc-per-node", str(n), str(job)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, encoding="utf-8", timeout=300
+    )
     assert done.returncode == 0, done.stderr
     *alone, few = torch.load(tmp_path / "alone.pt", weights_only=True)
     *ranks, few_of_ranks = torch.load(tmp_path / "ranks.pt", weights_only=True)

@@ -90,7 +90,7 @@ def test_a_run_stopped_in_any_pass_continues_to_the_same_bits(tmp_path, n_passes
     state_file = StateFile(path, SETTINGS)
     epoch = state_file.saved["progress"]["epoch"]
     continued = run_with(state_file, pooling, dropout_seed=99)  # not what decides
-    assert f"continue {path} in epoch {epoch}, batch " in capsys.readouterr().out
+    assert f"continue {path} in epoch {epoch} after " in capsys.readouterr().out
     assert continued["history"] == whole["history"]
     assert_same_weights(continued["weights"], whole["weights"])
     assert continued["reports"] == [said for said in whole["reports"] if said[0] >= epoch]
@@ -393,7 +393,7 @@ def test_a_run_stopped_in_its_last_evaluation_continues_there(run, workplace, mo
         code, out, _ = finetune(run)
     assert code == 130 and "epoch 1: " in out
     code, continued, _ = finetune(run)
-    assert code == 0 and f"continue {STATE} in epoch 2, batch 0" in continued
+    assert code == 0 and f"continue {STATE} in epoch 2 after 0 batches" in continued
     assert "epoch 1: " not in continued
     table = continued[continued.index("Epoch | ") :]
     assert table.startswith(out[out.index("Epoch | ") :].rstrip())
