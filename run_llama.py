@@ -1,7 +1,7 @@
 """The assignment's command line: generate text, classify by prompting, finetune a classifier.
 
-The functions under the assignment's names take what they take there, so its scripts run on. An
-`args` that lacks one of our additional options means its default.
+Functions with the assignment's names keep its signatures, so its scripts still run. An option
+missing from `args` takes its default.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def checkpoint_path(args: argparse.Namespace) -> str:
-    """Return `args.filepath` if a script set it, else a name of option, data set, epochs and lr."""
+    """Return `args.filepath` if a script set it, else OPTION-DATASET-EPOCHS-LR.pt."""
     dataset = options.dataset_name(args.train)
     return getattr(args, "filepath", None) or (
         f"{args.option}-{dataset}-{args.epochs}-{args.lr}.pt"
@@ -129,8 +129,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Continue the assignment's prefix at temperature 0 and at temperature 1."""
-    backbone = load_backbone(args)
-    announce(args, backbone[0], backbone[2])
+    backbone = llama, _, device = load_backbone(args)
+    announce(args, llama, device)
     low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
     generate_sentence(args, options.PREFIX, low, temperature=0.0, backbone=backbone)
     generate_sentence(args, options.PREFIX, high, temperature=1.0, backbone=backbone)
@@ -155,7 +155,7 @@ def generate_sentence(
 
 
 def test_with_prompting(args: argparse.Namespace) -> None:
-    """Ask the frozen model the question of `prompt_suffix` and score the labels."""
+    """Score each label as the continuation of sentence and `prompt_suffix` by the frozen model."""
     _require_output_names(args, "prompting")
     label_names = read_label_names(args.label_names)
     splits = _read_dev_and_test(args, label_names)
@@ -174,7 +174,7 @@ def test_with_prompting(args: argparse.Namespace) -> None:
 
 
 def prompt_suffix(label_names: list[str]) -> str:
-    """Return the assignment's question: Is this movie a, b, or c? This movie is"""
+    """Return the assignment's question, 'Is this movie a, b, or c? This movie is '."""
     if len(label_names) == 2:
         choices = " or ".join(label_names)
     else:
@@ -185,7 +185,7 @@ def prompt_suffix(label_names: list[str]) -> str:
 def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochReport]:
     """Finetune on --train and keep the checkpoint of the best dev accuracy.
 
-    An interrupted run continues, see `training.state.StateFile`; at the end its state is deleted,
+    Resume an interrupted run (see `training.state.StateFile`). Its state is deleted at the end,
     unless `keep_state`.
     """
     filepath = checkpoint_path(args)
@@ -267,7 +267,9 @@ def finetune(args: argparse.Namespace) -> None:
     The state stays until both outputs are written, so that the same command continues there.
     """
     keep_freed_memory()
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # 10 bits of fraction, see results/
+    torch.backends.cuda.matmul.fp32_precision = (
+        "tf32"  # 10-bit mantissas, see `plain_gpu` in results
+    )
     _require_output_names(args, "finetuning")
     _read_dev_and_test(args, read_label_names(args.label_names))  # before the work, not after
     history = train(args, keep_state=True)

@@ -48,7 +48,7 @@ class Tokenizer:
         return [self.bos_id] * bos + pieces + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of token ids; bos and eos have none."""
+        """Return the text of token ids; bos and eos decode to nothing."""
         return self.sp_model.decode(ids)
 
     def require_vocab_size(self, vocab_size: int) -> None:
@@ -93,7 +93,7 @@ def open_tokenizer(
     one recorded it (from the current folder, beside the checkpoint, or in the project), else
     `find_tokenizer_model`'s.
 
-    Raises InputError if it is not there any more, or is another than the recorded one.
+    Raises InputError if it is missing, or differs from the recorded one.
     """
     recorded = saved.get("tokenizer_path")
     if path is None and recorded is not None:
@@ -102,15 +102,15 @@ def open_tokenizer(
         found = [place for place in found if os.path.isfile(place)]  # noqa: PTH113, of any length
         if not found:
             raise InputError(
-                f"{checkpoint}: its tokenizer {brief(recorded)} is not there any more; name the "
-                "place it was moved to by --tokenizer_path"
+                f"{checkpoint}: its tokenizer {brief(recorded)} was not found; pass its new path "
+                "with --tokenizer_path"
             )
         same = [place for place in found if sha256_of(place) == saved.get("tokenizer_sha256")]
         path = [*same, *found][0]
     tokenizer = Tokenizer(tokenizer_model=path or find_tokenizer_model(checkpoint))
     if saved.get("tokenizer_sha256") not in (None, sha256_of(tokenizer.model_path)):
         raise InputError(
-            f"{checkpoint}: was trained with another tokenizer than {tokenizer.model_path}; name "
-            "its own by --tokenizer_path"
+            f"{checkpoint}: was trained with a different tokenizer than {tokenizer.model_path}; "
+            "pass the original with --tokenizer_path"
         )
     return tokenizer

@@ -34,7 +34,7 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
     """Return the dict in a torch file, with tensors on the CPU.
 
     Raises OSError if the file cannot be opened and InputError with its name if it is damaged, holds
-    more than plain data and dense tensors, or declares far more memory than it has bytes.
+    anything except plain data and dense tensors, or declares far more memory than it has bytes.
     """
     try:
         with warnings.catch_warnings():  # torch warns of odd tensors, Python of escapes in a pickle
@@ -113,15 +113,13 @@ def _reason(error: Exception) -> str:
 
 
 def _require_dense(path: str | os.PathLike, content: dict) -> None:
-    """Raise InputError for a tensor that is no dense array, or for views that declare much memory.
+    """Raise InputError for a sparse, nested, meta, complex or quantized tensor.
 
-    The declared total may be twice the file's size, as a tied matrix is stored once.
+    Also for views that declare more than twice the file's size (a tied matrix is stored once).
     """
-    stack, seen, declared = (
-        [("", content)],
-        set(),
-        0,
-    )  # a pickle may nest endlessly, and hold itself
+    stack: list[tuple[Any, Any]] = [("", content)]
+    seen: set[int] = set()  # a container may hold itself
+    declared = 0
     while stack:
         name, value = stack.pop()
         if isinstance(value, torch.Tensor):

@@ -507,7 +507,7 @@ def test_a_script_may_not_train_into_a_file_that_it_reads(args):
     ("saved", "words"),
     [
         ({"label_names": ["good", "bad"]}, ["['good', 'bad']", "['bad', 'good']"]),
-        ({"tokenizer_sha256": "0" * 64}, ["another tokenizer", "tokenizer.model"]),
+        ({"tokenizer_sha256": "0" * 64}, ["a different tokenizer", "tokenizer.model"]),
         ({"vocab_size": 100}, ["320 tokens", "100"]),
     ],
 )

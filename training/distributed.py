@@ -1,9 +1,8 @@
 """Several processes that train one model, each on its share of every batch.
 
-    torchrun --nproc-per-node 2 run_llama.py --option finetune ...
-
-starts them. PyTorch's DistributedDataParallel (Li et al. 2020, arXiv 2006.15704) averages their
-gradients. Without torchrun every function here does nothing. All processes must call `all_sum`,
+Start them with `torchrun --nproc-per-node 2 run_llama.py --option finetune ...`. PyTorch's
+DistributedDataParallel (Li et al. 2020, arXiv 2006.15704) averages their gradients. Without
+torchrun every function here does nothing. All processes must call `all_sum`,
 `require_same` and the wrapped model in the same order; rank 0 alone prints and writes files.
 """
 
@@ -151,4 +150,6 @@ def require_same(settings: dict[str, Any]) -> None:
     digests = all_sum(digests)
     different = [i for i, other in enumerate(digests.tolist()) if other != digests[0]]
     if different:
-        raise InputError(f"ranks {different} have other options or data files than rank 0")
+        raise InputError(
+            f"ranks {different} were started with options or data files that differ from rank 0's"
+        )

@@ -88,11 +88,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer_path",
         help="SentencePiece .model (default: the one beside the checkpoint, else tokenizer.model)")
     add("--max_sentence_len", type=positive_int,
-        help="tokens kept of a sentence (default: as many as the model has positions)")
+        help="tokens kept of a sentence (default: the model's max_seq_len)")
     add("--attention", choices=ATTENTION_MODES,
         help="default: what the checkpoint records, else full (the assignment: no mask)")
     add("--pooling", choices=POOLINGS,
-        help="the state that is read (default: position in full mode, last in causal)")
+        help="state that the classifier reads (default: position in full mode, last in causal)")
     add("--use_gpu", action="store_true", help="use CUDA, else Apple's MPS (default: the CPU)")
 
 
@@ -101,7 +101,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--epochs", type=positive_int, default=5, help="passes over --train (default: %(default)s)")
     add("--batch_size", type=positive_int, default=8,
-        help="sentences of a step (default: %(default)s)")
+        help="sentences per step (default: %(default)s)")
     add("--hidden_dropout_prob", type=probability_below_one, default=0.3,
         help="dropout before the head (default: %(default)s)")
     add("--lr", type=positive_float,
@@ -114,7 +114,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=probability_below_one, default=0.0,
         help="share of all steps over which the learning rate rises (default: 0)")
     add("--lr_decay", nargs="?", choices=("linear", "cosine"), const="linear",
-        help="let the rate fall to 0 afterwards (default: constant)")
+        help="decay the rate to 0 after the warm-up (default: constant)")
     add("--layer_decay", type=share, default=1.0,
         help="rate of a layer relative to the one above (default: 1)")
     add("--max_grad_norm", type=positive_float, help="clip gradients to this norm (default: none)")
@@ -136,10 +136,10 @@ def add_state_options(parser: argparse.ArgumentParser) -> None:
     """When an interrupted run's state is saved, and whether it is continued."""
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true",
-        help="insist on continuing the saved run, also past changed code (default: continue it if "
+        help="resume the saved run even if the code changed (default: resume it if "
         "settings, data and code are the same)")
     add("--restart", action="store_true",
-        help="begin anew although a saved run is there (default: off)")
+        help="start over and keep the saved run as ....state.old.pt (default: off)")
     parser.add_argument("--save_minutes", type=non_negative_float, default=5.0,
         help="save the state this often, and after each epoch (default: 5)")
 

@@ -1,9 +1,6 @@
 """The benchmark's contenders do the same work, its counts are right, and its tables are true."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import many_devices, report, rows, run
 from benchmarks.contenders import SHAPES, draw_lengths, make_classifier, make_llama
-from benchmarks.report import seconds_of
 from conftest import ROOT, shared_asset
 from tokenizer import Tokenizer
 from training.dataset import encode_examples
@@ -138,25 +134,6 @@ def test_the_table_has_rates_ratios_the_limit_and_memory():
     assert report.table([row]).splitlines()[-1] == f"| stories42M | a row (tokens/s) | {cells} |"
     del contenders["transformers"]
     assert report.table([row]).splitlines()[-1].count("|") == 10
-
-
-def test_two_ranks_take_the_steps_of_one_process(tmp_path):
-    out = tmp_path / "speed.json"
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ["--shape", "stories260K", "--repeats", "1", "--out", str(out)]
-    subprocess.run(
-        [sys.executable, "-m", *torchrun, "-m", "benchmarks.ranks", *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
-    (row,) = json.loads(out.read_text(encoding="utf-8"))["ranks"]
-    # one model takes the steps "one rank" and "one rank, all threads" in turns, another "ranks"
-    alone = [row["losses"][way][0] for way in ("one rank", "one rank, all threads")]
-    assert row["losses"]["ranks"] == pytest.approx(alone, abs=1e-6)
-    assert alone[1] < alone[0] - 0.01
-    assert all(seconds_of(row, way) > 0 for way in ("one rank", "ranks", "one rank, all threads"))
 
 
 def test_many_devices_follow_the_formula_by_hand():

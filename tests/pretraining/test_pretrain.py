@@ -277,7 +277,7 @@ def train_in_float64(out: str) -> None:
             torch.save(results, out)
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2])
 def test_ranks_and_micro_batches_end_in_the_weights_of_one_process(tmp_path, n):
     train_in_float64(str(tmp_path / "alone.pt"))
     job, here = tmp_path / "job.py", Path(__file__).parent

@@ -310,7 +310,7 @@ def test_a_tokenizer_that_was_moved_can_be_named_and_another_is_refused(command,
     mini = str(ROOT / "data/mini/tokenizer.model")
     code, _, err = command("--tokenizer_path", mini, "good")
     assert (code, err.count("\n")) == (2, 1)
-    assert "was trained with another tokenizer than" in err
+    assert "was trained with a different tokenizer than" in err
 
 
 @pytest.mark.parametrize(

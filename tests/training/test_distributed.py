@@ -34,7 +34,11 @@ def test_ranks_end_in_the_weights_and_numbers_of_one_process(tmp_path, n):
         for key in ("accuracies", "predictions"):
             assert theirs[key] == ours[key], case
     others = list(range(1, n))
-    said = [f"ranks {others} have other options or data files than rank 0"] if others else []
+    said = (
+        [f"ranks {others} were started with options or data files that differ from rank 0's"]
+        if others
+        else []
+    )
     assert ranks["messages"] == said
 
     state_file = StateFile(tmp_path / "ranks.pt.state.pt", ranks_job.SETTINGS, "resume")
