@@ -274,7 +274,6 @@ def main(argv: list[str] | None = None) -> None:
     options.require_outputs(outputs.values(), files.values())
     keep_freed_memory()
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # as in run_llama.py
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # as run_llama.py finetunes
     experiment = Experiment(
         methods=tuple(name for name in methods if name not in AVERAGES) or ("plain",),
         files=files,
