@@ -20,7 +20,7 @@ from tokenizer import Tokenizer, find_tokenizer_model, open_tokenizer
 from training import distributed, options
 from training.checkpoint import load_classifier, provenance, save_classifier
 from training.dataset import Example, SentenceDataset, encode_examples, warn_of_truncation
-from training.evaluation import Evaluation, evaluate, forward_pass, scores
+from training.evaluation import Evaluation, evaluate, forward_pass, scores, write_predictions
 from training.labelled import read_label_names, read_sentences
 from training.loop import EpochReport, train_classifier
 from training.state import StateFile, only_writer, require_space, state_path
@@ -351,8 +351,7 @@ def write_predictions_to_file(
 ) -> None:
     """Write `pred ||| sentence` lines and print the accuracy (None: no gold labels)."""
     print(f"{split} acc :: {'n/a (no gold labels)' if acc is None else f'{acc:.3f}'}")
-    with atomic_write(outfile) as file:
-        file.writelines(f"{p} ||| {s}\n" for p, s in zip(pred, sents, strict=True))
+    write_predictions(outfile, pred, sents)
 
 
 # ---------------------------------------------------------------- from args to named parameters

@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         for split, outfile in outputs.items():
             rows = experiment.dev if split == "dev" else experiment.test
             result = experiment.evaluate(experiment.load(best), rows, settings)
-            write_predictions(outfile, result)
+            write_predictions(outfile, result.predictions, result.sentences)
             print(f"wrote {outfile}: {split} predictions of seed {best['seed']}")
 
 

@@ -99,8 +99,10 @@ def scores(predictions: list[int], labels: list[int]) -> tuple[float | None, flo
     return float(accuracy_score(gold, predicted)), float(macro_f1)
 
 
-def write_predictions(outfile: str | os.PathLike, result: Evaluation) -> None:
+def write_predictions(
+    outfile: str | os.PathLike, predictions: list[int], sentences: list[str]
+) -> None:
     """Write `prediction ||| sentence` lines."""
     with atomic_write(outfile) as file:
-        pairs = zip(result.predictions, result.sentences, strict=True)
+        pairs = zip(predictions, sentences, strict=True)
         file.writelines(f"{prediction} ||| {sentence}\n" for prediction, sentence in pairs)
