@@ -19,6 +19,7 @@ from torch import nn
 from base_llama import LlamaPreTrainedModel
 from config import LlamaConfig
 from fast.decode import KVCache, next_tokens
+from fast.int8 import quantize_model
 from fast.linear import Linear
 from formats.checkpoint import load_exactly, read_checkpoint
 from rope import apply_rotary_emb
@@ -295,18 +296,26 @@ def last_token(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def load_pretrained(
-    checkpoint: str | os.PathLike, attention: str | None = None, dropout: float | None = None
+    checkpoint: str | os.PathLike,
+    attention: str | None = None,
+    dropout: float | None = None,
+    quantize: str | None = None,
 ) -> Llama:
     """Read a checkpoint (see formats/checkpoint.py) into a float32 model in eval mode.
 
     `attention=None` takes the mode that the checkpoint records, else "full", the assignment's;
-    `dropout=None` takes the recorded dropout inside the layers, else 0. Raises InputError with the
-    file's name.
+    `dropout=None` takes the recorded dropout inside the layers, else 0. `quantize="int8"` stores
+    the matrices as int8, for inference alone. Raises InputError with the file's name.
     """
+    if quantize not in (None, "int8"):
+        raise InputError(f"quantize={quantize!r} is neither None nor 'int8'")
     model_args, weights = read_checkpoint(checkpoint)
     given = {"attention": attention, "dropout": dropout}
     model_args |= {key: value for key, value in given.items() if value is not None}
     try:
-        return Llama.from_weights(LlamaConfig(**model_args), weights)
+        model = Llama.from_weights(LlamaConfig(**model_args), weights)
     except InputError as error:
         raise InputError(f"{checkpoint}: {error}") from error
+    if quantize:
+        quantize_model(model)
+    return model

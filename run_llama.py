@@ -72,7 +72,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     options.add_recipe_options(parser)
     options.add_state_options(parser)
+    parser.add_argument("--quantize", choices=("int8",),
+        help="store the matrices as int8 to generate or prompt (default: float32)")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.quantize and args.option == "finetune":
+        parser.error("--quantize is for inference alone, not for --option finetune")
     if (args.resume or args.restart) and args.option != "finetune":
         parser.error("--resume and --restart belong to --option finetune")
     options.fill_inputs(args, SPLITS_READ_BY[args.option])
@@ -369,6 +373,7 @@ def load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.dev
         args.pretrained_model_path,
         getattr(args, "attention", None),
         getattr(args, "backbone_dropout", None),
+        getattr(args, "quantize", None),
     )
     tokenizer = Tokenizer(tokenizer_model=tokenizer_path(args))
     tokenizer.require_vocab_size(llama.config.vocab_size)
@@ -380,12 +385,14 @@ def announce(
     args: argparse.Namespace, llama: Llama, device: torch.device, pooling: str | None = None
 ) -> None:
     """Print what runs: processes, device, attention, pooling, model."""
-    n_parameters = sum(parameter.numel() for parameter in llama.parameters())
+    int8 = [buffer for buffer in llama.buffers() if buffer.dtype == torch.int8]
+    n_parameters = sum(tensor.numel() for tensor in (*llama.parameters(), *int8))
     ranks = f"ranks: {distributed.world_size()}, " if distributed.world_size() > 1 else ""
     pooling = f"pooling: {pooling}, " if pooling else ""
     print(
         f"{ranks}device: {device}, attention: {llama.config.attention}, {pooling}"
-        f"model: {Path(args.pretrained_model_path).name}, parameters: {n_parameters:,}",
+        f"model: {Path(args.pretrained_model_path).name}, parameters: {n_parameters:,}"
+        f"{', weights: int8' if int8 else ''}",
         flush=True,
     )
 

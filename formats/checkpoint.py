@@ -3,6 +3,7 @@
 Two formats are read, recognised by their content and not by their name: a torch file with
 {"model": state dict, "model_args": LlamaConfig arguments}, whose attention matrices have llama2.c's
 names (wq, wk, wv, wo) or CMU's (compute_query, ...), and llama2.c's `.bin` (see llama2c.py).
+Matrices of a torch file may be int8 with a scale for each row, as `tools.export --to int8` writes.
 """
 
 import os
@@ -77,9 +78,11 @@ def parse_checkpoint(
             continue
         if name in weights:
             raise InputError(f"{path}: holds {listed([name])} twice, under two names")
-        if not tensor.is_floating_point():
+        is_int8 = tensor.dtype == torch.int8 and tensor.ndim == 2 and name.endswith(".weight")
+        if not (tensor.is_floating_point() or is_int8):
             raise InputError(f"{path}: {listed([name])} is not a dense tensor of real numbers")
-        weights[name] = tensor.float()
+        weights[name] = tensor if is_int8 else tensor.float()
+    _dequantize(path, weights)
     args = {key: value for key, value in content["model_args"].items() if key not in _UNREAD_ARGS}
     for key in args:
         if not isinstance(key, str):
@@ -87,6 +90,22 @@ def parse_checkpoint(
     if "norm_eps" in args and "layer_norm_eps" not in args:  # llama2.c's and Meta's name
         args["layer_norm_eps"] = args.pop("norm_eps")
     return args, weights
+
+
+def _dequantize(path: str | os.PathLike, weights: Weights) -> None:
+    """Replace each int8 `X.weight` (O, I) and its `X.scale` (O,) by the float32 weight, in place.
+
+    Raises InputError for a scale that is missing, misshapen or not finite.
+    """
+    for name in [name for name, tensor in weights.items() if tensor.dtype == torch.int8]:
+        of_scale = f"{name.removesuffix('weight')}scale"
+        scale, n_rows = weights.pop(of_scale, torch.empty(0)), len(weights[name])
+        if scale.shape != (n_rows,) or not scale.isfinite().all():
+            raise InputError(
+                f"{path}: {listed([name])} is int8 and needs {n_rows} finite numbers in "
+                f"{listed([of_scale])}; export the file again"
+            )
+        weights[name] = weights[name] * scale[:, None]
 
 
 def load_exactly(module: nn.Module, weights: Weights) -> None:

@@ -51,7 +51,7 @@ DEFAULTS = {
 }
 OURS = {"attention", "pooling", "tokenizer_path", "warmup", "lr_decay", "layer_decay", "bf16"}
 OURS |= {"backbone_dropout", "label_smoothing", "r_drop", "patience", "max_grad_norm", "train_acc"}
-OURS |= {"resume", "restart", "save_minutes"}
+OURS |= {"resume", "restart", "save_minutes", "quantize"}
 
 
 def lines_of(path: str) -> list[str]:
@@ -107,6 +107,21 @@ def test_attention_option_overrides_what_the_checkpoint_records(run, workplace):
         (("--attention", "causal"), "causal"),
     ):
         assert f"attention: {mode}," in run("generate", *options)[1]
+
+
+def test_quantize_generates_and_prompts_by_int8_weights_and_trains_nothing(run, workplace):
+    code, out, _ = run("generate", "--quantize", "int8")
+    assert code == 0 and "model: model.pt, parameters: 33,440, weights: int8\n" in out
+    model = load_pretrained("model.pt", quantize="int8")
+    tokenizer = Tokenizer(tokenizer_model="tokenizer.model")
+    idx = torch.tensor([tokenizer.encode(PREFIX, bos=True, eos=False)])
+    text = tokenizer.decode(model.generate(idx, 75, 0.0)[0].tolist())
+    assert Path("generated-sentence-temp-0.txt").read_bytes().decode("utf-8") == text
+    code, out, _ = run("prompt", "--quantize", "int8")
+    assert code == 0 and ", weights: int8\n" in out
+    code, out, err = run("finetune", "--quantize", "int8")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--quantize is for inference alone, not for --option finetune" in err
 
 
 # ---------------------------------------------------------------- prompt

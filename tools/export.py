@@ -1,7 +1,8 @@
-"""Convert checkpoints to transformers' and llama2.c's formats, and from transformers'.
+"""Convert checkpoints to transformers' and llama2.c's formats and to int8; read transformers'.
 
     python -m tools.export CHECKPOINT --to hf FOLDER
     python -m tools.export CHECKPOINT --to llama2c OUT.bin
+    python -m tools.export CHECKPOINT --to int8 OUT.pt
     python -m tools.export FOLDER --from hf OUT.pt
 
 CHECKPOINT is a file that `run_llama.py`, `advanced.run` or llama2.c wrote. Of a finetuned one only
@@ -17,14 +18,15 @@ from pathlib import Path
 import torch
 
 from config import LlamaConfig
+from fast.int8 import quantize_model
 from formats import huggingface, llama2c
 from formats.checkpoint import read_checkpoint
 from formats.torch_file import is_torch_file, listed, load_torch_file, save_torch_file
 from llama import Llama
-from tokenizer import Tokenizer, open_tokenizer
+from tokenizer import Tokenizer, find_tokenizer_model, open_tokenizer
 from utils import ArgumentParser, InputError, on_one_line, run_script, sha256_of
 
-READERS = {"hf": "transformers", "llama2c": "llama2.c"}
+READERS = {"hf": "transformers", "llama2c": "llama2.c", "int8": "the int8 file"}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +38,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     direction.add_argument("--from", dest="origin", choices=("hf",), help="the format of SOURCE")
     parser.add_argument("out", metavar="OUT", help="must not exist yet: a folder (--to hf), a .bin "
                         "whose tokenizer is written to OUT.tokenizer.bin (--to llama2c), or a .pt "
-                        "(--from hf)")  # fmt: skip
+                        "(--to int8, --from hf)")  # fmt: skip
     parser.add_argument("--tokenizer_path", help="a SentencePiece model (default: the recorded one "
                         "of a finetuned checkpoint, else the .model file beside SOURCE or in its "
                         "folder, else the project's)")  # fmt: skip
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         notes = import_hf(Path(args.source), out, args.tokenizer_path)
     else:
         model, tokenizer, notes = read_ours(args.source, args.tokenizer_path, READERS[args.to])
-        export = {"hf": export_hf, "llama2c": export_llama2c}[args.to]
+        export = {"hf": export_hf, "llama2c": export_llama2c, "int8": export_int8}[args.to]
         notes += export(model, tokenizer, out)
     for note in notes:
         print(f"tools.export: note: {on_one_line(note)}", file=sys.stderr)
@@ -83,7 +85,7 @@ def read_ours(
         model = Llama.from_weights(LlamaConfig(**model_args), weights)
     except InputError as error:
         raise InputError(f"{checkpoint}: {error}") from error
-    if model.config.attention != "causal":
+    if model.config.attention != "causal" and reader != READERS["int8"]:  # which records it
         notes.append(
             f"{checkpoint}: has full attention here; {reader} computes causal attention, as "
             "--attention causal does"
@@ -97,7 +99,7 @@ def weights_of(model: Llama) -> dict[str, torch.Tensor]:
     """Return a model's weights, without an output matrix that is tied to the embedding."""
     weights = model.state_dict()
     if model.output.weight is model.tok_embeddings.weight:
-        del weights["output.weight"]
+        weights = {name: t for name, t in weights.items() if not name.startswith("output.")}
     return weights
 
 
@@ -122,6 +124,17 @@ def export_llama2c(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
             "<0x00> at 1, 2 and 3, a space before a text, and no removal of spaces"
         )
     return notes
+
+
+def export_int8(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
+    """Write a checkpoint of int8 matrices, one float32 scale a row, and float32 norms."""
+    quantize_model(model)
+    save_torch_file(out, {"model": weights_of(model), "model_args": model.config.to_dict()})
+    print(f"wrote {out}")
+    found = find_tokenizer_model(out)
+    if found.is_file() and sha256_of(found) == sha256_of(tokenizer.model_path):
+        return []
+    return [f"{out}: its tokenizer is {tokenizer.model_path}; copy it beside {out.name}"]
 
 
 def export_hf(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:

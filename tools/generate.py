@@ -143,6 +143,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stop_at_eos", action="store_true",
         help="end a text where the model ends it (default: at --max_new_tokens)")  # fmt: skip
     add("--seed", type=seed_int, default=1337, help="default: %(default)s")
+    add("--quantize", choices=("int8",),
+        help="store the matrices as int8 (default: float32)")  # fmt: skip
     add("--use_gpu", action="store_true", help="use CUDA, else Apple MPS (default: the CPU)")
     return parser.parse_args(argv)
 
@@ -152,10 +154,11 @@ def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     fill_model(args)
     path = args.pretrained_model_path
     device = pick_device(args.use_gpu)
-    llama = load_pretrained(path, attention=args.attention).to(device)
+    llama = load_pretrained(path, attention=args.attention, quantize=args.quantize).to(device)
     tokenizer = Tokenizer(tokenizer_model=args.tokenizer_path or find_tokenizer_model(path))
     tokenizer.require_vocab_size(llama.config.vocab_size)
-    print(f"{path}: {llama.config.attention} attention, {device}", file=sys.stderr)
+    weights = f", {args.quantize} weights" if args.quantize else ""
+    print(f"{path}: {llama.config.attention} attention{weights}, {device}", file=sys.stderr)
     return llama, tokenizer
 
 

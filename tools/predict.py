@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from classifier import LlamaEmbeddingClassifier
+from fast.int8 import quantize_model
 from tokenizer import Tokenizer, open_tokenizer
 from tools.lines import Line, in_blocks, is_typed, read_arguments, read_input
 from training.checkpoint import load_classifier
@@ -65,12 +66,17 @@ def load_predictor(
     checkpoint: str | os.PathLike,
     tokenizer_path: str | os.PathLike | None = None,
     device: torch.device = CPU,
+    quantize: str | None = None,
 ) -> Predictor:
     """Read a finetuned checkpoint; `tokenizer_path` names a tokenizer that was moved.
+
+    `quantize="int8"` stores the Llama's matrices as int8; the head stays float32.
 
     Raises InputError if the tokenizer is missing or not the one of the training.
     """
     model, saved = load_classifier(checkpoint)
+    if quantize:
+        quantize_model(model.llama)
     tokenizer = open_tokenizer(checkpoint, saved, tokenizer_path)
     tokenizer.require_vocab_size(model.llama.config.vocab_size)
     names = saved.get("label_names") or [str(label) for label in range(model.num_labels)]
@@ -183,6 +189,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="sentences per batch (default: %(default)s)")  # fmt: skip
     add("--tokenizer_path", metavar="FILE",
         help="default: the tokenizer that the checkpoint records")  # fmt: skip
+    add("--quantize", choices=("int8",),
+        help="store the Llama's matrices as int8 (default: float32)")  # fmt: skip
     add("--use_gpu", action="store_true", help="use CUDA, else Apple MPS (default: the CPU)")
     args = parser.parse_args(argv)
     if args.sentences and (args.input != "-" or args.column is not None):
@@ -194,7 +202,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
-    predictor = load_predictor(args.checkpoint, args.tokenizer_path, pick_device(args.use_gpu))
+    device = pick_device(args.use_gpu)
+    predictor = load_predictor(args.checkpoint, args.tokenizer_path, device, args.quantize)
     names, multiple_of = predictor.label_names, 1
     if args.sentences:
         lines = read_arguments(args.sentences, names)

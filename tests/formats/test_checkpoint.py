@@ -13,6 +13,7 @@ import torch
 
 import oracle
 from conftest import random_llama, save_llama, shared_asset
+from fast.int8 import quantize_model
 from formats.checkpoint import read_checkpoint, require_finite
 from llama import Llama, load_pretrained
 from utils import InputError
@@ -209,6 +210,53 @@ def test_read_checkpoint_returns_model_args_as_stored_and_float32_weights_under_
     for name, tensor in read.items():
         assert torch.equal(tensor, weights[llama2c_name(name)].float())
         assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
+
+
+# ---------------------------------------------------------------- int8
+
+
+def int8_content(model: Llama) -> dict[str, torch.Tensor]:
+    quantize_model(model)
+    return dict(model.state_dict())
+
+
+def test_an_int8_file_is_read_as_float32_under_any_programs_names(path):
+    model = random_llama()
+    weights = int8_content(model)
+    _, read = read_checkpoint(save(path, model, {llama2c_name(n): t for n, t in weights.items()}))
+    assert read.keys() == random_llama().state_dict().keys()
+    for name, tensor in read.items():
+        expected = weights[name].double().numpy()
+        if name.removesuffix("weight") + "scale" in weights:
+            expected *= weights[name.removesuffix("weight") + "scale"].double().numpy()[:, None]
+        assert tensor.dtype == torch.float32 and np.array_equal(tensor.numpy(), expected), name
+    assert_computes(load_pretrained(path), read)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [None, torch.ones(31), torch.ones(32, 1), torch.ones(()), torch.tensor([torch.inf] * 32)],
+)
+def test_an_int8_matrix_needs_a_finite_scale_for_each_row(path, scale):
+    model = random_llama()
+    weights = int8_content(model)
+    del weights["layers.0.feed_forward.w2.scale"]
+    if scale is not None:
+        weights["layers.0.feed_forward.w2.scale"] = scale
+    assert refusal(save(path, model, weights)) == (
+        "layers.0.feed_forward.w2.weight is int8 and needs 32 finite numbers in "
+        "layers.0.feed_forward.w2.scale; export the file again"
+    )
+
+
+def test_a_scale_without_int8_and_an_int8_vector_are_refused(path):
+    model = random_llama()
+    weights = dict(model.state_dict())
+    assert refusal(save(path, model, {**weights, "norm.scale": torch.ones(32)})) == (
+        "unexpected: norm.scale"
+    )
+    weights["norm.weight"] = torch.ones(32, dtype=torch.int8)
+    assert "norm.weight is not a dense tensor of real" in refusal(save(path, model, weights))
 
 
 # ---------------------------------------------------------------- weights that do not fit

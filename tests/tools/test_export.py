@@ -15,6 +15,7 @@ import torch
 import oracle
 from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT, ended, random_llama, save_llama, shared_asset, train_sentencepiece
+from fast.int8 import quantize_model
 from formats import huggingface
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
@@ -255,6 +256,51 @@ def test_a_bin_says_what_it_has_no_place_for(place, call):
     )
 
 
+# ---------------------------------------------------------------- to int8
+
+
+def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+
+
+def int8_of(path: Path | str) -> dict[str, torch.Tensor]:
+    return load_pretrained(path, quantize="int8").state_dict()
+
+
+@pytest.mark.parametrize("make", [random_llama, untied])
+def test_an_int8_file_quantizes_to_its_own_numbers_again(place, call, make):
+    save_llama(make(), place / "m.pt")
+    assert call("m.pt", "--to", "int8", "m8.pt") == (0, "wrote m8.pt\n", "")
+    assert call("m8.pt", "--to", "int8", "again.pt")[0] == 0
+    stored = torch.load("m8.pt", weights_only=True)["model"]
+    assert ("output.weight" in stored) == ("output.scale" in stored) == (make is untied)
+    again = torch.load("again.pt", weights_only=True)["model"]
+    assert {name: tensor.dtype for name, tensor in again.items()} == {
+        name: torch.int8 if f"{name[:-6]}scale" in stored else torch.float32 for name in stored
+    }
+    expected = int8_of("m.pt")
+    for other in (stored, again, int8_of("m8.pt")):
+        assert differing(other, expected) == []
+
+
+def test_every_format_is_written_from_an_int8_file(transformers, place, call):
+    assert call("m.pt", "--to", "int8", "m8.pt")[0] == 0
+    model = load_pretrained("m8.pt")
+    assert call("m8.pt", "--to", "llama2c", "m.bin")[0] == 0
+    assert_same_weights("m.bin", model)
+    assert call("m8.pt", "--to", "hf", "out")[0] == 0
+    assert call("out", "--from", "hf", "back.pt")[0] == 0
+    assert_same_weights("back.pt", model)
+
+
+def test_a_real_int8_file_is_a_quarter_and_names_its_tokenizer(tmp_path, call):
+    source, out = shared_asset("models/stories260K/stories260K.pt"), tmp_path / "s.pt"
+    code, _, error = call(source, "--to", "int8", out)
+    assert code == 0 and error.count("\n") == 1
+    assert "tok512.model; copy it beside s.pt" in error
+    assert out.stat().st_size < 0.3 * source.stat().st_size
+
+
 # ---------------------------------------------------------------- finetuned checkpoints
 
 
@@ -269,7 +315,7 @@ def finetuned(path: Path, attention: str, **extra) -> tuple[Path, Llama]:
     return path, model.llama
 
 
-@pytest.mark.parametrize("to", ["hf", "llama2c"])
+@pytest.mark.parametrize("to", ["hf", "llama2c", "int8"])
 @pytest.mark.parametrize("attention", ["full", "causal"])
 def test_of_a_finetuned_checkpoint_the_llama_goes_and_the_rest_is_named(
     transformers, place, call, to, attention
@@ -284,7 +330,11 @@ def test_of_a_finetuned_checkpoint_the_llama_goes_and_the_rest_is_named(
         f"{path}: {reader} gets the Llama without classifier_head.weight, classifier_head.bias "
         r"(labels: bad, \x1b[2Jgood)"
     )
-    assert len(rest) == (attention == "full")
+    assert len(rest) == (attention == "full" and to != "int8")
+    if to == "int8":
+        quantize_model(llama)
+        assert differing(int8_of("out"), llama.state_dict()) == []
+        return
     if to == "hf":
         call("out", "--from", "hf", "back.pt")
     assert_same_weights("back.pt" if to == "hf" else "out", llama)

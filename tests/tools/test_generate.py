@@ -116,6 +116,14 @@ def test_standard_output_is_the_texts_alone_and_a_seed_repeats_them(command, tok
     assert command(*options[:-1], "6")[1] != out
 
 
+def test_quantize_generates_by_int8_weights(command, tokenizer):
+    options = ("this film", "--max_new_tokens", "9", "--temperature", "0")
+    code, out, err = command(*options, "--quantize", "int8")
+    model = load_pretrained("model.pt", quantize="int8")
+    assert (code, out) == (0, f"{continue_text(model, tokenizer, 'this film', 9, top_k=1)[0]}\n")
+    assert err == "model.pt: full attention, int8 weights, cpu\n"
+
+
 def test_standard_input_is_a_prefix_and_too_long_a_prefix_is_said(command, monkeypatch):
     stdin = SimpleNamespace(buffer=io.BytesIO(b"good\r\n" * 200))
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -135,6 +143,7 @@ def test_a_terminal_gets_pieces_without_what_steers_it(command, monkeypatch):
         (["--top_p", "1.5"], "--top_p: '1.5' is not a number in (0, 1]"),
         (["--top_k", "0"], "--top_k: '0' is not an integer of at least 1"),
         (["--temperature", "-1"], "'-1' is not a number of at least 0"),
+        (["--quantize", "int4"], "--quantize: invalid choice: 'int4'"),
         (["a", "b"], "unrecognized arguments: b"),
         (["--checkpoint", "model.pt"], "unrecognized arguments: --checkpoint"),
         (["--pretrained-model-path", "gone.pt"], "gone.pt"),

@@ -91,6 +91,17 @@ def test_a_masked_model_gives_each_sentence_the_same_in_any_batch(rows, batch_si
         assert row["probability"] == row["probabilities"][row["label"]]
 
 
+def test_quantize_stores_the_llama_as_int8_and_keeps_the_head(rows):
+    predictor = load_predictor("kept.pt", quantize="int8")
+    assert predictor.model.llama.output.weight.dtype == torch.int8
+    assert predictor.model.classifier_head.weight.dtype == torch.float32
+    data, _ = predictor.encode(SENTENCES)
+    expected = predictor.probs(data, 8).tolist()
+    assert np.abs(np.array(expected) - [alone(s) for s in SENTENCES]).max() > 1e-4
+    for row, probs in zip(rows("--quantize", "int8", *SENTENCES), expected, strict=True):
+        assert list(row["probabilities"].values()) == pytest.approx(probs, abs=1e-6)
+
+
 @pytest.mark.parametrize("mode", [("causal", "last"), ("full", "position")])
 def test_predictions_and_scores_of_a_file_are_those_of_evaluate(command, rows, mode, monkeypatch):
     """Also where a read ends within a batch, whose padding the assignment's mode reads."""

@@ -1,0 +1,98 @@
+"""Compare a model with float32 and with INT8 weights: perplexity, accuracy and file size.
+
+    python -m benchmarks.int8 [--text FILE] [--data FILE --label-names FILE] [--classifier FILE]
+
+Prints a Markdown table. Perplexity has two rows, because fast/int8.py has two products: one of many
+rows, and one of few, which generation uses and which rounds activations to bfloat16.
+"""
+
+import argparse
+import io
+import math
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+from classifier import LlamaZeroShotClassifier
+from fast import int8
+from llama import load_pretrained
+from pretraining.corpus import read_documents, split_heldout
+from pretraining.loop import HeldOut
+from run_llama import prompt_suffix
+from tokenizer import Tokenizer, find_tokenizer_model
+from tools.export import weights_of
+from tools.predict import load_predictor
+from training.dataset import SentenceDataset, encode_examples
+from training.evaluation import evaluate
+from training.labelled import read_label_names, read_sentences
+from training.options import DEMO_DATA, fill_model, positive_int
+from training.state import ROOT
+from utils import ArgumentParser, run_script
+
+CPU, WINDOW, BATCH_SIZE = torch.device("cpu"), 256, 8
+
+
+def measure_model(args: argparse.Namespace, quantize: str | None) -> dict[str, str]:
+    """Measure the pretrained model, causal as it was trained, on --text and --data."""
+    path, names = args.pretrained_model_path, read_label_names(args.label_names)
+    model = load_pretrained(path, attention="causal", quantize=quantize)
+    tokenizer = Tokenizer(tokenizer_model=find_tokenizer_model(path))
+    tokenizer.require_vocab_size(model.config.vocab_size)
+    documents = [line.partition(" ||| ")[2] or line for line in read_documents(args.text)]
+    if args.documents < len(documents):
+        documents = split_heldout(documents, args.documents)[1]
+    text = HeldOut("text", documents, tokenizer, min(WINDOW, model.config.max_seq_len))
+    measured = {}
+    for products, max_rows in (("many", 0), ("few", 10**9)):
+        with mock.patch.object(int8, "MAX_ROWS", max_rows):
+            nats, _ = text.measure(model, batch_size=1)
+        name = f"perplexity of {text.n_tokens:,} tokens, products of {products} rows"
+        measured[name] = f"{math.exp(nats):.3f}"
+    file = io.BytesIO()
+    torch.save({"model": weights_of(model), "model_args": model.config.to_dict()}, file)
+
+    classifier = LlamaZeroShotClassifier(
+        SimpleNamespace(num_labels=len(names)), tokenizer, names, model
+    )
+    max_tokens = model.config.max_seq_len - classifier.longest_label
+    rows, question = read_sentences(args.data, len(names)), prompt_suffix(names).rstrip()
+    examples, _ = encode_examples(rows, tokenizer, max_tokens=max_tokens, suffix=question)
+    result = evaluate(classifier, SentenceDataset(examples, tokenizer.pad_id), BATCH_SIZE, CPU)
+    name = f"zero-shot accuracy of {len(rows):,} sentences"
+    return {**measured, name: f"{result.accuracy:.3f}", "file": f"{file.tell() / 1e6:.2f} MB"}
+
+
+def measure_classifier(args: argparse.Namespace, quantize: str | None) -> dict[str, str]:
+    """Measure a finetuned checkpoint on --data."""
+    predictor = load_predictor(args.classifier, quantize=quantize)
+    rows = read_sentences(args.data, len(predictor.label_names))
+    data, _ = predictor.encode([sentence for sentence, _ in rows])
+    pairs = zip(data.examples, rows, strict=True)
+    data.examples = [example._replace(label=label) for example, (_, label) in pairs]
+    accuracy = evaluate(predictor.model, data, BATCH_SIZE, CPU).accuracy
+    return {"finetuned accuracy": f"{accuracy:.3f}"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="benchmarks.int8", description=__doc__.split("\n")[0])
+    add, demo = parser.add_argument, {key: str(ROOT / path) for key, path in DEMO_DATA.items()}
+    add("--model", dest="pretrained_model_path", help="default: stories42M.pt, or the bundled one")
+    add("--text", default=demo["test"], help="one document a line (default: the demo reviews)")
+    add("--documents", type=positive_int, default=200, help="of --text (default: %(default)s)")
+    add("--data", default=demo["test"], help="`label ||| sentence` lines (default: the demo's)")
+    add("--label-names", default=demo["label_names"], help="JSON list (default: the demo's)")
+    add("--classifier", help="a finetuned checkpoint (default: none)")
+    args = parser.parse_args(argv)
+    fill_model(args)
+    columns = [measure_model(args, quantize) for quantize in (None, "int8")]
+    if args.classifier:
+        for column, quantize in zip(columns, (None, "int8"), strict=True):
+            column |= measure_classifier(args, quantize)
+    print("| | float32 | int8 |\n|---|---|---|")
+    for name in columns[0]:
+        print(f"| {name} | {columns[0][name]} | {columns[1][name]} |")
+
+
+if __name__ == "__main__":
+    run_script(main)
