@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 
 from conftest import ROOT
 from fast import linear as module
-from fast.linear import Linear, linear
+from fast.linear import Linear, chosen_library, linear
+from utils import InputError
 
 
 @pytest.fixture(params=["onednn", "usual way"])
@@ -21,6 +23,7 @@ def way(request, monkeypatch) -> str:
         monkeypatch.setattr(module, "_onednn_linear", None)
     elif module._onednn_linear is None:
         pytest.skip("this PyTorch has no oneDNN linear")
+    monkeypatch.setattr(module, "chosen_library", lambda n_rows: "oneDNN")
     monkeypatch.setattr(module, "MIN_PRODUCTS_ONE_ROW", 1)
     monkeypatch.setattr(module, "MIN_PRODUCTS", 1)
     return request.param
@@ -100,6 +103,7 @@ def test_autocast_computes_in_bfloat16(way):
 )
 def test_small_products_take_the_usual_way(monkeypatch, rows, limit):
     monkeypatch.setattr(module, "_onednn_linear", _refuse)
+    monkeypatch.setattr(module, "chosen_library", lambda n_rows: "oneDNN")
     monkeypatch.setattr(module, "MIN_PRODUCTS_ONE_ROW", 1)
     x, weight, _ = random_triple(rows, 5, 3)
     multiplications = x.numel() * 3
@@ -108,6 +112,51 @@ def test_small_products_take_the_usual_way(monkeypatch, rows, limit):
     monkeypatch.setattr(module, limit, multiplications)
     with pytest.raises(AssertionError, match="oneDNN"), torch.inference_mode():
         linear(x, weight)
+
+
+@pytest.fixture
+def slowed(monkeypatch):
+    """slowed("BLAS", ...) makes products of these libraries take 20 ms longer."""
+    plain = {"BLAS": F.linear, "oneDNN": F.linear}
+
+    def after_sleep(*args, **_):
+        time.sleep(0.02)
+        return plain["BLAS"](*args)
+
+    def script(*names: str) -> None:
+        ways = {name: after_sleep if name in names else plain[name] for name in plain}
+        monkeypatch.setattr(module.F, "linear", ways["BLAS"])
+        monkeypatch.setattr(module, "_multiply", ways["oneDNN"])
+        monkeypatch.setattr(module, "_onednn_linear", object())
+        module._measure.cache_clear()
+
+    monkeypatch.delenv("MIN_LLAMA_PRODUCTS", raising=False)
+    yield script
+    module._measure.cache_clear()
+
+
+@pytest.mark.parametrize("n_rows", [1, 256])
+def test_the_faster_library_is_chosen_and_between_equals_the_usual_one(slowed, n_rows, monkeypatch):
+    slowed("BLAS")
+    assert chosen_library(n_rows) == "oneDNN"
+    slowed("oneDNN")
+    assert chosen_library(n_rows) == "BLAS"
+    slowed("BLAS", "oneDNN")
+    assert chosen_library(n_rows) == "BLAS"
+    monkeypatch.setattr(module, "fastest_seconds", lambda *_: pytest.fail("measured again"))
+    assert chosen_library(n_rows) == "BLAS"
+    monkeypatch.setattr(module, "_onednn_linear", None)
+    assert chosen_library(n_rows) == "BLAS"
+
+
+def test_an_environment_variable_replaces_the_measurement(slowed, monkeypatch):
+    slowed("oneDNN")
+    monkeypatch.setenv("MIN_LLAMA_PRODUCTS", "oneDNN")
+    assert chosen_library(1) == "oneDNN"
+    module._measure.cache_clear()
+    monkeypatch.setenv("MIN_LLAMA_PRODUCTS", "mkl")
+    with pytest.raises(InputError, match="MIN_LLAMA_PRODUCTS=mkl: is neither BLAS nor oneDNN"):
+        chosen_library(1)
 
 
 def test_layer_is_an_nn_linear_without_bias(way):
@@ -150,6 +199,7 @@ def test_shapes_that_do_not_come_again_do_not_fill_the_memory():
         pytest.skip("only glibc says how much of its heap is in use")
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     plain = {key: value for key, value in os.environ.items() if key not in names}
+    plain["MIN_LLAMA_PRODUCTS"] = "oneDNN"
     used = [
         int(subprocess.run(
             [sys.executable, "-c", KERNELS], env=environment, cwd=ROOT, check=True,
