@@ -4,8 +4,8 @@ Llama 2 is causal. The default here is attention="full", because the assignment'
 mask; attention="causal" is right for published checkpoints. Read `Linear` as nn.Linear without a
 bias; fast/linear.py only makes it faster on CPUs.
 
-Shapes: B batch, T sequence, S keys in reach (T plus the positions in a cache), H query heads,
-K key/value heads, D head size (dim = H * D), F feed-forward hidden size, V vocabulary.
+Shapes: B batch, T sequence, H query heads, K key/value heads, D head size (dim = H * D), F
+feed-forward hidden size, V vocabulary.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import nn
 
 from base_llama import LlamaPreTrainedModel
 from config import LlamaConfig
-from fast.decode import KVCache, next_tokens
+from fast.decode import next_tokens
 from fast.int8 import quantize_model
 from fast.linear import Linear
 from formats.checkpoint import load_exactly, read_checkpoint
@@ -69,47 +69,27 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Return softmax(Q K^T / sqrt(D)) V (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
-        query (B, H, T, D) holds the last T of the S positions of key and value (B, K, S, D); query
-        head h reads key/value head h // (H / K). key_mask (B, S) is True where a key may be read.
-        Returns (B, H, T, D).
+        query (B, H, T, D), key and value (B, K, T, D); query head h reads key/value head
+        h // (H / K). key_mask (B, T) is True where a key may be read. Returns (B, H, T, D).
         """
-        T, S = query.shape[-2], key.shape[-2]
-        mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, S)
-        if self.is_causal and 1 < T < S:  # T new queries behind S - T cached keys
-            mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+        mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, T)
         return F.scaled_dot_product_attention(
             query,
             repeat_heads(key, self.n_heads // self.n_kv_heads),
             repeat_heads(value, self.n_heads // self.n_kv_heads),
             attn_mask=mask,
-            is_causal=self.is_causal and T == S,
+            is_causal=self.is_causal,
             dropout_p=self.attn_dropout.p if self.training else 0.0,
         )
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        key_mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-        layer_id: int = 0,
-    ) -> torch.Tensor:
-        """Return attention's output for x (B, T, dim), (B, T, dim), before the residual addition.
-
-        With a cache, S counts its positions plus the T new ones, which this call stores for layer
-        `layer_id`; without one S is T.
-        """
+    def forward(self, x: torch.Tensor, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return attention's output (B, T, dim) for x (B, T, dim), before the residual addition."""
         B, T, _ = x.shape
         query = self.compute_query(x).view(B, T, self.n_heads, self.head_dim)  # (B, T, H, D)
         key = self.compute_key(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, D)
         value = self.compute_value(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, D)
 
-        start_pos = 0 if cache is None else cache.length
-        query, key = apply_rotary_emb(
-            query, key, self.head_dim, self.max_seq_len, start_pos=start_pos
-        )
-        if cache is not None:
-            key, value = cache.extend(layer_id, key, value)  # (B, S, K, D)
-
+        query, key = apply_rotary_emb(query, key, self.head_dim, self.max_seq_len)
         output = self.compute_query_key_value_scores(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), key_mask
         )  # (B, H, T, D)
@@ -153,13 +133,8 @@ class LlamaLayer(nn.Module):
             config.dim, config.hidden_dim, config.multiple_of, config.dropout
         )
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        key_mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        h = x + self.attention(self.attention_norm(x), key_mask, cache, self.layer_id)
+    def forward(self, x: torch.Tensor, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), key_mask)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -201,7 +176,6 @@ class Llama(LlamaPreTrainedModel):
         tokens: torch.Tensor,
         targets: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
-        cache: KVCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits and final hidden states (B, T, dim) of tokens (B, T).
 
@@ -209,28 +183,22 @@ class Llama(LlamaPreTrainedModel):
         `lengths` is given. Any tensor as `targets` asks for the logits of every position (B, T, V),
         as in the assignment; its values are ignored, and the loss is computed outside.
         """
-        h = self.hidden_states(tokens, lengths, cache)
+        h = self.hidden_states(tokens, lengths)
         if targets is not None:
             return self.output(h), h
         return self.output(h[:, [-1]] if lengths is None else last_token(h, lengths)), h
 
     def hidden_states(
-        self,
-        tokens: torch.Tensor,
-        lengths: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        self, tokens: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the hidden states of tokens (B, T) after the final norm, (B, T, dim).
 
         `lengths` (B,) counts the real tokens of right-padded rows: padding is masked and changes no
-        real token's state. Without lengths every token is real, as in the assignment. `cache` holds
-        the positions before these tokens and stores these tokens, too.
+        real token's state. Without lengths every token is real, as in the assignment.
         """
         B, T = tokens.shape
         key_mask = None
         if lengths is not None:
-            if cache is not None:
-                raise InputError("pass lengths or a cache, not both: a cache holds no padding")
             if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
                 raise InputError(f"lengths {lengths.tolist()} are not {B} numbers in 1..{T}")
             if self.config.attention == "full":  # in causal mode no real token reads a later pad
@@ -238,9 +206,7 @@ class Llama(LlamaPreTrainedModel):
 
         h = self.dropout(self.tok_embeddings(tokens))  # (B, T, dim)
         for layer in self.layers:
-            h = layer(h, key_mask, cache)
-        if cache is not None:
-            cache.length += T
+            h = layer(h, key_mask)
         return self.norm(h)
 
     @torch.no_grad()
@@ -280,7 +246,7 @@ def sample(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def repeat_heads(states: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """Repeat each key/value head `n_rep` times: (B, K, S, D) -> (B, K * n_rep, S, D)."""
+    """Repeat each key/value head `n_rep` times: (B, K, T, D) -> (B, K * n_rep, T, D)."""
     return states if n_rep == 1 else states.repeat_interleave(n_rep, dim=1)
 
 

@@ -36,7 +36,7 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the float32 (O, I) of int8 (O, I) and scales (O,)."""
-    return weight * scale[:, None]
+    return weight * scale.float()[:, None]
 
 
 def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ import oracle
 import sanity_check
 from config import LlamaConfig
 from conftest import random_llama
-from fast.decode import KVCache
 from llama import Attention, FeedForward, Llama, LlamaLayer, RMSNorm
 from utils import InputError
 
@@ -107,34 +106,7 @@ def test_lengths_that_fit_no_row_are_refused():
             model(tokens, lengths=torch.tensor(lengths))
 
 
-# ---------------------------------------------------------------- cache and generation
-
-
-def test_cached_forward_equals_the_whole_forward_however_it_is_cut():
-    model, tokens = random_llama(attention="causal"), random_tokens(2, 12)
-    _, expected = run(model, tokens)
-    for cuts in ((12,), (1,) * 12, (5, 1, 6), (2, 10)):
-        cache = KVCache(model.config, 2, 12, like=model.norm.weight)
-        pieces = [run(model, piece, cache=cache)[1] for piece in tokens.split(cuts, dim=1)]
-        torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_cache_holds_unrepeated_heads():
-    model = random_llama(attention="causal", n_heads=4, n_kv_heads=2)
-    cache = KVCache(model.config, 3, 7, like=model.norm.weight)
-    assert cache.keys.shape == cache.values.shape == (2, 3, 7, 2, 8)
-
-
-def test_cache_refuses_full_attention_padding_and_overflow():
-    model = random_llama(attention="full")
-    with pytest.raises(InputError, match="causal"):
-        KVCache(model.config, 1, 4, like=model.norm.weight)
-    model = random_llama(attention="causal")
-    cache = KVCache(model.config, 1, 4, like=model.norm.weight)
-    with pytest.raises(InputError, match="lengths or a cache"):
-        model(random_tokens(1, 4), lengths=torch.tensor([4]), cache=cache)
-    with pytest.raises(InputError, match="4 positions cannot hold 5"):
-        model(random_tokens(1, 5), cache=cache)
+# ---------------------------------------------------------------- generation
 
 
 def generate_without_cache(model, idx, n, temperature):
@@ -158,24 +130,6 @@ def test_generation_equals_recomputing_the_cropped_context(attention, temperatur
     expected = generate_without_cache(model, idx, new, temperature)
     torch.manual_seed(5)
     assert torch.equal(model.generate(idx, new, temperature), expected)
-
-
-def test_causal_generation_reads_each_token_once(monkeypatch):
-    model = random_llama(attention="causal")
-    widths = []
-    forward = Llama.forward
-    monkeypatch.setattr(
-        Llama, "forward", lambda self, t, **kw: widths.append(t.shape[1]) or forward(self, t, **kw)
-    )
-    model.generate(random_tokens(1, 5), 4, 0.0)
-    assert widths == [5, 1, 1, 1]
-
-
-def test_a_prefix_that_fills_the_context_makes_no_cache(monkeypatch):
-    model = random_llama(attention="causal", max_seq_len=16)
-    monkeypatch.setattr("fast.decode.KVCache", lambda *_, **__: pytest.fail("it is never read"))
-    for length in (16, 20):
-        assert model.generate(random_tokens(2, length), 3, 0.0).shape == (2, length + 3)
 
 
 def test_sampling_follows_the_softmax_of_the_scaled_logits():

@@ -11,25 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT, random_llama
-from llama import Llama, load_pretrained
+from llama import load_pretrained
 from tools import generate
 from tools.generate import continue_text
 from utils import run_script
 
 PREFIX = "this movie is a"
-
-
-def test_samples_share_one_pass_over_the_prefix(monkeypatch, tokenizer):
-    shapes, forward = [], Llama.forward
-
-    def recording(self, tokens, *args, **options):
-        shapes.append(tuple(tokens.shape))
-        return forward(self, tokens, *args, **options)
-
-    monkeypatch.setattr(Llama, "forward", recording)
-    continue_text(random_llama(attention="causal"), tokenizer, PREFIX, 4, num_samples=3)
-    n_prefix = len(tokenizer.encode(PREFIX, bos=True, eos=False))
-    assert shapes == [(1, n_prefix), (3, 1), (3, 1), (3, 1)]
 
 
 @pytest.mark.parametrize("attention", ["causal", "full"])
