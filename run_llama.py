@@ -14,7 +14,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+from fast.linear import bfloat16_gain
 from fast.memory import keep_freed_memory
+from fast.threads import USUAL_LENGTH, choose_threads
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer, find_tokenizer_model, open_tokenizer
 from training import distributed, options
@@ -208,6 +210,7 @@ def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochRepor
     )
     model = LlamaEmbeddingClassifier(config, llama).to(device)
     announce(args, llama, device, model.pooling)
+    recommend_bfloat16(device, options.recipe_of(args).bf16)
     if distributed.is_main():
         require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
     extra = {"args": {k: v for k, v in vars(args).items() if k not in ("resume", "restart")}}
@@ -378,7 +381,9 @@ def load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.dev
     tokenizer = Tokenizer(tokenizer_model=tokenizer_path(args))
     tokenizer.require_vocab_size(llama.config.vocab_size)
     print(f"load model from {args.pretrained_model_path}")
-    return llama.to(device), tokenizer, device
+    llama.to(device)
+    choose_threads(llama, 1 if args.option == "generate" else USUAL_LENGTH * args.batch_size)
+    return llama, tokenizer, device
 
 
 def announce(
@@ -395,6 +400,15 @@ def announce(
         f"{', weights: int8' if int8 else ''}",
         flush=True,
     )
+
+
+def recommend_bfloat16(device: torch.device, is_used: bool) -> None:
+    """Print a line if this CPU has instructions that make bfloat16 clearly faster."""
+    if device.type == "cpu" and not is_used and (gain := bfloat16_gain()) > 1.5:
+        distributed.say(
+            f"hint: this processor multiplies in bfloat16 {gain:.1f} times as fast as in float32; "
+            "--bf16 trains faster and was as accurate"
+        )
 
 
 def _settings(

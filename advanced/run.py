@@ -25,12 +25,14 @@ from advanced.compose import AVERAGES, METHODS, OPTIONS, add_method_options, com
 from advanced.experiment import SETTINGS, Experiment
 from advanced.record import Record, Run
 from fast.memory import keep_freed_memory
+from fast.threads import USUAL_LENGTH, choose_threads
+from llama import load_pretrained
 from tokenizer import find_tokenizer_model
 from training import distributed, options
 from training.evaluation import write_predictions
 from training.loop import DivergedError
 from training.state import only_writer
-from utils import ArgumentParser, pick_device, run_script
+from utils import ArgumentParser, flush_denormals, pick_device, run_script
 
 DEFAULTS = {"attention": "causal", "pooling": "mean", "batch_size": 32, "train_acc": "running"}
 FILES = ("train", "dev", "test", "label_names", "pretrained_model_path", "tokenizer_path")
@@ -274,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     options.require_outputs(outputs.values(), files.values())
     keep_freed_memory()
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # as in run_llama.py
+    flush_denormals()
     experiment = Experiment(
         methods=tuple(name for name in methods if name not in AVERAGES) or ("plain",),
         files=files,
@@ -287,6 +290,7 @@ def main(argv: list[str] | None = None) -> None:
         train_share=args.train_share,
         save_minutes=args.save_minutes,
     )
+    choose_threads(load_pretrained(args.pretrained_model_path), USUAL_LENGTH * args.batch_size)
     weights = experiment.runs_dir / experiment.stem()
     for folder in (experiment.results_dir, weights):
         folder.mkdir(parents=True, exist_ok=True)

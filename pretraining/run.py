@@ -17,6 +17,7 @@ from typing import Any
 
 from config import LlamaConfig
 from fast.memory import keep_freed_memory
+from fast.threads import choose_threads
 from llama import Llama, load_pretrained
 from pretraining.corpus import digest_of, encode_documents, load_corpus, train_tokenizer
 from pretraining.loop import HeldOut, Recipe, train_language_model
@@ -191,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         shape = {name: getattr(args, name) or default for name, default in SHAPE.items()}
         seed_everything(args.seed)
         model = make_model(args.init, shape, tokenizer_path, args.seq_len).to(device)
+        choose_threads(model, recipe.micro_tokens or recipe.batch_tokens)
         folder.mkdir(parents=True, exist_ok=True)
         outputs = [str(folder / name) for name in (*OUTPUTS, "state.pt")]
         options.require_outputs(outputs, [*args.text, *args.exclude, args.init, tokenizer_path])

@@ -54,8 +54,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seeded_torch() -> None:
     """What a test draws depends on the run's seed and on the test, not on those before it.
 
-    pytest-randomly seeds Python and NumPy before each test and leaves PyTorch out.
+    pytest-randomly seeds Python and NumPy before each test and leaves PyTorch out. Denormal numbers
+    are kept until a test calls `seed_everything`.
     """
+    torch.set_flush_denormal(False)
     torch.manual_seed(random.getrandbits(32))
 
 

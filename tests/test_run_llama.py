@@ -607,3 +607,14 @@ def test_a_script_in_the_assignments_form_runs_on_our_modules(workplace, attenti
     assert said["padding"] == str(attention == "full")
     assert said["asked"] == "torch.Size([8, 2])"
     assert said["text"].startswith("a good film")
+
+
+@pytest.mark.parametrize(
+    ("gain", "options", "n"), [(2.2, (), 1), (1.4, (), 0), (2.2, ("--bf16",), 0)]
+)
+def test_bfloat16_is_recommended_where_the_processor_gains(run, monkeypatch, gain, options, n):
+    monkeypatch.setattr(run_llama, "bfloat16_gain", lambda: gain)
+    monkeypatch.setattr(run_llama, "finetune", run_llama.train)
+    code, _, err = run("finetune", "--epochs", "1", *options)
+    assert code == 0
+    assert err.count("multiplies in bfloat16 2.2 times as fast") == n

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from classifier import LlamaEmbeddingClassifier
 from fast.int8 import quantize_model
+from fast.threads import USUAL_LENGTH, choose_threads
 from tokenizer import Tokenizer, open_tokenizer
 from tools.lines import Line, in_blocks, is_typed, read_arguments, read_input
 from training.checkpoint import load_classifier
@@ -204,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     device = pick_device(args.use_gpu)
     predictor = load_predictor(args.checkpoint, args.tokenizer_path, device, args.quantize)
+    choose_threads(predictor.model.llama, USUAL_LENGTH * args.batch_size)
     names, multiple_of = predictor.label_names, 1
     if args.sentences:
         lines = read_arguments(args.sentences, names)

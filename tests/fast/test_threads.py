@@ -1,0 +1,68 @@
+"""choose_threads, with measured times given; and that every thread rounds denormal numbers to 0."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, random_llama
+from fast import threads
+from fast.threads import choose_threads
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """measured(one, many) gives these seconds of a pass, on a machine with three threads."""
+
+    def script(one: float, many: float) -> None:
+        def run_both(*ways):
+            for way in ways:
+                way()
+            return [one, many]
+
+        monkeypatch.setattr(threads, "fastest_seconds", run_both)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    yield script
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("many", "chosen"), [(0.5, 3), (0.9, 1), (5.0, 1)])
+def test_all_threads_are_used_where_they_are_clearly_faster(measured, many, chosen):
+    measured(1.0, many)
+    for n_rows in (1, 10**6):
+        torch.set_num_threads(3)
+        choose_threads(random_llama(), n_rows)
+        assert torch.get_num_threads() == chosen
+
+
+def test_what_the_user_sets_stays(measured, monkeypatch):
+    measured(1.0, 5.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    choose_threads(random_llama(), 1)
+    assert torch.get_num_threads() == 3
+
+
+DENORMALS = """
+import sys, torch
+from utils import seed_everything
+if "seed" in sys.argv:
+    seed_everything()
+print(torch.full((2**22,), 1e-39).mul(1.0).count_nonzero().item())
+"""
+
+
+def test_denormal_numbers_are_0_in_every_thread():
+    def count(*argv: str) -> int:
+        command = [sys.executable, "-c", DENORMALS, *argv]
+        environment = {**os.environ, "OMP_NUM_THREADS": "4"}
+        return int(subprocess.check_output(command, cwd=ROOT, env=environment))
+
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor cannot")
+    assert count() == 2**22
+    assert count("seed") == 0
