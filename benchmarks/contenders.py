@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks import naive
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from config import LlamaConfig
+from fast.int8 import quantize_model
 from llama import Llama
 from optimizer import AdamW
 from training.dataset import Example, SentenceDataset
@@ -52,7 +53,9 @@ def make_llama(contender: str, shape: str, attention: str) -> nn.Module:
 
         return transformers.LlamaForCausalLM(transformers_config(config)).eval()
     ours = Llama(config).eval()
-    if contender == "ours":
+    if contender == "ours int8":
+        quantize_model(ours)
+    if contender in ("ours", "ours int8"):
         return ours
     plain = naive.NaiveLlama(config)
     plain.load_state_dict(ours.state_dict())

@@ -8,11 +8,13 @@ docs/performance.md explains the formula and its assumptions. Nothing is timed h
 import json
 import math
 
-from benchmarks.report import SPEED, Measured, markdown, seconds_of
+from benchmarks.processor import RESULTS
+from benchmarks.report import Measured, markdown, seconds_of
 
+MEASURED = RESULTS / "speed-unnamed.json"  # the file that has `ranks`
 DEVICES = (8, 64, 1024)
 N_BUCKETS = 5  # in which DistributedDataParallel sums the gradients of stories42M
-# step, device of results/speed.json, Gbit/s, microseconds, whether each device has its own batch
+# step, device of the file, Gbit/s, microseconds, whether each device has its own batch
 CASES = (
     ("finetune", "cpu", 10, 20, False),
     ("finetune", "cpu", 10, 20, True),
@@ -42,7 +44,7 @@ def speedup(n: int, row: Measured, bytes_per_s: float, latency: float, own_batch
 
 
 def main() -> None:
-    rows = json.loads(SPEED.read_text(encoding="utf-8"))["ranks"]
+    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["ranks"]
     head, columns = ["devices"], []
     for step, device, gbit_s, microseconds, own_batch in CASES:
         wanted = {"shape": "stories42M", "row": step, "device": device, "bf16": False}

@@ -1,4 +1,4 @@
-"""Time a finetuning step on one rank and on several, and write it to results/speed.json.
+"""Time a finetuning step on one rank and on several, and keep it in the file of this processor.
 
     torchrun --nproc-per-node 2 -m benchmarks.ranks [--shape mini] [--use_gpu]
 
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contenders import SHAPES, batches_of, make_classifier, make_data, make_optimizer
-from benchmarks.report import SPEED, keep, ranks_table
+from benchmarks.processor import describe, processor_name, speed_file
+from benchmarks.report import keep, ranks_table
 from fast.memory import keep_freed_memory
 from training import distributed
 from training.options import positive_int
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shape", default="stories42M", choices=SHAPES)
     parser.add_argument("--repeats", type=positive_int, default=5, help="turns (default: 5)")
     parser.add_argument("--use_gpu", action="store_true", help="one GPU for each rank")
-    parser.add_argument("--out", type=Path, default=SPEED, help="default: results/speed.json")
+    parser.add_argument("--out", type=Path, help="default: results/speed-<this processor>.json")
     args = parser.parse_args(argv)
     keep_freed_memory()
     with distributed.joined(args.use_gpu):
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
             f"--shape {args.shape} --repeats {args.repeats}{' --use_gpu' * args.use_gpu}",
         }  # fmt: skip
         if distributed.is_main():
-            keep(args.out, "ranks", measured)
+            out = args.out or speed_file(processor_name())
+            keep(out, "ranks", measured, describe(threads=n_ranks))
             print(ranks_table([measured]))
 
 

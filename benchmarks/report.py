@@ -1,25 +1,34 @@
-"""Keep measurements in results/speed.json, print them as tables, and draw the speed-ups.
+"""Keep measurements in a file for each processor, print them as tables, and draw the speed-ups.
 
-python -m benchmarks.report [--plot results/figures/speed.png]
+python -m benchmarks.report [FILE ...] [--plot results/figures/speed.png]
 """
 
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
-from utils import ArgumentParser, atomic_write, require_package, run_script
+from benchmarks.processor import speed_files
+from utils import ArgumentParser, InputError, atomic_write, require_package, run_script
 
-SPEED = Path(__file__).resolve().parent.parent / "results" / "speed.json"
 CONTENDERS = ("naive", "ours", "transformers")
+BESIDE = ", beside"  # ends the name of a contender whose turns busy processes disturb
 COLORS = {"ours": "#c0392b", "transformers": "#2c6fbb"}
-Measured = dict[str, Any]  # an entry of results/speed.json
+Measured = dict[str, Any]  # an entry of a file
 
 
-def keep(path: Path, kind: str, measured: Measured) -> None:
-    """Write a measurement to the file, in place of the last one of the same name."""
+def keep(path: Path, kind: str, measured: Measured, processor: dict[str, Any]) -> None:
+    """Write a measurement to the file, in place of the last one of the same name.
+
+    Raises InputError if the file has measurements of another processor.
+    """
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = content.get("processor", processor)["name"]
+    if before != processor["name"]:
+        raise InputError(f"{path}: is of {before}, not of {processor['name']}; name another --out")
+    content = {"processor": processor} | content | {"processor": processor}
     name = ("shape", "row", "device", "bf16", "n_ranks")
     rows = content.setdefault(kind, [])
     same = [all(row.get(key) == measured.get(key) for key in name) for row in rows]
@@ -29,10 +38,33 @@ def keep(path: Path, kind: str, measured: Measured) -> None:
         file.write(json.dumps(content, indent=1) + "\n")
 
 
-def speed_table(path: Path = SPEED, shape: str = "stories42M") -> str:
-    """Return the rows of one shape as a Markdown table."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return table([row for row in rows if row["shape"] == shape])
+def speed_table(paths: Sequence[Path] | None = None, shape: str = "stories42M") -> str:
+    """Return the rows of one shape, the processors side by side, each named by a letter.
+
+    For each: our rate, and how many times as fast as naive and transformers that is.
+    """
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths or speed_files()]
+    legend, head, by_row, others = [], ["row"], {}, []
+    for i, (letter, content) in enumerate(zip(ascii_uppercase, contents, strict=False)):
+        processor = content["processor"]
+        legend.append(f"- {letter}: {described(processor)}")
+        head += [f"{letter}: ours", f"{letter} / naive", f"{letter} / transformers"]
+        rows = [row for row in content.get("rows", []) if row["shape"] == shape]
+        for row in rows:
+            if "naive" in row["contenders"]:
+                cells = by_row.setdefault(f"{row['row']} ({row['unit']})", {})
+                cells[i] = [_rate_of(row, "ours"), *_ratios(row)]
+        others += [f"{letter}:\n\n{text}" for text in more_tables(rows)]
+    empty = [""] * 3
+    lines = [
+        [name, *(cell for i in range(len(contents)) for cell in cells.get(i, empty))]
+        for name, cells in by_row.items()
+    ]
+    return "\n\n".join(["\n".join(legend), markdown(head, lines), *others])
+
+
+def described(processor: dict[str, Any]) -> str:
+    return f"{processor['name']}, {processor['threads']} threads, PyTorch {processor['torch']}"
 
 
 def markdown(head: Sequence[str], rows: list[Sequence[str]]) -> str:
@@ -41,23 +73,71 @@ def markdown(head: Sequence[str], rows: list[Sequence[str]]) -> str:
     return "\n".join([text[0], "|---" * len(head) + "|", *text[1:]])
 
 
+def all_tables(rows: list[Measured]) -> list[str]:
+    """Return the tables that have at least one of the rows."""
+    main_rows = [row for row in rows if "naive" in row["contenders"]]
+    return ([table(main_rows)] if main_rows else []) + more_tables(rows)
+
+
+def more_tables(rows: list[Measured]) -> list[str]:
+    kinds = (
+        (generation_table, [row for row in rows if "ours int8" in row["contenders"]]),
+        (beside_table, [row for row in rows if f"ours{BESIDE}" in row["contenders"]]),
+    )
+    return [make(chosen) for make, chosen in kinds if chosen]
+
+
 def table(rows: list[Measured]) -> str:
     """Return rates, ratios, the distance from the limit, and memory."""
     head = ["shape", "row", *CONTENDERS, "/ naive", "/ transformers", "of the limit"]
     lines = []
     for row in rows:
         of = row["contenders"]
-        median = {name: measured["median"] for name, measured in of.items()}
         cells = [row["shape"], f"{row['row']} ({row['unit']})"]
-        cells += [_rate(row, median[name]) if name in of else "" for name in CONTENDERS]
-        for name in ("naive", "transformers"):
-            cells.append(f"{median[name] / median['ours']:.2f}" if name in of else "")
-        share = row["limit_seconds"] / median["ours"]
+        cells += [_rate_of(row, name) for name in CONTENDERS] + _ratios(row)
+        share = row["limit_seconds"] / of["ours"]["median"]
         cells.append(f"{share:.2f}" if share else "")
         memory = of["ours"]["peak_mb"] / of["naive"]["peak_mb"]
         is_other_process = row["row"].startswith("start-up")
         lines.append([*cells, "" if is_other_process else f"{memory:.2f}"])
     return markdown([*head, "memory / naive"], lines)
+
+
+def generation_table(rows: list[Measured]) -> str:
+    """Return tokens per second, ours beside llama2.c's programs, and how many times theirs."""
+    names = ("ours", "run.c", "ours int8", "runq.c")
+    head = ["shape", *names, "ours / run.c", "ours int8 / runq.c", "ours int8 / ours"]
+    pairs = (("ours", "run.c"), ("ours int8", "runq.c"), ("ours int8", "ours"))
+    lines = [
+        [row["shape"], *(_rate_of(row, name) for name in names), *(_ratio(row, *p) for p in pairs)]
+        for row in rows
+    ]
+    return markdown(head, lines)
+
+
+def beside_table(rows: list[Measured]) -> str:
+    """Return how many times as long a run takes beside busy processes as alone."""
+    head = ["shape", "row", "ours alone", "ours, times as long", "transformers, times as long"]
+    lines = []
+    for row in rows:
+        cells = [row["shape"], f"{row['row']} ({row['unit']})", _rate_of(row, "ours")]
+        lines.append(cells + [_ratio(row, name, name + BESIDE) for name in CONTENDERS[1:]])
+    return markdown(head, lines)
+
+
+def _rate_of(row: Measured, name: str) -> str:
+    measured = row["contenders"].get(name)
+    return _rate(row, measured["median"]) if measured else ""
+
+
+def _ratio(row: Measured, fast: str, slow: str) -> str:
+    """Return how many times as fast as `slow` a contender is, if both were measured."""
+    of = row["contenders"]
+    return f"{of[slow]['median'] / of[fast]['median']:.2f}" if fast in of and slow in of else ""
+
+
+def _ratios(row: Measured) -> list[str]:
+    return [_ratio(row, "ours", name) for name in ("naive", "transformers")]
 
 
 def _rate(row: Measured, seconds: float) -> str:
@@ -118,15 +198,21 @@ def plot(rows: list[Measured], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="benchmarks.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--speed", type=Path, default=SPEED, help="default: results/speed.json")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw FILE, a PNG")
+    add = parser.add_argument
+    add("files", type=Path, nargs="*", metavar="FILE", help="default: results/speed-*.json")
+    add("--plot", type=Path, metavar="PNG", help="also draw the first FILE")
     args = parser.parse_args(argv)
-    content = json.loads(args.speed.read_text(encoding="utf-8"))
-    rows = content.get("rows", [])
-    print(table(rows), ranks_table(content.get("ranks", [])), sep="\n\n")
+    files = args.files or speed_files()
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    for content in contents:
+        texts = [described(content["processor"]), *all_tables(content.get("rows", []))]
+        if "ranks" in content:
+            texts.append(ranks_table(content["ranks"]))
+        print(*texts, sep="\n\n", end="\n\n")
     if args.plot:
-        plot(rows, args.plot)
-        print(f"wrote {args.plot}")
+        rows = contents[0].get("rows", [])
+        plot([row for row in rows if "naive" in row["contenders"]], args.plot)
+        print(f"wrote {args.plot}, of {files[0]}")
 
 
 if __name__ == "__main__":

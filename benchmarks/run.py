@@ -1,35 +1,61 @@
 """Time naive, ours and transformers side by side, and how far each is from the machine's limit.
 
-    python -m benchmarks.run [--shapes mini] [--rows finetune]
+    python -m benchmarks.run [--shapes mini] [--rows finetune] [--llama2c FOLDER]
 
 The contenders of a row take turns, each in a process of its own, after a first run that does not
 count. So they share no memory, and a drift of the machine's speed meets all. Needs a quiet machine
-and the development packages. `python -m benchmarks.report` prints and draws what was measured.
+and the development packages. Each processor has a file, results/speed-<processor>.json.
+`python -m benchmarks.report` prints and draws what was measured.
+
+In a row "beside a busy process" contenders also run while as many processes loop as there are
+cores but one.
 """
 
 import contextlib
 import itertools
 import multiprocessing
+import os
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from benchmarks.contenders import SHAPES
-from benchmarks.report import SPEED, keep, table
-from benchmarks.rows import MACHINE, Row, Work, adamw, all_rows, epoch, finetune
+from benchmarks import llama2c
+from benchmarks.contenders import SEED, SHAPES, make_llama
+from benchmarks.processor import describe, processor_name, speed_file
+from benchmarks.report import BESIDE, all_tables, keep
+from benchmarks.rows import (
+    MACHINE,
+    Row,
+    Work,
+    adamw,
+    all_rows,
+    epoch,
+    finetune,
+    generate,
+    prompt,
+)
+from fast.linear import chosen_library
 from fast.memory import forget_peak_memory, keep_freed_memory, peak_memory_mb
+from fast.threads import USUAL_LENGTH, choose_threads
 from training.options import positive_int
-from utils import ArgumentParser, InputError, require_package, run_script
+from utils import ArgumentParser, InputError, require_package, run_script, seed_everything
 
 SHORTEST = 0.3  # s of work in a turn; shorter work is repeated, and the mean counts
 PAUSE = 0.1  # s before a turn: the threads of the process before wait for work by spinning
+TRAINING = (finetune, epoch, adamw)
+# Environment variables of our workers that train, set before they load PyTorch, as the training
+# commands do.
+TRAINING_ENVIRONMENT: dict[str, str] = {}
 
 _work: Work  # of this worker process
 
@@ -38,10 +64,22 @@ def _build(row: Row, contender: str, shape: str, threads: int) -> None:
     """Prepare a worker process."""
     global _work
     torch.set_num_threads(threads)
-    if contender == "ours" and row.build in (finetune, epoch, adamw):
-        keep_freed_memory()  # as every training command does
+    contender = contender.removesuffix(BESIDE)
+    if contender.startswith("ours"):
+        _start_as_commands_do(row, shape)
     _work = row.build(contender, shape, *row.args)
     forget_peak_memory()  # building may take more, such as a second copy of the weights
+
+
+def _start_as_commands_do(row: Row, shape: str) -> None:
+    """Do what run_llama.py does before its work, in a worker of ours."""
+    seed_everything(SEED)
+    if row.build in TRAINING:
+        keep_freed_memory()
+    if row.build in (*TRAINING, generate, prompt):
+        batch_size = row.args[1] if row.build in (finetune, epoch, prompt) else 80
+        n_rows = 1 if row.build is generate else USUAL_LENGTH * batch_size
+        choose_threads(make_llama("ours", shape, "causal"), n_rows)
 
 
 def _first_run() -> tuple[Any, Work]:
@@ -52,71 +90,108 @@ def _first_run() -> tuple[Any, Work]:
 def _take_turn() -> float:
     """Return the seconds of one run."""
     time.sleep(PAUSE)
-    started, n_runs = time.perf_counter(), 0
-    while n_runs == 0 or time.perf_counter() - started < SHORTEST:
-        _work.run()
-        n_runs += 1
-    return (time.perf_counter() - started) / n_runs
+    started, own_seconds = time.perf_counter(), []
+    while not own_seconds or time.perf_counter() - started < SHORTEST:
+        own_seconds.append(_work.run())
+    if _work.times_itself:
+        return statistics.mean(own_seconds)
+    return (time.perf_counter() - started) / len(own_seconds)
+
+
+def _peak_mb() -> float | None:
+    return None if _work.times_itself else peak_memory_mb()  # a program has a process of its own
+
+
+def _choices() -> dict[str, Any]:
+    """Return what a worker of ours chose: threads, and which library multiplies matrices."""
+    library = {"one row": chosen_library(1), "many rows": chosen_library(256)}
+    return {"library": library, "ours_threads": torch.get_num_threads()}
+
+
+@contextlib.contextmanager
+def busy_processes(n: int) -> Iterator[None]:
+    """Keep n processes looping during the block."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def environment(row: Row, contender: str) -> dict[str, str]:
+    is_ours = contender.removesuffix(BESIDE) == "ours"
+    return TRAINING_ENVIRONMENT if is_ours and row.build in TRAINING else {}
 
 
 def take_turns(
     row: Row, shape: str, repeats: int, threads: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[Any, Work]]]:
-    """Return by contender: seconds, median and peak memory; first result and counts."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[Any, Work]], dict[str, Any]]:
+    """Return by contender: seconds, median and peak memory; first result and counts.
+
+    The third value is what ours chose, see `_choices`.
+    """
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
-        pools = {}
+        pools, first = {}, {}
         for name in row.contenders:
             pool = ProcessPoolExecutor(1, context, _build, (row, name, shape, threads))
             pools[name] = stack.enter_context(pool)
-        first = {name: pool.submit(_first_run).result() for name, pool in pools.items()}
+            with mock.patch.dict(os.environ, environment(row, name)):  # the process starts here
+                first[name] = pool.submit(_first_run).result()
         seconds: dict[str, list[float]] = {name: [] for name in pools}
         for _ in range(repeats):
             for name, pool in pools.items():
-                seconds[name].append(pool.submit(_take_turn).result())
+                n_busy = max(os.cpu_count() - 1, 1) if name.endswith(BESIDE) else 0
+                with busy_processes(n_busy):
+                    seconds[name].append(pool.submit(_take_turn).result())
         measured = {
             name: {
                 "seconds": seconds[name],
                 "median": statistics.median(seconds[name]),
-                "peak_mb": pool.submit(peak_memory_mb).result(),
+                "peak_mb": pool.submit(_peak_mb).result(),
             }
             for name, pool in pools.items()
         }
-    return measured, first
+        choices = pools["ours"].submit(_choices).result() if "ours" in pools else {}
+    return measured, first, choices
 
 
 def measure_machine(repeats: int, threads: int) -> dict[str, float]:
     """Return the best rates of this machine."""
-    measured, first = take_turns(MACHINE, "", repeats, threads)
+    measured, first, _ = take_turns(MACHINE, "", repeats, threads)
     counts = {name: work.operations or work.bytes for name, (_, work) in first.items()}
     rates = {name: count / measured[name]["median"] for name, count in counts.items()}
-    fastest = max(rates["multiply, BLAS"], rates["multiply, oneDNN"])
+    fastest = max(rates["multiply, BLAS"], rates["multiply, ours"])
     return {"bytes_per_s": rates["read 256 MB"], "operations_per_s": fastest, **rates}
 
 
 def measure_row(
     row: Row, shape: str, rates: dict[str, float], repeats: int, threads: int
 ) -> dict[str, Any]:
-    measured, first = take_turns(row, shape, repeats, threads)
+    measured, first, choices = take_turns(row, shape, repeats, threads)
     results = {name: result for name, (result, _) in first.items()}
     _, work = first["ours"]
     limit = work.operations / rates["operations_per_s"] + work.bytes / rates["bytes_per_s"]
     return {
         "shape": shape,
         "row": row.name,
+        "processor": processor_name(),
+        **choices,
         "threads": threads,
         "unit": row.unit,
         "amount": work.amount,
         "limit_seconds": limit,
         "rates": rates,
-        "ours_vs_naive": difference(results["ours"], results["naive"]),
+        "ours_vs_naive": difference(results["ours"], results.get("naive")),
         "contenders": measured,
     }
 
 
 def difference(ours: Any, theirs: Any) -> str | None:
     """Say how far two lists of tokens, predictions or losses differ; None for anything else."""
-    if not isinstance(ours, list):
+    if not isinstance(ours, list) or theirs is None:
         return None
     if isinstance(ours[0], float):
         largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
@@ -132,22 +207,32 @@ def main(argv: list[str] | None = None) -> None:
     add("--rows", default="", help="time only rows whose name contains this (default: all)")
     add("--repeats", type=positive_int, default=5, help="turns of each contender (default: 5)")
     add("--threads", type=positive_int, default=2, help="of each contender (default: 2)")
-    add("--out", type=Path, default=SPEED, help="default: results/speed.json")
+    add("--llama2c", type=Path, metavar="FOLDER", help="a checkout of llama2.c, whose run.c and "
+        "runq.c also generate")  # fmt: skip
+    add("--out", type=Path, help="default: results/speed-<this processor>.json")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
     command = shlex.join(["python", "-m", "benchmarks.run", *given])
+    out = args.out or speed_file(processor_name())
     require_package("transformers")
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [row for row in all_rows(folder) if args.rows in row.name]
+        programs: tuple[str, ...] = ()
+        if args.llama2c:
+            llama2c.compile_programs(args.llama2c, Path(folder))
+            programs = llama2c.PROGRAMS
+        every = all_rows(folder, programs)
+        chosen = [row for row in every if args.rows in row.name]
         if not chosen:
-            names = "; ".join(row.name for row in all_rows(folder))
+            names = "; ".join(row.name for row in every)
             raise InputError(f"--rows {args.rows!r}: no name contains it; the rows are {names}")
         rates = measure_machine(args.repeats, args.threads)
         for shape, row in itertools.product(args.shapes, chosen):
             measured = measure_row(row, shape, rates, args.repeats, args.threads)
-            keep(args.out, "rows", {**measured, "command": command})
-            print(table([measured]).splitlines()[-1], measured["ours_vs_naive"] or "", flush=True)
-    print(f"wrote {args.out}; python -m benchmarks.report prints and draws it")
+            measured["command"] = command
+            keep(out, "rows", measured, describe(args.threads))
+            last_lines = [text.splitlines()[-1] for text in all_tables([measured])]
+            print(*last_lines, measured["ours_vs_naive"] or "", sep="\n", flush=True)
+    print(f"wrote {out}; python -m benchmarks.report prints and draws it")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """The benchmark's contenders do the same work, its counts are right, and its tables are true."""
 
 import json
+import shutil
+import struct
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import many_devices, report, rows, run
+from benchmarks import llama2c, many_devices, processor, report, rows, run
 from benchmarks.contenders import SHAPES, draw_lengths, make_classifier, make_llama
-from conftest import ROOT, shared_asset
+from conftest import ROOT, random_llama, shared_asset
+from formats import llama2c as llama2c_format
 from tokenizer import Tokenizer
 from training.dataset import encode_examples
 from training.labelled import read_sentences
+from utils import InputError
 
 CONTENDERS = ("naive", "ours", "transformers")
 ROWS = {row.name: row for row in rows.all_rows("")}
@@ -101,24 +105,126 @@ def test_every_contender_starts_and_makes_a_token(tiny, contender, tmp_path):
 def test_a_run_keeps_its_rows_and_the_report_shows_them(tmp_path, monkeypatch, capsys):
     for package in ("transformers", "matplotlib"):
         pytest.importorskip(package, reason="a development extra")
-    short = [rows.Row("AdamW step", "s", rows.adamw, (), ("naive", "ours"))]
-    monkeypatch.setattr(run, "all_rows", lambda folder: short)
+    short = [
+        rows.Row("AdamW step", "s", rows.adamw, (), ("naive", "ours")),
+        rows.Row("beside", "s", rows.adamw, (True,), ("ours", f"ours{report.BESIDE}")),
+    ]
+    monkeypatch.setattr(run, "all_rows", lambda folder, programs: short)
     rates = {"bytes_per_s": 1e15, "operations_per_s": 1e15}
     monkeypatch.setattr(run, "measure_machine", lambda repeats, threads: rates)
-    out, figure = tmp_path / "speed.json", tmp_path / "speed.png"
-    report.keep(out, "rows", {"shape": "stories260K", "row": "AdamW step", "unit": "old"})
-    report.keep(out, "rows", {"shape": "mini", "row": "AdamW step"})
+    out, figure = tmp_path / "speed-mine.json", tmp_path / "speed.png"
+    here = processor.describe(1)
+    report.keep(out, "rows", {"shape": "stories260K", "row": "AdamW step", "unit": "old"}, here)
+    report.keep(out, "rows", {"shape": "mini", "row": "AdamW step"}, here)
     options = ["--shapes", "stories260K", "--repeats", "1", "--threads", "1", "--out", str(out)]
     run.main(options)
-    measured, other = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert content["processor"] == here
+    measured, other, beside = content["rows"]
     assert other == {"shape": "mini", "row": "AdamW step"}
     assert measured["unit"] == "s" and measured["command"].endswith(" ".join(options))
-    for contender in measured["contenders"].values():
+    assert measured["processor"] == here["name"]
+    assert set(measured["library"].values()) <= {"BLAS", "oneDNN"}
+    for contender in (*measured["contenders"].values(), *beside["contenders"].values()):
         assert contender["median"] > 0 and contender["peak_mb"] > 50
-    out.write_text(json.dumps({"rows": [measured]}), encoding="utf-8")
-    report.main(["--speed", str(out), "--plot", str(figure)])
-    assert report.speed_table(out, "stories260K") in capsys.readouterr().out
+    with pytest.raises(InputError, match="not of another"):
+        report.keep(out, "rows", {}, {**here, "name": "another"})
+    out.write_text(json.dumps({**content, "rows": [measured, beside]}), encoding="utf-8")
+    report.main([str(out), "--plot", str(figure)])
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in report.all_tables([measured, beside]))
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_processor_has_a_name_and_its_file_a_short_one():
+    assert processor.processor_name()
+    one = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n"
+    name = processor.name_in(f"{one}\n{one.replace('AMD EPYC', 'another')}")
+    assert name == "AMD EPYC (family 25, model 1)"
+    assert processor.speed_file(name).name == "speed-amd-epyc-family-25-model-1.json"
+    numbered = "Intel(R) Xeon(R) CPU E5-2690 v4 @ 2.60GHz"
+    assert processor.name_in(f"model name\t: {numbered}\nmodel\t: 79\n") == numbered
+    assert processor.speed_file(numbered).name == "speed-intel-xeon-e5-2690-v4.json"
+    assert processor.name_in("CPU implementer\t: 0x41\n") == ""
+
+
+def test_two_processors_stand_side_by_side(tmp_path):
+    def row(name, **seconds):
+        contenders = {who: {"median": of, "peak_mb": 100.0} for who, of in seconds.items()}
+        shape = {"shape": "stories42M", "row": name, "unit": "tokens/s", "amount": 300}
+        return {**shape, "limit_seconds": 0.5, "contenders": contenders}
+
+    programs = {"ours int8": 1.0, "run.c": 1.5, "runq.c": 3.0}
+    generating = row("g", naive=4.0, ours=2.0, transformers=3.0, **programs)
+    beside = row("b", ours=2.0, **{f"ours{report.BESIDE}": 5.0})
+    files = tmp_path / "speed-a.json", tmp_path / "speed-b.json"
+    measured_rows = [generating, beside], [row("t", naive=9.0, ours=3.0)]
+    for path, measured in zip(files, measured_rows, strict=True):
+        head = {"name": path.stem, "threads": 2, "torch": "2.13"}
+        path.write_text(json.dumps({"processor": head, "rows": measured}), encoding="utf-8")
+    lines = report.speed_table(files).splitlines()
+    assert lines[1] == "- B: speed-b, 2 threads, PyTorch 2.13"
+    assert "| g (tokens/s) | 150 | 2.00 | 1.50 |  |  |  |" in lines
+    assert "| t (tokens/s) |  |  |  | 100 | 3.00 |  |" in lines
+    assert "| stories42M | 150 | 200 | 300 | 100 | 0.75 | 3.00 | 2.00 |" in lines
+    assert "| stories42M | b (tokens/s) | 150 | 2.50 |  |" in lines
+
+
+def test_runq_reads_back_what_the_weights_were(tmp_path):
+    """A NumPy reader that follows runq.c: norms, then per matrix int8 numbers and scales."""
+    model = random_llama(dim=96, n_heads=3, n_kv_heads=1, hidden_dim=160)  # groups of 32
+    weights = dict(model.state_dict())
+    with torch.no_grad():
+        weights["layers.0.feed_forward.w1.weight"][0] = 0.0
+    sizes = {key: getattr(model.config, key) for key in llama2c_format.SIZES}
+    sizes["hidden_dim"] = 160
+    llama2c.write_q8(tmp_path / "q.bin", sizes, weights)
+    data = (tmp_path / "q.bin").read_bytes()
+    magic, version, *numbers = struct.unpack_from("<4si7i", data)
+    assert (magic, version, tuple(numbers)) == (b"24ka", 2, tuple(sizes.values()))
+    assert struct.unpack_from("<Bi", data, 36) == (1, 32)
+    at = 256
+    layers = range(sizes["n_layers"])
+    for name in [f"layers.{i}.{kind}_norm" for kind in ("attention", "ffn") for i in layers]:
+        np.testing.assert_array_equal(
+            np.frombuffer(data, "<f4", 96, at), weights[f"{name}.weight"].numpy()
+        )
+        at += 4 * 96
+    np.testing.assert_array_equal(np.frombuffer(data, "<f4", 96, at), weights["norm.weight"])
+    at += 4 * 96
+    kinds = [f"attention.compute_{name}" for name in ("query", "key", "value", "output")]
+    kinds += [f"feed_forward.w{i}" for i in (1, 2, 3)]
+    names = ["tok_embeddings", *(f"layers.{i}.{kind}" for kind in kinds for i in layers)]
+    for name in names:
+        weight = weights[f"{name}.weight"].numpy().reshape(-1, 32)
+        quantized = np.frombuffer(data, np.int8, weight.size, at).reshape(weight.shape)
+        scale = np.frombuffer(data, "<f4", len(weight), at + weight.size)[:, None]
+        at += weight.size + 4 * len(weight)
+        assert np.all(np.abs(quantized * scale - weight) <= 0.5001 * scale)
+    assert at == len(data)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_programs_are_compiled_outside_the_checkout_and_say_their_rate(tiny, tmp_path):
+    source, folder = tmp_path / "llama2.c", tmp_path / "built"
+    source.mkdir()
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"has no run\.c; name a checkout"):
+        llama2c.compile_programs(source, folder)
+    code = '#include <stdio.h>\nint main() { fprintf(stderr, "\\nachieved tok/s: 50.0\\n"); }\n'
+    for name in llama2c.PROGRAMS:
+        (source / name).write_text(code, encoding="utf-8")
+    llama2c.compile_programs(source, folder)
+    assert {path.name for path in source.iterdir()} == set(llama2c.PROGRAMS)
+    for name in llama2c.PROGRAMS:
+        work = rows.generate(name, tiny, "causal", str(folder))
+        assert work.times_itself and work.run() == pytest.approx(rows.N_NEW / 50)
+    _, weights = llama2c_format.read_bin(folder / "tiny.run.c.bin")
+    expected = make_llama("ours", tiny, "causal").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+    (source / "run.c").write_text("no program", encoding="utf-8")
+    with pytest.raises(InputError, match=r"fails on run\.c"):
+        llama2c.compile_programs(source, folder)
 
 
 def test_the_table_has_rates_ratios_the_limit_and_memory():

@@ -1,0 +1,99 @@
+"""Time run.c and runq.c of github.com/karpathy/llama2.c on the weights that ours have.
+
+They print their own rate, which counts every position after the first: those of the prompt, which
+ours reads in one pass, as much as the new ones. So the comparison flatters them. Nor does their
+rate count the start of the process.
+"""
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import torch
+
+from benchmarks.contenders import make_llama
+from formats import llama2c
+from utils import InputError
+
+PROGRAMS = ("run.c", "runq.c")
+GROUP = 64  # weights that share a scale, halved until it divides dim and hidden_dim
+NORMS = ("attention_norm", "ffn_norm")
+MATRICES = (
+    *(f"attention.compute_{name}" for name in ("query", "key", "value", "output")),
+    *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
+)
+
+
+def compile_programs(source: Path, folder: Path) -> None:
+    """Compile both programs of a checkout of llama2.c into `folder`; nothing changes in it."""
+    compiler = os.environ.get("CC", "gcc")
+    if shutil.which(compiler) is None:
+        raise InputError(f"--llama2c: there is no compiler {compiler}; install it or set CC")
+    for name in PROGRAMS:
+        if not (source / name).is_file():
+            raise InputError(f"--llama2c {source}: has no {name}; name a checkout of llama2.c")
+        command = [compiler, "-Ofast", "-fopenmp", "-march=native", str(source / name), "-lm"]
+        done = subprocess.run(
+            [*command, "-o", str(folder / Path(name).stem)], capture_output=True, text=True
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise InputError(f"--llama2c {source}: {compiler} fails on {name}: {lines[-1]}")
+
+
+def write_q8(path: Path, sizes: dict[str, int], weights: dict[str, torch.Tensor]) -> None:
+    """Write tied weights as a "version 2" file: matrices in Q8_0, norms in float32.
+
+    Of each matrix come all int8 numbers, then a float32 scale per group: weight = number * scale.
+    """
+    layers = range(sizes["n_layers"])
+    group = GROUP
+    while sizes["dim"] % group or sizes["hidden_dim"] % group:
+        group //= 2
+    header = struct.pack("<Ii7iBi", 0x616B3432, 2, *(sizes[key] for key in llama2c.SIZES), 1, group)
+    norms = [f"layers.{i}.{name}.weight" for name in NORMS for i in layers] + ["norm.weight"]
+    matrices = ["tok_embeddings.weight"]
+    matrices += [f"layers.{i}.{name}.weight" for name in MATRICES for i in layers]
+    with open(path, "wb") as file:
+        file.write(header.ljust(256, b"\0"))
+        for name in norms:
+            file.write(weights[name].numpy().astype("<f4").tobytes())
+        for name in matrices:
+            groups = weights[name].view(-1, group)  # (number of groups, group)
+            scale = groups.abs().amax(dim=1) / 127
+            scale[scale == 0] = 1.0
+            numbers = (groups / scale[:, None]).round().to(torch.int8)
+            file.write(numbers.numpy().tobytes() + scale.numpy().astype("<f4").tobytes())
+
+
+def write_tokenizer(path: Path, vocab_size: int) -> None:
+    """Write a tokenizer.bin whose tokens are their numbers: the programs refuse to run without."""
+    tokens = [f"<{i}>".encode() for i in range(vocab_size)]
+    entries = [struct.pack("<fi", 0.0, len(token)) + token for token in tokens]
+    path.write_bytes(struct.pack("<i", max(map(len, tokens))) + b"".join(entries))
+
+
+def seconds_per_token(program: str, shape: str, folder: Path, n_positions: int):
+    """Return a function that runs a compiled program and returns the seconds of a token."""
+    llama = make_llama("ours", shape, "causal")
+    weights = llama.state_dict()
+    del weights["output.weight"]  # tied to the embedding
+    sizes = {key: getattr(llama.config, key) for key in llama2c.SIZES}
+    sizes["hidden_dim"] = len(weights["layers.0.feed_forward.w1.weight"])
+    checkpoint, tokenizer = (folder / f"{shape}.{program}.{kind}" for kind in ("bin", "tokenizer"))
+    write = llama2c.write_bin if program == "run.c" else write_q8
+    write(checkpoint, sizes, weights)
+    write_tokenizer(tokenizer, sizes["vocab_size"])
+    command = [str(folder / Path(program).stem), str(checkpoint), "-z", str(tokenizer)]
+    command += ["-t", "0", "-n", str(n_positions)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+    def run() -> float:
+        done = subprocess.run(command, env=env, capture_output=True, check=True)
+        (rate,) = re.findall(rb"achieved tok/s: ([\d.]+)", done.stderr)
+        return 1 / float(rate)
+
+    return run
