@@ -4,6 +4,9 @@ Functions with the assignment's names keep its signatures, so its scripts still 
 missing from `args` takes its default.
 """
 
+import fast  # noqa: F401, before PyTorch
+
+# isort: split
 import argparse
 from dataclasses import asdict
 from pathlib import Path

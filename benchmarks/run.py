@@ -25,10 +25,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
+import fast
 from benchmarks import llama2c
 from benchmarks.contenders import SEED, SHAPES, make_llama
 from benchmarks.processor import describe, processor_name, speed_file
@@ -53,9 +53,6 @@ from utils import ArgumentParser, InputError, require_package, run_script, seed_
 SHORTEST = 0.3  # s of work in a turn; shorter work is repeated, and the mean counts
 PAUSE = 0.1  # s before a turn: the threads of the process before wait for work by spinning
 TRAINING = (finetune, epoch, adamw)
-# Environment variables of our workers that train, set before they load PyTorch, as the training
-# commands do.
-TRAINING_ENVIRONMENT: dict[str, str] = {}
 
 _work: Work  # of this worker process
 
@@ -120,9 +117,15 @@ def busy_processes(n: int) -> Iterator[None]:
             process.wait()
 
 
-def environment(row: Row, contender: str) -> dict[str, str]:
-    is_ours = contender.removesuffix(BESIDE) == "ours"
-    return TRAINING_ENVIRONMENT if is_ours and row.build in TRAINING else {}
+@contextlib.contextmanager
+def environment(contender: str) -> Iterator[None]:
+    """Start the processes of others without the variables that importing `fast` has set."""
+    names = () if contender.startswith("ours") else [*fast.VARIABLES]
+    removed = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(removed)
 
 
 def take_turns(
@@ -138,7 +141,7 @@ def take_turns(
         for name in row.contenders:
             pool = ProcessPoolExecutor(1, context, _build, (row, name, shape, threads))
             pools[name] = stack.enter_context(pool)
-            with mock.patch.dict(os.environ, environment(row, name)):  # the process starts here
+            with environment(name):  # the process starts here
                 first[name] = pool.submit(_first_run).result()
         seconds: dict[str, list[float]] = {name: [] for name in pools}
         for _ in range(repeats):

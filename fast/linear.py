@@ -17,13 +17,6 @@ from torch import nn
 
 from utils import InputError
 
-# oneDNN and PyTorch each cache 1,024 kernels, one per product shape. Batches of many lengths fill
-# both caches (0.5 GB) and fragment the heap. A step uses about 20 kernels. Both libraries read
-# these variables at the first product.
-MAX_CACHED_KERNELS = 64
-for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, str(MAX_CACHED_KERNELS))
-
 
 def _find_onednn_linear() -> "torch._ops.OpOverload | None":
     if not torch.backends.mkldnn.is_available():

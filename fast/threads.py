@@ -8,26 +8,28 @@ from torch import nn
 from fast.linear import fastest_seconds
 
 USUAL_LENGTH = 32  # tokens of a sentence
+MAX_ROWS = 256  # of the measurement
 GAIN = 1.2  # times as fast as one thread that all threads must be
 
 
 @torch.no_grad()
 def choose_threads(model: nn.Module, n_rows: int) -> None:
-    """Use one thread if all of them hardly speed up `model` (a Llama), measured on its first layer.
+    """Use one thread if all of them hardly speed up a Llama, measured on one layer and the output.
 
     `n_rows` is the usual number of token positions in a pass: 1 in generation. Small products end
     before a second thread has begun, and beside another busy process every product waits for the
     thread that the system has put aside. The user's OMP_NUM_THREADS wins; other devices keep
-    PyTorch's number.
+    PyTorch's number. It takes ten passes through the layer: 0.3 s for 256 positions of stories42M.
     """
     n_threads, weight = torch.get_num_threads(), model.norm.weight
     if n_threads == 1 or "OMP_NUM_THREADS" in os.environ or weight.device.type != "cpu":
         return
-    h = torch.zeros(1, min(n_rows, model.config.max_seq_len), model.config.dim, dtype=weight.dtype)
+    n_rows = min(n_rows, MAX_ROWS, model.config.max_seq_len)
+    h = torch.zeros(1, n_rows, model.config.dim, dtype=weight.dtype)
 
     def pass_with(threads: int) -> None:
         torch.set_num_threads(threads)
-        model.layers[0](h)
+        model.output(model.layers[0](h)[:, -1])
 
     one, many = fastest_seconds(lambda: pass_with(1), lambda: pass_with(n_threads))
     torch.set_num_threads(n_threads if one > GAIN * many else 1)

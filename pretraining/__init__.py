@@ -1,1 +1,3 @@
 """Next-token training on plain text."""
+
+import fast  # noqa: F401, before PyTorch

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import ROOT, random_llama
-from fast import threads
+from fast import VARIABLES, threads
 from fast.threads import choose_threads
 
 
@@ -66,3 +66,30 @@ def test_denormal_numbers_are_0_in_every_thread():
         pytest.skip("this processor cannot")
     assert count() == 2**22
     assert count("seed") == 0
+
+
+FIRST_IMPORT = """
+import os, runpy, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            raise SystemExit
+sys.meta_path.insert(0, Watch())
+runpy.run_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ["run_llama", "tools.generate", "tools.predict", "advanced.run", "pretraining.run"]
+)
+def test_commands_set_the_spin_count_before_pytorch_loads(command):
+    plain = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+
+    def spin_count(**variables: str) -> str:
+        argv = [sys.executable, "-c", FIRST_IMPORT, command]
+        return subprocess.check_output(argv, cwd=ROOT, env=plain | variables, text=True).strip()
+
+    assert spin_count() == VARIABLES["GOMP_SPINCOUNT"]
+    assert spin_count(GOMP_SPINCOUNT="7") == "7"
+    assert spin_count(OMP_WAIT_POLICY="active") == "None"
