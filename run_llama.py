@@ -385,7 +385,10 @@ def load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.dev
     tokenizer.require_vocab_size(llama.config.vocab_size)
     print(f"load model from {args.pretrained_model_path}")
     llama.to(device)
-    choose_threads(llama, 1 if args.option == "generate" else USUAL_LENGTH * args.batch_size)
+    n_rows = USUAL_LENGTH * getattr(args, "batch_size", 8)
+    if getattr(args, "option", "generate") == "generate":
+        n_rows = 1 if llama.config.attention == "causal" else USUAL_LENGTH
+    choose_threads(llama, n_rows)
     return llama, tokenizer, device
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-import fast
 from benchmarks.contenders import make_llama
 from formats import llama2c
 from utils import InputError
@@ -90,8 +89,7 @@ def seconds_per_token(program: str, shape: str, folder: Path, n_positions: int):
     write_tokenizer(tokenizer, sizes["vocab_size"])
     command = [str(folder / Path(program).stem), str(checkpoint), "-z", str(tokenizer)]
     command += ["-t", "0", "-n", str(n_positions)]
-    env = {name: value for name, value in os.environ.items() if name not in fast.VARIABLES}
-    env["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
     def run() -> float:
         done = subprocess.run(command, env=env, capture_output=True, check=True)

@@ -22,13 +22,14 @@ Measured = dict[str, Any]  # an entry of a file
 def keep(path: Path, kind: str, measured: Measured, processor: dict[str, Any]) -> None:
     """Write a measurement to the file, in place of the last one of the same name.
 
-    Raises InputError if the file has measurements of another processor.
+    Raises InputError if the file is of another processor, number of threads or PyTorch.
     """
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    before = content.get("processor", processor)["name"]
-    if before != processor["name"]:
-        raise InputError(f"{path}: is of {before}, not of {processor['name']}; name another --out")
-    content = {"processor": processor} | content | {"processor": processor}
+    before = content.get("processor", processor)
+    if before != processor:
+        now = described(processor)
+        raise InputError(f"{path}: is of {described(before)}, not of {now}; name another --out")
+    content = {"processor": processor} | content
     name = ("shape", "row", "device", "bf16", "n_ranks")
     rows = content.setdefault(kind, [])
     same = [all(row.get(key) == measured.get(key) for key in name) for row in rows]

@@ -64,6 +64,9 @@ def _build(row: Row, contender: str, shape: str, threads: int) -> None:
     contender = contender.removesuffix(BESIDE)
     if contender.startswith("ours"):
         _start_as_commands_do(row, shape)
+    else:
+        for name in fast.VARIABLES:  # see `environment`; our modules have set them again
+            os.environ.pop(name, None)
     _work = row.build(contender, shape, *row.args)
     forget_peak_memory()  # building may take more, such as a second copy of the weights
 
@@ -121,7 +124,7 @@ def busy_processes(n: int) -> Iterator[None]:
 def environment(contender: str) -> Iterator[None]:
     """Start the processes of others without the variables that importing `fast` has set."""
     names = () if contender.startswith("ours") else [*fast.VARIABLES]
-    removed = {name: os.environ.pop(name) for name in names}
+    removed = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What makes the model fast and changes no result.
+"""What makes the model fast. Results stay the same up to rounding, but for int8.
 
 Importing it sets environment variables, where the user has not, that libraries read when they load.
 So commands import it before PyTorch.
@@ -7,8 +7,8 @@ So commands import it before PyTorch.
 import os
 
 # GNU OpenMP, PyTorch's on Linux, lets threads that wait for each other loop for this many turns
-# before they sleep; by default, nearly forever. Beside another busy process the loop keeps the core
-# from the very thread that the others wait for (docs/performance.md).
+# before they sleep, 300,000 by default. Beside another busy process the loop keeps the core from
+# the very thread that the others wait for (docs/performance.md).
 VARIABLES = {"GOMP_SPINCOUNT": "1000"} if "OMP_WAIT_POLICY" not in os.environ else {}
 # oneDNN and PyTorch each cache 1,024 kernels, one per product shape. Batches of many lengths fill
 # both caches (0.5 GB) and fragment the heap. A step uses about 20 kernels.

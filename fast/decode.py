@@ -52,8 +52,12 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Store the next positions, tokens (B, T), and return the logits of the last one (B, V)."""
+        """Store the next positions, tokens (B, T), and return the logits of the last one (B, V).
+
+        The first call may read several positions, each further call one.
+        """
         start, end = self.length, self.length + tokens.shape[1]
+        assert start == 0 or end == start + 1, "a prefix first, then one position at a time"
         if end > self.keys.shape[3]:
             raise InputError(f"a KV cache of {self.keys.shape[3]} positions cannot hold {end}")
         rotations = self.rotations[start:end, None]  # (T, 1, D/2)
@@ -167,11 +171,15 @@ def next_tokens(
 
     `pick` maps logits (B * num_samples, V) to tokens (B * num_samples, 1); the samples of a row
     stand side by side and share one pass over its prefix. The model reads the last `max_seq_len`
-    positions; with full attention, or once this window slides, every step recomputes it.
+    positions; with full attention, with forward hooks, or once this window slides, every step
+    recomputes it.
     """
     window = model.config.max_seq_len
     decoder = None
-    if model.config.attention == "causal" and idx.shape[1] < window and max_new_tokens:
+    # A decoder would pass over hooks, such as adapters.
+    has_hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    is_causal = model.config.attention == "causal"
+    if is_causal and not has_hooks and idx.shape[1] < window and max_new_tokens:
         decoder = Decoder(model, len(idx), min(window, idx.shape[1] + max_new_tokens))
     for step in range(max_new_tokens):
         if decoder is not None and idx.shape[1] <= window:

@@ -88,12 +88,12 @@ def quantize_model(model: nn.Module) -> None:
         raise InputError(
             "int8: this PyTorch has no INT8 product; install the version in requirements.txt"
         )
-    done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the weight's id
+    done: dict[int, tuple[torch.Tensor, ...]] = {}  # int8, scale, and the weight, by its id
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, (nn.Linear, nn.Embedding)):
-                if id(child.weight) not in done:
-                    done[id(child.weight)] = quantize_rows(child.weight)
+                weight = child.weight
+                *int8, _ = done.setdefault(id(weight), (*quantize_rows(weight), weight))
                 kind = Int8Linear if isinstance(child, nn.Linear) else Int8Embedding
-                setattr(parent, name, kind(*done[id(child.weight)]))
+                setattr(parent, name, kind(*int8))
     model.requires_grad_(False)

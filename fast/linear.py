@@ -52,7 +52,7 @@ def chosen_library(n_rows: int) -> str:
     """Return "oneDNN" or "BLAS" for products of n_rows rows that are large enough for a choice.
 
     The environment variable MIN_LLAMA_PRODUCTS, set to one of the two, replaces the measurement;
-    then a run on the same processor repeats to the last bit.
+    then a run with as many threads on the same processor repeats to the last bit.
     """
     if _onednn_linear is None:
         return "BLAS"
@@ -67,9 +67,13 @@ def _measure(is_one_row: bool, _n_threads: int) -> str:
             raise InputError(f"MIN_LLAMA_PRODUCTS={given}: is neither {' nor '.join(LIBRARIES)}")
         return given
     n_rows, n_out = (1, 8192) if is_one_row else (256, 1024)  # of a model of dim 512
-    x, weight = torch.ones(n_rows, 512), torch.ones(n_out, 512)
+    x, weight = _ones(n_rows, 512), _ones(n_out, 512)
     blas, onednn = fastest_seconds(partial(F.linear, x, weight), partial(_multiply, x, weight))
     return "oneDNN" if onednn < MARGIN * blas else "BLAS"
+
+
+def _ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.float32, device="cpu")  # whatever PyTorch's defaults are
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -128,7 +132,7 @@ class Linear(nn.Linear):
 @torch.no_grad()
 def bfloat16_gain() -> float:
     """Return how many times as fast this CPU multiplies in bfloat16 as in float32 (about 20 ms)."""
-    x, weight = torch.ones(256, 512), torch.ones(512, 512)
+    x, weight = _ones(256, 512), _ones(512, 512)
     half = partial(F.linear, x.bfloat16(), weight.bfloat16())
     float32_seconds, bfloat16_seconds = fastest_seconds(partial(linear, x, weight), half, turns=3)
     return float32_seconds / bfloat16_seconds

@@ -41,8 +41,7 @@ def test_logits_are_those_of_the_whole_forward(n_kv_heads, dtype, tolerance):
     with torch.no_grad():
         expected, _ = model.double()(tokens, targets=tokens)
     decoder = Decoder(model.to(dtype), 3, 12)
-    for prefix in tokens[:, :7].split((7,), dim=1):
-        logits = [decoder(prefix)]
+    logits = [decoder(tokens[:, :7])]
     logits += [decoder(tokens[:, [i]]) for i in range(7, 12)]
     scale = expected.abs().max()
     for i, got in enumerate(logits, start=6):
@@ -75,17 +74,33 @@ def test_a_prefix_that_fills_the_context_needs_no_decoder(monkeypatch):
         assert model.generate(random_tokens(2, length), 3, 0.0).shape == (2, length + 3)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_real_weights_give_the_tokens_of_the_plain_loop(quantize):
+def test_real_weights_give_the_tokens_of_the_plain_loop():
     """Grouped queries (8 heads on 4), several samples of a prefix, past the end of the context."""
     path = shared_asset("models/stories260K/stories260K.pt")
-    model = load_pretrained(path, attention="causal", quantize=quantize)
+    model = load_pretrained(path, attention="causal")
     model.config.max_seq_len = 48
     idx = torch.tensor([[1, 403, 407, 261, 378]])
     expected = plain_loop(model, idx, 60)
     assert torch.equal(model.generate(idx, 60, 0.0), expected)
     steps = torch.cat(list(next_tokens(model, idx, 60, greedy, num_samples=3)), dim=1)
     assert torch.equal(steps, expected[:, 5:].expand(3, -1))
+
+
+def test_int8_logits_are_those_of_the_whole_forward_up_to_bfloat16():
+    model = random_llama(attention="causal")
+    quantize_model(model)
+    tokens, decoder = random_tokens(2, 20), Decoder(model, 2, 20)
+    with torch.no_grad():
+        expected = model(tokens)[0][:, 0]  # products of many rows, in float32
+    decoder(tokens[:, :19])
+    difference = (decoder(tokens[:, 19:]) - expected).abs().max()
+    assert 0 < difference < 0.05 * expected.abs().max()
+
+
+def test_a_hook_such_as_an_adapters_is_not_passed_over():
+    model = random_llama(attention="causal")
+    model.norm.register_forward_hook(lambda *_: torch.zeros(1, 1, 32))
+    assert model.generate(random_tokens(1, 4), 3, 0.0)[0, 4:].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("is_int8", [False, True])

@@ -14,34 +14,39 @@ from fast.threads import choose_threads
 
 @pytest.fixture
 def measured(monkeypatch):
-    """measured(one, many) gives these seconds of a pass, on a machine with three threads."""
+    """measured((one, all), ...) gives these seconds of passes, on a machine with three threads."""
 
-    def script(one: float, many: float) -> None:
+    def script(*rounds: tuple[float, float]) -> None:
+        results = iter(rounds)
+
         def run_both(*ways):
             for way in ways:
                 way()
-            return [one, many]
+            return next(results)
 
         monkeypatch.setattr(threads, "fastest_seconds", run_both)
 
     before = torch.get_num_threads()
+    monkeypatch.setattr(threads, "all_threads", lambda: 3)
     torch.set_num_threads(3)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     yield script
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("many", "chosen"), [(0.5, 3), (0.9, 1), (5.0, 1)])
-def test_all_threads_are_used_where_they_are_clearly_faster(measured, many, chosen):
-    measured(1.0, many)
+@pytest.mark.parametrize(
+    ("seconds_of_all", "chosen"),
+    [([0.5], 3), ([0.95, 0.95, 0.95], 1), ([5.0, 5.0, 0.5], 3), ([5.0, 5.0, 5.0], 1)],
+)
+def test_all_threads_are_used_where_they_are_clearly_faster(measured, seconds_of_all, chosen):
     for n_rows in (1, 10**6):
-        torch.set_num_threads(3)
+        measured(*((1.0, seconds) for seconds in seconds_of_all))
         choose_threads(random_llama(), n_rows)
         assert torch.get_num_threads() == chosen
 
 
 def test_what_the_user_sets_stays(measured, monkeypatch):
-    measured(1.0, 5.0)
+    measured()
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     choose_threads(random_llama(), 1)
     assert torch.get_num_threads() == 3
