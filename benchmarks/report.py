@@ -176,18 +176,20 @@ def plot(rows: list[Measured], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    names = list(dict.fromkeys(row["row"] for row in rows))[::-1]  # not every shape has each
     figure = Figure(figsize=(2 + 3.6 * len(shapes), 4.6), layout="constrained")
     panels = figure.subplots(1, len(shapes), sharex=True, sharey=True, squeeze=False)[0]
     for panel, shape in zip(panels, shapes, strict=True):
-        here = [row for row in rows if row["shape"] == shape][::-1]
+        here = [row for row in rows if row["shape"] == shape]
         for offset, name in ((0.2, "ours"), (-0.2, "transformers")):
-            places = [i + offset for i, row in enumerate(here) if name in row["contenders"]]
-            medians = [row["contenders"] for row in here if name in row["contenders"]]
+            drawn = [row for row in here if name in row["contenders"]]
+            places = [names.index(row["row"]) + offset for row in drawn]
+            medians = [row["contenders"] for row in drawn]
             ratios = [of["naive"]["median"] / of[name]["median"] for of in medians]
             bars = panel.barh(places, ratios, height=0.38, color=COLORS[name], label=name)
             panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
         panel.axvline(1.0, color="#888888", linewidth=1, zorder=0)
-        panel.set_yticks(range(len(here)), [row["row"] for row in here])
+        panel.set_yticks(range(len(names)), names)
         panel.set_title(shape, fontsize=10)
         panel.margins(x=0.12)
         panel.spines[["top", "right"]].set_visible(False)
