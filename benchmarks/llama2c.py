@@ -36,9 +36,8 @@ def compile_programs(source: Path, folder: Path) -> None:
         if not (source / name).is_file():
             raise InputError(f"--llama2c {source}: has no {name}; name a checkout of llama2.c")
         command = [compiler, "-Ofast", "-fopenmp", "-march=native", str(source / name), "-lm"]
-        done = subprocess.run(
-            [*command, "-o", str(folder / Path(name).stem)], capture_output=True, text=True
-        )
+        command += ["-o", str(folder / Path(name).stem)]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise InputError(f"--llama2c {source}: {compiler} fails on {name}: {lines[-1]}")

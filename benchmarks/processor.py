@@ -17,7 +17,7 @@ def processor_name() -> str:
     name, cpuinfo = "", Path("/proc/cpuinfo")
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        name = subprocess.check_output(command, encoding="utf-8").strip()
     elif cpuinfo.exists():
         name = name_in(cpuinfo.read_text(encoding="utf-8"))
     return name or platform.processor() or platform.machine() or "unknown"

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         shape = {name: getattr(args, name) or default for name, default in SHAPE.items()}
         seed_everything(args.seed)
         model = make_model(args.init, shape, tokenizer_path, args.seq_len).to(device)
-        choose_threads(model, recipe.micro_tokens or recipe.batch_tokens)
+        choose_threads(model, args.micro_tokens or recipe.batch_tokens)
         folder.mkdir(parents=True, exist_ok=True)
         outputs = [str(folder / name) for name in (*OUTPUTS, "state.pt")]
         options.require_outputs(outputs, [*args.text, *args.exclude, args.init, tokenizer_path])

@@ -93,7 +93,8 @@ def test_commands_set_the_spin_count_before_pytorch_loads(command):
 
     def spin_count(**variables: str) -> str:
         argv = [sys.executable, "-c", FIRST_IMPORT, command]
-        return subprocess.check_output(argv, cwd=ROOT, env=plain | variables, text=True).strip()
+        output = subprocess.check_output(argv, cwd=ROOT, env=plain | variables, encoding="utf-8")
+        return output.strip()
 
     assert spin_count() == VARIABLES["GOMP_SPINCOUNT"]
     assert spin_count(GOMP_SPINCOUNT="7") == "7"
