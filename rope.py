@@ -13,6 +13,8 @@ import torch
 
 from utils import InputError
 
+THETA = 10000.0  # of every Llama 2
+
 
 @lru_cache(maxsize=32)
 def rotary_table(
@@ -45,7 +47,7 @@ def apply_rotary_emb(
     key: torch.Tensor,
     head_dim: int,
     max_seq_len: int,
-    theta: float = 10000.0,
+    theta: float = THETA,
     start_pos: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate query (B, T, H, D) and key (B, T, K, D) by their positions start_pos + 0 ... T-1.
@@ -66,10 +68,11 @@ def apply_rotary_emb(
     dtype = torch.promote_types(query.dtype, torch.float32)
     freqs_cis = rotary_table(max_seq_len, head_dim, float(theta), query.device, dtype)
     freqs_cis = freqs_cis[start_pos : start_pos + seqlen]
-    return _rotate(query, freqs_cis), _rotate(key, freqs_cis)
+    return rotate(query, freqs_cis), rotate(key, freqs_cis)
 
 
-def _rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, T, heads, D) by a table's T rows (T, D / 2); returns x's dtype."""
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     rotated = torch.view_as_complex(pairs.contiguous())  # (B, T, heads, D/2)
     rotated = rotated * reshape_for_broadcast(freqs_cis, rotated)

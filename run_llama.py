@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from fast.linear import bfloat16_gain
 from fast.memory import keep_freed_memory
-from fast.threads import USUAL_LENGTH, choose_threads
+from fast.threads import USUAL_LENGTH, choose_threads, generation_rows
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer, find_tokenizer_model, open_tokenizer
 from training import distributed, options
@@ -385,10 +385,9 @@ def load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.dev
     tokenizer.require_vocab_size(llama.config.vocab_size)
     print(f"load model from {args.pretrained_model_path}")
     llama.to(device)
-    n_rows = USUAL_LENGTH * getattr(args, "batch_size", 8)
-    if getattr(args, "option", "generate") == "generate":
-        n_rows = 1 if llama.config.attention == "causal" else USUAL_LENGTH
-    choose_threads(llama, n_rows)
+    is_generating = getattr(args, "option", "generate") == "generate"
+    batch_rows = USUAL_LENGTH * getattr(args, "batch_size", 8)
+    choose_threads(llama, generation_rows(llama) if is_generating else batch_rows)
     return llama, tokenizer, device
 
 

@@ -16,6 +16,7 @@ from advanced.methods.continued import continue_pretraining
 from advanced.methods.templates import TEMPLATES, Template, choose_template, find_templates
 from advanced.record import Run, metrics_of
 from classifier import LlamaEmbeddingClassifier
+from fast.threads import USUAL_LENGTH, choose_threads
 from formats.torch_file import load_torch_file, save_torch_file
 from llama import load_pretrained
 from tokenizer import Tokenizer
@@ -73,6 +74,7 @@ class Experiment:
         self.tokenizer.require_vocab_size(llama.config.vocab_size)
         self.max_seq_len = llama.config.max_seq_len
         self.n_parameters = sum(parameter.numel() for parameter in llama.parameters())
+        choose_threads(llama, USUAL_LENGTH * self.settings.batch_size)
         self.templates: list[Template] = []
         if {"prompt", "zero_shot"} & set(self.methods):
             files["templates"] = str(TEMPLATES)

@@ -25,8 +25,6 @@ from advanced.compose import AVERAGES, METHODS, OPTIONS, add_method_options, com
 from advanced.experiment import SETTINGS, Experiment
 from advanced.record import Record, Run
 from fast.memory import keep_freed_memory
-from fast.threads import USUAL_LENGTH, choose_threads
-from llama import load_pretrained
 from tokenizer import find_tokenizer_model
 from training import distributed, options
 from training.evaluation import write_predictions
@@ -290,7 +288,6 @@ def main(argv: list[str] | None = None) -> None:
         train_share=args.train_share,
         save_minutes=args.save_minutes,
     )
-    choose_threads(load_pretrained(args.pretrained_model_path), USUAL_LENGTH * args.batch_size)
     weights = experiment.runs_dir / experiment.stem()
     for folder in (experiment.results_dir, weights):
         folder.mkdir(parents=True, exist_ok=True)

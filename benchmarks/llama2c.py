@@ -16,15 +16,11 @@ import torch
 
 from benchmarks.contenders import make_llama
 from formats import llama2c
+from tools.export import weights_of
 from utils import InputError
 
 PROGRAMS = ("run.c", "runq.c")
 GROUP = 64  # weights that share a scale, halved until it divides dim and hidden_dim
-NORMS = ("attention_norm", "ffn_norm")
-MATRICES = (
-    *(f"attention.compute_{name}" for name in ("query", "key", "value", "output")),
-    *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
-)
 
 
 def compile_programs(source: Path, folder: Path) -> None:
@@ -48,24 +44,22 @@ def write_q8(path: Path, sizes: dict[str, int], weights: dict[str, torch.Tensor]
 
     Of each matrix come all int8 numbers, then a float32 scale per group: weight = number * scale.
     """
-    layers = range(sizes["n_layers"])
     group = GROUP
     while sizes["dim"] % group or sizes["hidden_dim"] % group:
         group //= 2
     header = struct.pack("<Ii7iBi", 0x616B3432, 2, *(sizes[key] for key in llama2c.SIZES), 1, group)
-    norms = [f"layers.{i}.{name}.weight" for name in NORMS for i in layers] + ["norm.weight"]
-    matrices = ["tok_embeddings.weight"]
-    matrices += [f"layers.{i}.{name}.weight" for name in MATRICES for i in layers]
     with open(path, "wb") as file:
         file.write(header.ljust(256, b"\0"))
-        for name in norms:
-            file.write(weights[name].numpy().astype("<f4").tobytes())
-        for name in matrices:
-            groups = weights[name].view(-1, group)  # (number of groups, group)
-            scale = groups.abs().amax(dim=1) / 127
-            scale[scale == 0] = 1.0
-            numbers = (groups / scale[:, None]).round().to(torch.int8)
-            file.write(numbers.numpy().tobytes() + scale.numpy().astype("<f4").tobytes())
+        for kind in llama2c.shapes_of(1, sizes, is_tied=True):  # the order of version 1
+            for name in llama2c.names_of(kind, sizes["n_layers"]):
+                if kind.endswith("norm"):
+                    file.write(weights[name].numpy().astype("<f4").tobytes())
+                    continue
+                groups = weights[name].view(-1, group)  # (number of groups, group)
+                scale = groups.abs().amax(dim=1) / 127
+                scale[scale == 0] = 1.0
+                numbers = (groups / scale[:, None]).round().to(torch.int8)
+                file.write(numbers.numpy().tobytes() + scale.numpy().astype("<f4").tobytes())
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:
@@ -78,10 +72,8 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
 def seconds_per_token(program: str, shape: str, folder: Path, n_positions: int):
     """Return a function that runs a compiled program and returns the seconds of a token."""
     llama = make_llama("ours", shape, "causal")
-    weights = llama.state_dict()
-    del weights["output.weight"]  # tied to the embedding
-    sizes = {key: getattr(llama.config, key) for key in llama2c.SIZES}
-    sizes["hidden_dim"] = len(weights["layers.0.feed_forward.w1.weight"])
+    weights = weights_of(llama)
+    sizes = llama2c.sizes_of(llama.config, weights)
     checkpoint, tokenizer = (folder / f"{shape}.{program}.{kind}" for kind in ("bin", "tokenizer"))
     write = llama2c.write_bin if program == "run.c" else write_q8
     write(checkpoint, sizes, weights)

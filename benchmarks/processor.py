@@ -35,11 +35,10 @@ def name_in(cpuinfo: str) -> str:
     return name
 
 
-def describe(threads: int) -> dict[str, Any]:
+def describe() -> dict[str, Any]:
     """Return the head of a file of measurements."""
     return {
         "name": processor_name(),
-        "threads": threads,
         "torch": torch.__version__,
         "vectors": torch.backends.cpu.get_cpu_capability(),
     }

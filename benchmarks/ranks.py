@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         }  # fmt: skip
         if distributed.is_main():
             out = args.out or speed_file(processor_name())
-            keep(out, "ranks", measured, describe(threads=n_ranks))
+            keep(out, "ranks", measured, describe())
             print(ranks_table([measured]))
 
 

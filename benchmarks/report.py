@@ -22,7 +22,7 @@ Measured = dict[str, Any]  # an entry of a file
 def keep(path: Path, kind: str, measured: Measured, processor: dict[str, Any]) -> None:
     """Write a measurement to the file, in place of the last one of the same name.
 
-    Raises InputError if the file is of another processor, number of threads or PyTorch.
+    Raises InputError if the file is of another processor or PyTorch.
     """
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     before = content.get("processor", processor)
@@ -48,7 +48,7 @@ def speed_table(paths: Sequence[Path] | None = None, shape: str = "stories42M") 
     legend, head, by_row, others = [], ["row"], {}, []
     for i, (letter, content) in enumerate(zip(ascii_uppercase, contents, strict=False)):
         processor = content["processor"]
-        legend.append(f"- {letter}: {described(processor)}")
+        legend.append(f"- {letter}: {described(processor, content.get('rows', []))}")
         head += [f"{letter}: ours", f"{letter} / naive", f"{letter} / transformers"]
         rows = [row for row in content.get("rows", []) if row["shape"] == shape]
         for row in rows:
@@ -64,8 +64,10 @@ def speed_table(paths: Sequence[Path] | None = None, shape: str = "stories42M") 
     return "\n\n".join(["\n".join(legend), markdown(head, lines), *others])
 
 
-def described(processor: dict[str, Any]) -> str:
-    return f"{processor['name']}, {processor['threads']} threads, PyTorch {processor['torch']}"
+def described(processor: dict[str, Any], rows: Sequence[Measured] = ()) -> str:
+    """Name a processor, and the numbers of threads of the rows that were measured on it."""
+    threads = [f"{n} threads" for n in sorted({row["threads"] for row in rows})]
+    return ", ".join([processor["name"], *threads, f"PyTorch {processor['torch']}"])
 
 
 def markdown(head: Sequence[str], rows: list[Sequence[str]]) -> str:
@@ -208,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     files = args.files or speed_files()
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     for content in contents:
-        texts = [described(content["processor"]), *all_tables(content.get("rows", []))]
+        rows = content.get("rows", [])
+        texts = [described(content["processor"], rows), *all_tables(rows)]
         if "ranks" in content:
             texts.append(ranks_table(content["ranks"]))
         print(*texts, sep="\n\n", end="\n\n")

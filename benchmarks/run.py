@@ -46,7 +46,7 @@ from benchmarks.rows import (
 )
 from fast.linear import chosen_library
 from fast.memory import forget_peak_memory, keep_freed_memory, peak_memory_mb
-from fast.threads import USUAL_LENGTH, choose_threads
+from fast.threads import USUAL_LENGTH, choose_threads, generation_rows
 from training.options import positive_int
 from utils import ArgumentParser, InputError, require_package, run_script, seed_everything
 
@@ -63,7 +63,7 @@ def _build(row: Row, contender: str, shape: str, threads: int) -> None:
     torch.set_num_threads(threads)
     contender = contender.removesuffix(BESIDE)
     if contender.startswith("ours"):
-        _start_as_commands_do(row, shape)
+        _start_as_commands_do(row, contender, shape)
     else:
         for name in fast.VARIABLES:  # see `environment`; our modules have set them again
             os.environ.pop(name, None)
@@ -71,15 +71,17 @@ def _build(row: Row, contender: str, shape: str, threads: int) -> None:
     forget_peak_memory()  # building may take more, such as a second copy of the weights
 
 
-def _start_as_commands_do(row: Row, shape: str) -> None:
+def _start_as_commands_do(row: Row, contender: str, shape: str) -> None:
     """Do what run_llama.py does before its work, in a worker of ours."""
     seed_everything(SEED)
     if row.build in TRAINING:
         keep_freed_memory()
-    if row.build in (*TRAINING, generate, prompt):
-        batch_size = row.args[1] if row.build in (finetune, epoch, prompt) else 80
-        n_rows = 1 if row.build is generate else USUAL_LENGTH * batch_size
-        choose_threads(make_llama("ours", shape, "causal"), n_rows)
+    if row.build is generate:
+        llama = make_llama(contender, shape, row.args[0])
+        choose_threads(llama, generation_rows(llama))
+    elif row.build in (*TRAINING, prompt):
+        batch_size = 80 if row.build is adamw else row.args[1]
+        choose_threads(make_llama(contender, shape, "causal"), USUAL_LENGTH * batch_size)
 
 
 def _first_run() -> tuple[Any, Work]:
@@ -235,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         for shape, row in itertools.product(args.shapes, chosen):
             measured = measure_row(row, shape, rates, args.repeats, args.threads)
             measured["command"] = command
-            keep(out, "rows", measured, describe(args.threads))
+            keep(out, "rows", measured, describe())
             last_lines = [text.splitlines()[-1] for text in all_tables([measured])]
             print(*last_lines, measured["ours_vs_naive"] or "", sep="\n", flush=True)
     print(f"wrote {out}; python -m benchmarks.report prints and draws it")

@@ -14,7 +14,7 @@ from torch import nn
 
 from fast.int8 import Int8Linear, int8_linear
 from fast.linear import linear
-from rope import rotary_table
+from rope import THETA, rotary_table, rotate
 from utils import InputError
 
 
@@ -47,7 +47,7 @@ class Decoder:
         self.length = 0  # positions that are stored
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.rotations = rotary_table(
-            config.max_seq_len, config.head_dim, 10000.0, like.device, dtype
+            config.max_seq_len, config.head_dim, THETA, like.device, dtype
         )
 
     @torch.inference_mode()
@@ -60,7 +60,7 @@ class Decoder:
         assert start == 0 or end == start + 1, "a prefix first, then one position at a time"
         if end > self.keys.shape[3]:
             raise InputError(f"a KV cache of {self.keys.shape[3]} positions cannot hold {end}")
-        rotations = self.rotations[start:end, None]  # (T, 1, D/2)
+        rotations = self.rotations[start:end]  # (T, D/2)
         h = self.embedding(tokens)  # (B, T, dim)
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             h = layer(h, keys[:, :, :end], values[:, :, :end], rotations)
@@ -91,7 +91,7 @@ class _DecoderLayer:
         """Map h (B, T, dim), and write the last T positions of keys and values (B, K, S, D)."""
         (H, K, D), (B, T, _) = self.sizes, h.shape
         x = self.query_key_value(self.attention_norm(h)).view(B, T, H + 2 * K, D)
-        query_key = _rotate(x[:, :, : H + K], rotations).transpose(1, 2)  # (B, H + K, T, D)
+        query_key = rotate(x[:, :, : H + K], rotations).transpose(1, 2)  # (B, H + K, T, D)
         keys[:, :, -T:] = query_key[:, H:]
         values[:, :, -T:] = x[:, :, H + K :].transpose(1, 2)
         query = query_key[:, :H]
@@ -120,13 +120,6 @@ class _RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.dtype)
         return (x * self.weight / torch.hypot(length, self.floor)).type_as(x)
-
-
-def _rotate(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """Rotate x (B, T, heads, D) by rotations (T, 1, D/2), as rope.py does."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
 
 
 def joined(*linears: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -20,14 +20,18 @@ def all_threads() -> int:
     return torch.get_num_threads()
 
 
+def generation_rows(model: nn.Module, n_samples: int = 1) -> int:
+    """Return the usual number of positions in a pass of generation: new ones, or all of them."""
+    return n_samples * (1 if model.config.attention == "causal" else USUAL_LENGTH)
+
+
 @torch.no_grad()
 def choose_threads(model: nn.Module, n_rows: int) -> None:
     """Use one thread if all of them hardly speed up a Llama, measured on one layer and the output.
 
-    `n_rows` is the usual number of token positions in a pass: 1 in causal generation. Small
-    products end before a second thread has begun, and beside another busy process every product
-    waits for the thread that the system has put aside. The user's OMP_NUM_THREADS wins; other
-    devices keep PyTorch's number.
+    `n_rows` is the usual number of token positions in a pass. Small products end before a second
+    thread has begun, and beside another busy process every product waits for the thread that the
+    system has put aside. The user's OMP_NUM_THREADS wins; other devices keep PyTorch's number.
 
     It takes twelve passes through the layer, 0.3 s for 256 positions of stories42M, and up to three
     times that before it settles for one thread: the system may have held a thread up.

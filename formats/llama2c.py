@@ -32,7 +32,7 @@ def read_bin(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.T
     with open(path, "rb") as file:
         head = file.read(256)
     n_header, version, sizes, is_tied = _parse_header(path, head)
-    shapes = _shapes(version, sizes, is_tied)
+    shapes = shapes_of(version, sizes, is_tied)
     n_numbers = sum(
         math.prod(shape) * (1 if kind in _OUTSIDE_LAYERS else sizes["n_layers"])
         for kind, shape in shapes.items()
@@ -46,12 +46,18 @@ def read_bin(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.T
     numbers = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=n_header))
     weights, at = {}, 0
     for kind, shape in shapes.items():
-        for name in _names(kind, sizes["n_layers"]):
+        for name in names_of(kind, sizes["n_layers"]):
             end = at + math.prod(shape)
             if kind not in _TABLES:
                 weights[name] = numbers[at:end].view(shape)
             at = end
     return sizes, weights
+
+
+def sizes_of(config: Any, weights: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Return the numbers of a header for a LlamaConfig, whose hidden_dim may be derived."""
+    hidden_dim = len(weights["layers.0.feed_forward.w1.weight"])
+    return {key: getattr(config, key) for key in SIZES} | {"hidden_dim": hidden_dim}
 
 
 def write_bin(path: str | os.PathLike, sizes: dict[str, int], weights: dict) -> None:
@@ -64,8 +70,8 @@ def write_bin(path: str | os.PathLike, sizes: dict[str, int], weights: dict) -> 
     signed = {**sizes, "vocab_size": sizes["vocab_size"] * (1 if is_tied else -1)}
     with atomic_write(path, "wb") as file:
         file.write(_HEADER.pack(*(signed[key] for key in SIZES)))
-        for kind in _shapes(0, sizes, is_tied):
-            for name in _names(kind, sizes["n_layers"]):
+        for kind in shapes_of(0, sizes, is_tied):
+            for name in names_of(kind, sizes["n_layers"]):
                 file.write(np.ascontiguousarray(weights[name].numpy(), "<f4"))
 
 
@@ -104,7 +110,7 @@ def _parse_header(path: Path, head: bytes) -> tuple[int, int, dict[str, int], bo
     return n_header, version, sizes, is_tied
 
 
-def _shapes(version: int, sizes: dict[str, int], is_tied: bool) -> dict[str, tuple[int, ...]]:
+def shapes_of(version: int, sizes: dict[str, int], is_tied: bool) -> dict[str, tuple[int, ...]]:
     """Return kind -> shape in the order of a file: a kind comes for all layers in a row."""
     dim, hidden_dim, _, n_heads, n_kv_heads, vocab_size, length = (sizes[key] for key in SIZES)
     head_dim = dim // n_heads
@@ -128,7 +134,7 @@ def _shapes(version: int, sizes: dict[str, int], is_tied: bool) -> dict[str, tup
     return shapes if is_tied else {**shapes, "output": (vocab_size, dim)}
 
 
-def _names(kind: str, n_layers: int) -> list[str]:
+def names_of(kind: str, n_layers: int) -> list[str]:
     if kind in _OUTSIDE_LAYERS:
         return [f"{kind}.weight"]
     return [f"layers.{i}.{kind}.weight" for i in range(n_layers)]

@@ -188,7 +188,7 @@ def read_model() -> None:
 def bin_files(draw: st.DrawFn) -> bytes:
     version, sizes = draw(st.integers(0, 1)), {**dict.fromkeys(llama2c.SIZES, 8), **TINY}
     sizes["hidden_dim"] = tiny().layers[0].feed_forward.w1.out_features
-    n_numbers = sum(math.prod(shape) for shape in llama2c._shapes(version, sizes, True).values())
+    n_numbers = sum(math.prod(shape) for shape in llama2c.shapes_of(version, sizes, True).values())
     numbers = [0.1] * n_numbers
     if draw(st.booleans()):
         numbers[draw(st.integers(0, n_numbers - 1))] = draw(st.sampled_from(ODD_FLOATS))

@@ -116,7 +116,7 @@ def halves_paired(monkeypatch):
         cos, sin = freqs_cis.real[:, None], freqs_cis.imag[:, None]
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
-    monkeypatch.setattr("rope._rotate", rotate)
+    monkeypatch.setattr("rope.rotate", rotate)
 
 
 def attention_not_loaded(monkeypatch):

@@ -108,10 +108,8 @@ def export_llama2c(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
     beside = out.with_name(f"{out.name.removesuffix('.bin')}.tokenizer.bin")
     require_new(beside)
     weights = weights_of(model)
-    sizes = {key: getattr(model.config, key) for key in llama2c.SIZES}
-    sizes["hidden_dim"] = len(weights["layers.0.feed_forward.w1.weight"])
     llama2c.write_tokenizer(beside, tokenizer)
-    llama2c.write_bin(out, sizes, weights)
+    llama2c.write_bin(out, llama2c.sizes_of(model.config, weights), weights)
     print(f"wrote {out} and {beside}")
     notes, sp = [], tokenizer.sp_model
     if model.config.layer_norm_eps != llama2c.EPS:

@@ -16,7 +16,7 @@ import torch
 
 from config import ATTENTION_MODES
 from fast.decode import next_tokens
-from fast.threads import USUAL_LENGTH, choose_threads
+from fast.threads import choose_threads, generation_rows
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer, find_tokenizer_model
 from tools.sampling import pick_next
@@ -156,8 +156,7 @@ def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     path = args.pretrained_model_path
     device = pick_device(args.use_gpu)
     llama = load_pretrained(path, attention=args.attention, quantize=args.quantize).to(device)
-    length = 1 if llama.config.attention == "causal" else USUAL_LENGTH
-    choose_threads(llama, args.num_samples * length)
+    choose_threads(llama, generation_rows(llama, args.num_samples))
     tokenizer = Tokenizer(tokenizer_model=args.tokenizer_path or find_tokenizer_model(path))
     tokenizer.require_vocab_size(llama.config.vocab_size)
     weights = f", {args.quantize} weights" if args.quantize else ""

@@ -113,7 +113,7 @@ def test_a_run_keeps_its_rows_and_the_report_shows_them(tmp_path, monkeypatch, c
     rates = {"bytes_per_s": 1e15, "operations_per_s": 1e15}
     monkeypatch.setattr(run, "measure_machine", lambda repeats, threads: rates)
     out, figure = tmp_path / "speed-mine.json", tmp_path / "speed.png"
-    here = processor.describe(1)
+    here = processor.describe()
     report.keep(out, "rows", {"shape": "stories260K", "row": "AdamW step", "unit": "old"}, here)
     report.keep(out, "rows", {"shape": "mini", "row": "AdamW step"}, here)
     options = ["--shapes", "stories260K", "--repeats", "1", "--threads", "1", "--out", str(out)]
@@ -152,7 +152,7 @@ def test_two_processors_stand_side_by_side(tmp_path):
     def row(name, **seconds):
         contenders = {who: {"median": of, "peak_mb": 100.0} for who, of in seconds.items()}
         shape = {"shape": "stories42M", "row": name, "unit": "tokens/s", "amount": 300}
-        return {**shape, "limit_seconds": 0.5, "contenders": contenders}
+        return {**shape, "threads": 2, "limit_seconds": 0.5, "contenders": contenders}
 
     programs = {"ours int8": 1.0, "run.c": 1.5, "runq.c": 3.0}
     generating = row("g", naive=4.0, ours=2.0, transformers=3.0, **programs)
@@ -160,7 +160,7 @@ def test_two_processors_stand_side_by_side(tmp_path):
     files = tmp_path / "speed-a.json", tmp_path / "speed-b.json"
     measured_rows = [generating, beside], [row("t", naive=9.0, ours=3.0)]
     for path, measured in zip(files, measured_rows, strict=True):
-        head = {"name": path.stem, "threads": 2, "torch": "2.13"}
+        head = {"name": path.stem, "torch": "2.13"}
         path.write_text(json.dumps({"processor": head, "rows": measured}), encoding="utf-8")
     lines = report.speed_table(files).splitlines()
     assert lines[1] == "- B: speed-b, 2 threads, PyTorch 2.13"
