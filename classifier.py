@@ -10,6 +10,7 @@ which hidden states they read:
   trailing pads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -179,6 +180,15 @@ class LlamaEmbeddingClassifier(_Classifier):
         if self.pooling == "last":
             return last_token(hidden, lengths).squeeze(1)
         return masked_mean(hidden, lengths)
+
+
+def prompt_suffix(label_names: Sequence[str], subject: str = "movie") -> str:
+    """Return the assignment's question, 'Is this movie a, b, or c? This movie is '."""
+    if len(label_names) == 2:
+        choices = " or ".join(label_names)
+    else:
+        choices = f"{', '.join(label_names[:-1])}, or {label_names[-1]}"
+    return f"Is this {subject} {choices}? This {subject} is "
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier, prompt_suffix
 from fast.linear import bfloat16_gain
 from fast.memory import keep_freed_memory
 from fast.threads import USUAL_LENGTH, choose_threads, generation_rows
@@ -180,15 +180,6 @@ def test_with_prompting(args: argparse.Namespace) -> None:
     for split, rows in splits.items():
         data = _encode(args, split, rows, tokenizer, max_tokens, suffix)
         _evaluate_and_write(args, split, model, data, device)
-
-
-def prompt_suffix(label_names: list[str]) -> str:
-    """Return the assignment's question, 'Is this movie a, b, or c? This movie is '."""
-    if len(label_names) == 2:
-        choices = " or ".join(label_names)
-    else:
-        choices = f"{', '.join(label_names[:-1])}, or {label_names[-1]}"
-    return f"Is this movie {choices}? This movie is "
 
 
 def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochReport]:

@@ -42,12 +42,12 @@ def measure_model(args: argparse.Namespace, quantize: str | None) -> dict[str, s
     documents = [line.partition(" ||| ")[2] or line for line in read_documents(args.text)]
     if args.documents < len(documents):
         documents = split_heldout(documents, args.documents)[1]
-    text = HeldOut("text", documents, tokenizer, min(WINDOW, model.config.max_seq_len))
+    text = HeldOut.texts("text", documents, tokenizer, min(WINDOW, model.config.max_seq_len))
     measured = {}
     for products, max_rows in (("many", 0), ("few", 10**9)):
         with mock.patch.object(int8, "MAX_ROWS", max_rows):
-            nats, _ = text.measure(model, batch_size=1)
-        name = f"perplexity of {text.n_tokens:,} tokens, products of {products} rows"
+            nats = text.measure(model, batch_size=1)["text nats/token"]
+        name = f"perplexity of {text.divisors['nats/token']:,} tokens, products of {products} rows"
         measured[name] = f"{math.exp(nats):.3f}"
     file = io.BytesIO()
     torch.save({"model": weights_of(model), "model_args": model.config.to_dict()}, file)

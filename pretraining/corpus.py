@@ -1,7 +1,8 @@
 """Plain text -> documents -> one stream of tokens -> windows, for language-model training.
 
 A text file holds one document a line, plain or packed as `.xz` or `.gz`; a newline inside a
-document is written as the two characters \\n. Documents are joined by bos.
+document is written as the two characters \\n. In a file of rated reviews a rating and a tab stand
+before it. Documents are joined by bos.
 """
 
 import codecs
@@ -12,22 +13,49 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from sentencepiece import SentencePieceTrainer
 
 from tokenizer import Tokenizer
-from utils import InputError, atomic_write
+from utils import InputError, atomic_write, brief
 
 _OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 
 
+class Document(NamedTuple):
+    text: str
+    rating: float | None = None  # from 0, the worst, to 1, the best; None: not rated
+
+
 def read_documents(path: str | os.PathLike) -> list[str]:
     """Return the documents of a file without blank ones; an InputError names file and line."""
-    path = Path(path)
+    return [document for _, document in _read_lines(Path(path))]
+
+
+def read_reviews(path: str | os.PathLike) -> list[Document]:
+    """Return the rated documents of a file, `rating TAB text` a line, the rating in [0, 1]."""
+    reviews = []
+    for number, line in _read_lines(Path(path)):
+        rating, tab, text = line.partition("\t")
+        try:
+            is_valid = 0.0 <= float(rating) <= 1.0 and bool(tab and text.strip())
+        except ValueError:
+            is_valid = False
+        if not is_valid:
+            raise InputError(
+                f"{path}:{number}: {brief(line)} is not a rating from 0 to 1, a tab, and a text"
+            )
+        reviews.append(Document(text, float(rating)))
+    return reviews
+
+
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """Return (number, content) of the lines that are not blank."""
     if not path.is_file():
         raise FileNotFoundError(2, "no such text file; one document a line", str(path))
     try:
@@ -40,77 +68,120 @@ def read_documents(path: str | os.PathLike) -> list[str]:
     except UnicodeDecodeError as error:
         number = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{number}: is not UTF-8; convert the file") from error
-    documents = [line.rstrip("\r").replace("\\n", "\n") for line in text.split("\n")]
-    documents = [document for document in documents if document.strip()]
-    if not documents:
+    lines = enumerate(text.split("\n"), start=1)
+    lines = [(number, line.rstrip("\r").replace("\\n", "\n")) for number, line in lines]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if not lines:
         raise InputError(f"{path}: holds no document; write one a line")
-    return documents
+    return lines
 
 
-def split_heldout(documents: list[str], n_heldout: int) -> tuple[list[str], list[str]]:
+def split_heldout(documents: list[Document], n_heldout: int) -> tuple[list, list]:
     """Return (train, held out): `n_heldout` documents at equal distances are held out."""
     chosen = {i * len(documents) // n_heldout for i in range(n_heldout)}
-    train = [text for i, text in enumerate(documents) if i not in chosen]
+    train = [document for i, document in enumerate(documents) if i not in chosen]
     return train, [documents[i] for i in sorted(chosen)]
 
 
-def ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    """Yield runs of n words in lower case, letters and digits alone; `does n't` is `doesn't`."""
+def words_of(text: str) -> tuple[str, ...]:
+    """Return the words in lower case, letters and digits alone; `does n't` is `doesn't`."""
     straight = text.lower().replace("\u2019", "'")
     joined = re.sub(r"\s*(n't|'(?:s|re|ve|ll|d|m))\b", r"\1", straight)
     joined = re.sub(r"(?<=\w)'(?=\w)", "", joined)
-    words = re.findall(r"[^\W_]+", joined)
+    return tuple(re.findall(r"[^\W_]+", joined))
+
+
+def ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    """Yield the runs of n words."""
     return zip(*(words[i:] for i in range(n)), strict=False)
 
 
-def without_overlap(documents: list[str], evaluation: Iterable[str], n: int) -> list[str]:
-    """Drop each document that shares a run of n words with an evaluation text, so that no model is
-    tested on what it has read (Brown et al. 2020, arXiv 2005.14165, appendix C)."""
-    seen = {gram for text in evaluation for gram in ngrams(text, n)}
-    return [text for text in documents if not seen or seen.isdisjoint(ngrams(text, n))]
+SENTENCE_END = re.compile(
+    r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))(?<!\b[A-Z]\.)(?<!\b[DM]r\.)(?<!\bMrs\.)\s+|\n+"
+)
+
+
+def sentences(text: str) -> list[str]:
+    """Split a text behind `.`, `!` and `?`, a closing sign behind them, and at line breaks."""
+    return [part for part in SENTENCE_END.split(text) if part.strip()]
+
+
+class Overlap:
+    """What a text shares with evaluation texts, so that no model is tested on what it has read.
+
+    A run of `n_words` words counts (Brown et al. 2020, arXiv 2005.14165, appendix C), and so does a
+    whole sentence that is an evaluation text of at least `SHORTEST` words.
+    """
+
+    SHORTEST = 4
+
+    def __init__(self, evaluation: Iterable[str], n_words: int):
+        texts = [words_of(text) for text in evaluation]
+        self.n_words = n_words
+        self.runs = {run for words in texts for run in ngrams(words, n_words)}
+        self.wholes = {words for words in texts if self.SHORTEST <= len(words) < n_words}
+
+    def found_in(self, text: str) -> str | None:
+        """Return the first words that the text shares, or None."""
+        runs = ngrams(words_of(text), self.n_words)
+        shared = next((run for run in runs if run in self.runs), None)
+        if shared is None and self.wholes:
+            wholes = map(words_of, sentences(text))
+            shared = next((words for words in wholes if words in self.wholes), None)
+        return shared and " ".join(shared)
 
 
 def load_corpus(
-    paths: list[str], n_heldout: int, exclude: list[str], exclude_words: int
-) -> tuple[list[str], dict[str, list[str]]]:
-    """Return (training documents, held-out documents of each file by its name).
+    paths: Sequence[str],
+    rated: Sequence[str],
+    n_heldout: int,
+    exclude: Sequence[str],
+    exclude_words: int,
+) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
+    """Return the training documents of each file, and the held-out ones of each file by its name.
 
-    A file that is named twice is trained on twice an epoch. Of each file `n_heldout` documents are
-    held out; a document that equals one held out, of any file, is not trained on.
+    `rated` are files of reviews. Of each file `n_heldout` documents are held out; a document that
+    equals one held out, of any file, is not trained on. Prints what is dropped.
     """
     evaluation = [text for path in exclude for text in read_documents(path)]
-    evaluation = [text.partition(" ||| ")[2] or text for text in evaluation]
-    kept, heldout, words = {}, {}, {}
-    for path in dict.fromkeys(paths):
-        documents = read_documents(path)
-        clean = without_overlap(documents, evaluation, exclude_words)
+    overlap = Overlap((text.partition(" ||| ")[2] or text for text in evaluation), exclude_words)
+    kept, heldout, counts = {}, {}, {}
+    for path in dict.fromkeys([*paths, *rated]):
+        if path in rated:
+            documents = read_reviews(path)
+        else:
+            documents = [Document(text) for text in read_documents(path)]
+        clean = []
+        for document in documents:
+            if shared := overlap.found_in(document.text):
+                print(f"{path}: dropped {brief(document.text)}, which has {shared!r}")
+            else:
+                clean.append(document)
         name = Path(path).name.split(".")[0]
         if name in heldout:
-            raise InputError(f"--text: two files are called {name}; rename one")
+            raise InputError(f"--text, --rated: two files are called {name}; rename one")
         if n_heldout >= len(clean):
             raise InputError(
                 f"{path}: --heldout {n_heldout} of {len(clean)} documents leaves none to train on"
             )
         kept[path], heldout[name] = split_heldout(clean, n_heldout)
-        words[path] = f"{len(documents):,} documents, {len(documents) - len(clean):,} dropped"
-    held = {text for texts in heldout.values() for text in texts}
-    train = []
+        counts[path] = f"{len(documents):,} documents, {len(documents) - len(clean):,} dropped"
+    held = {document.text for documents in heldout.values() for document in documents}
     for path, documents in kept.items():
-        others = [text for text in documents if text not in held]
-        if not others:
+        kept[path] = [document for document in documents if document.text not in held]
+        if not kept[path]:
             raise InputError(f"{path}: all its documents are held out, or equal to one that is")
-        repeats = paths.count(path)
-        print(f"{path}: {words[path]} for overlap, {n_heldout:,} held out, "
-              f"{len(others):,} to train on {repeats} times an epoch")  # fmt: skip
-        train += others * repeats
-    return train, heldout
+        print(f"{path}: {counts[path]} for overlap, {n_heldout:,} held out, "
+              f"{len(kept[path]):,} to train on")  # fmt: skip
+    return kept, heldout
 
 
-def digest_of(documents: Iterable[str]) -> str:
-    """Return the sha256 of the documents, as 64 hex digits."""
+def digest_of(documents: Iterable[str | tuple[str, ...]]) -> str:
+    """Return the sha256 of texts, or of tuples of texts, as 64 hex digits."""
     digest = hashlib.sha256()
-    for text in documents:
-        digest.update(text.encode("utf-8") + b"\0")
+    for document in documents:
+        for text in (document,) if isinstance(document, str) else document:
+            digest.update(text.encode("utf-8") + b"\0")
     return digest.hexdigest()
 
 
@@ -149,24 +220,35 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndar
     return [np.array(document, dtype=np.int32) for document in ids]
 
 
-def windows(stream: np.ndarray, seq_len: int, start: int, count: int) -> torch.Tensor:
-    """Return `count` windows of a token stream from window `start` on: (count, seq_len + 1).
+def windows(stream: np.ndarray, seq_len: int, start: int, count: int) -> np.ndarray:
+    """Return `count` windows of a stream from window `start` on: (count, seq_len + 1).
 
     Neighboring windows share one token: one predicts it, the next begins with it.
     """
     offsets = np.arange(start, start + count)[:, None] * seq_len
-    return torch.from_numpy(stream[offsets + np.arange(seq_len + 1)].astype(np.int64))
+    return stream[offsets + np.arange(seq_len + 1)]
 
 
 class TokenStream:
     """Batches of `n_rows` windows over documents that are shuffled anew each epoch.
 
-    The batch of a step is a function of the step and `seed` alone, so that a resumed run needs no
-    state of the stream. Windows at the end of an epoch that fill no batch are skipped.
+    The last `n_answer[i]` tokens of document i weigh `answer_weight` in the loss, all others 1. The
+    batch of a step is a function of the step and `seed` alone, so that a resumed run needs no state
+    of the stream. Windows at the end of an epoch that fill no batch are skipped.
     """
 
-    def __init__(self, documents: list[np.ndarray], seq_len: int, n_rows: int, seed: int):
+    def __init__(
+        self,
+        documents: list[np.ndarray],
+        seq_len: int,
+        n_rows: int,
+        seed: int,
+        n_answer: Sequence[int] = (),
+        answer_weight: float = 1.0,
+    ):
         self.documents = documents
+        self.n_answer = n_answer or [0] * len(documents)
+        self.answer_weight = answer_weight
         self.seq_len = seq_len
         self.n_rows = n_rows
         self.seed = seed
@@ -179,12 +261,22 @@ class TokenStream:
                 "give more --text or a smaller --batch_tokens"
             )
 
-    def batch(self, step: int) -> torch.Tensor:
-        """Return the windows of a step (n_rows, seq_len + 1), whose first tokens are inputs only
-        and whose last ones targets only."""
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the windows of a step and the weights of their tokens, both (n_rows, seq_len + 1).
+
+        A window's first token is an input only, its last one a target only.
+        """
         epoch, index = divmod(step, self.batches_per_epoch)
         if epoch != self.epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
             self.tokens = np.concatenate([self.documents[i] for i in order])
+            self.weights = np.ones(len(self.tokens), dtype=np.float32)
+            end = 0
+            for i in order:
+                end += len(self.documents[i])
+                self.weights[end - self.n_answer[i] : end] = self.answer_weight
             self.epoch = epoch
-        return windows(self.tokens, self.seq_len, index * self.n_rows, self.n_rows)
+        first = index * self.n_rows
+        tokens = windows(self.tokens, self.seq_len, first, self.n_rows).astype(np.int64)
+        weights = windows(self.weights, self.seq_len, first, self.n_rows)
+        return torch.from_numpy(tokens), torch.from_numpy(weights)

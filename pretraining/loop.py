@@ -12,6 +12,7 @@ import csv
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from formats.torch_file import save_torch_file
 from llama import Llama
 from optimizer import AdamW
 from pretraining.corpus import TokenStream, encode_documents, windows
+from pretraining.rated import Example, encode_examples
 from tokenizer import Tokenizer
 from training import distributed
 from training.loop import REMEDY, DivergedError, require_finite_weights
@@ -50,6 +52,7 @@ class Recipe:
     warmup: int = 100  # steps
     decay_from: float = 0.4  # share of the run after which the rate falls linearly to 0
     max_grad_norm: float = 1.0
+    answer_weight: float = 1.0  # of the tokens that answer a question, in the mean loss
     seed: int = 1337
     bf16: bool = False
 
@@ -100,47 +103,80 @@ class Progress:
         return f"{begin}; train loss {train_loss:.3f}; {_in_words(measured)}"
 
 
-def lm_loss(model: nn.Module, batch: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Return the cross-entropy of windows (N, T + 1) in nats; a target of -100 does not count."""
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    logits, _ = model(inputs.clamp(min=0), targets=targets)  # (N, T, V)
+def token_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Return -log p of each target of windows (N, T + 1), in nats, (N, T)."""
+    targets = batch[:, 1:]
+    logits, _ = model(batch[:, :-1], targets=targets)  # (N, T, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction=reduction)
+    return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
 class HeldOut:
-    """Documents of one file that are not trained on, as windows."""
+    """Tokens of one file that are not trained on, as windows.
 
-    def __init__(self, name: str, texts: list[str], tokenizer: Tokenizer, seq_len: int):
+    `counts` is 1 for a token whose loss counts, else 0. `divisors` names the units of the
+    result, each with what the sum of nats is divided by.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokens: np.ndarray,
+        counts: np.ndarray,
+        seq_len: int,
+        divisors: dict[str, float],
+    ):
         self.name = name
-        # A bos ends each document and counts as one byte, a newline.
-        self.n_bytes = sum(len(text.encode("utf-8")) + 1 for text in texts)
-        stream = np.concatenate([*encode_documents(tokenizer, texts), [tokenizer.bos_id]])
-        self.n_tokens = len(stream) - 1
-        n_windows = math.ceil(self.n_tokens / seq_len)
-        padded = np.full(n_windows * seq_len + 1, -100)
-        padded[: len(stream)] = stream
-        self.windows = windows(padded, seq_len, 0, n_windows)  # (n_windows, seq_len + 1)
+        self.divisors = divisors
+        n_windows = math.ceil((len(tokens) - 1) / seq_len)
+        padding = (0, n_windows * seq_len + 1 - len(tokens))
+        self.windows, self.counts = (
+            torch.from_numpy(windows(np.pad(stream, padding), seq_len, 0, n_windows))
+            for stream in (tokens.astype(np.int64), counts.astype(np.float32))
+        )  # (n_windows, seq_len + 1)
+
+    @classmethod
+    def texts(cls, name: str, texts: list[str], tokenizer: Tokenizer, seq_len: int) -> "HeldOut":
+        """Measure all tokens of texts, in nats per token and bits per byte.
+
+        A bos ends each text and counts as one byte, a newline.
+        """
+        tokens = np.concatenate([*encode_documents(tokenizer, texts), [tokenizer.bos_id]])
+        n_bytes = sum(len(text.encode("utf-8")) + 1 for text in texts)
+        divisors = {"nats/token": len(tokens) - 1, "bits/byte": math.log(2) * n_bytes}
+        return cls(name, tokens, np.ones(len(tokens)), seq_len, divisors)
+
+    @classmethod
+    def answers(
+        cls, name: str, examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int
+    ) -> "HeldOut":
+        """Measure the answers of examples alone, in nats per answer."""
+        documents, n_answer = encode_examples(tokenizer, examples)
+        counts = [
+            np.arange(len(ids)) >= len(ids) - n for ids, n in zip(documents, n_answer, strict=True)
+        ]
+        return cls(name, np.concatenate(documents), np.concatenate(counts), seq_len,
+            {"nats/answer": len(examples)})  # fmt: skip
 
     @torch.no_grad()
-    def measure(self, model: Llama, batch_size: int) -> tuple[float, float]:
-        """Return (nats per token, bits per byte). Each rank takes every `world_size`-th batch."""
+    def measure(self, model: Llama, batch_size: int) -> dict[str, float]:
+        """Return "<name> <unit>" of each unit. Each rank takes every `world_size`-th batch."""
         device, was_training = model.norm.weight.device, model.training
         model.eval()
-        batches = self.windows.split(batch_size)[distributed.rank() :: distributed.world_size()]
-        nats = sum(lm_loss(model, batch.to(device), reduction="sum").item() for batch in batches)
+        rank, world_size = distributed.rank(), distributed.world_size()
+        nats = 0.0
+        for start in range(rank * batch_size, len(self.windows), world_size * batch_size):
+            part = slice(start, start + batch_size)
+            losses = token_losses(model, self.windows[part].to(device))
+            nats += (losses * self.counts[part, 1:].to(device)).sum().item()
         nats = distributed.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
         model.train(was_training)
-        return nats / self.n_tokens, nats / math.log(2) / self.n_bytes
+        return {f"{self.name} {unit}": nats / divisor for unit, divisor in self.divisors.items()}
 
 
 def measure(model: Llama, heldout: list[HeldOut], batch_size: int) -> dict[str, float]:
-    """Measure every held-out set; return "<name> nats/token" and "<name> bits/byte"."""
-    measured = {}
-    for texts in heldout:
-        nats, bits = texts.measure(model, batch_size)
-        measured |= {f"{texts.name} nats/token": nats, f"{texts.name} bits/byte": bits}
-    return measured
+    """Measure every held-out set."""
+    return {key: value for one in heldout for key, value in one.measure(model, batch_size).items()}
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
@@ -173,13 +209,15 @@ def train_language_model(
     recipe: Recipe,
     *,
     state_file: StateFile,
+    n_answer: Sequence[int] = (),
     micro_tokens: int | None = None,
     eval_minutes: float = 5.0,
     half: bool = False,
 ) -> list[dict[str, float]]:
     """Train `model` in place, on its device; return the history, one row for each evaluation.
 
-    `documents` are token ids, bos first (`corpus.encode_documents`). Several ranks take equal
+    `documents` are token ids, bos first (`corpus.encode_documents`); the last `n_answer[i]` of
+    document i are an answer, which `recipe.answer_weight` weighs. Several ranks take equal
     shares of each step. `micro_tokens` bounds the tokens of a pass and so the memory; a step adds
     the gradients of its passes. Resume from `state_file` if it holds a state. State is saved at the
     start, when it is due, and on Ctrl-C and SIGTERM, which raise `Stopped` between two steps. At
@@ -189,7 +227,9 @@ def train_language_model(
     recipe = replace(recipe, tokens=recipe.tokens or sum(map(len, documents)))
     optimizers = make_optimizers(model, recipe)
     progress = _restore(state_file, model, optimizers, recipe.seed)
-    stream = TokenStream(documents, recipe.seq_len, recipe.n_rows, recipe.seed)
+    stream = TokenStream(
+        documents, recipe.seq_len, recipe.n_rows, recipe.seed, n_answer, recipe.answer_weight
+    )
     own_tokens = recipe.batch_tokens // distributed.world_size()
     micro_rows = max(1, (micro_tokens or own_tokens) // recipe.seq_len)
     network = distributed.wrap(model)
@@ -205,8 +245,8 @@ def train_language_model(
     with stop_requests() as stop, _progress_bar(recipe.n_steps, progress.step) as bar:
         while (done := progress.share(recipe)) < 1.0:
             lr_factor = learning_rate_factor(progress.step, done, recipe.warmup, recipe.decay_from)
-            batch = stream.batch(progress.step)  # (N, T + 1)
-            loss = add_gradients(network, batch, micro_rows, recipe.bf16)
+            batch, weights = stream.batch(progress.step)  # (N, T + 1)
+            loss = add_gradients(network, batch, weights, micro_rows, recipe.bf16)
             _require_finite(loss, progress.step, lr_factor)
             take_step(optimizers, lr_factor, recipe.max_grad_norm)
             progress.add_step(loss, _seconds_since(started))
@@ -224,26 +264,31 @@ def train_language_model(
 
 
 def add_gradients(
-    network: nn.Module, batch: torch.Tensor, micro_rows: int, bf16: bool = False
+    network: nn.Module,
+    batch: torch.Tensor,
+    weights: torch.Tensor,
+    micro_rows: int,
+    bf16: bool = False,
 ) -> float:
-    """Add the gradient of the mean loss of the windows (N, T + 1) of all ranks; return that loss.
+    """Add the gradient of the weighted mean loss of windows (N, T + 1); return that loss.
 
     Each rank takes its share of the windows, `micro_rows` at a time. A rank without a window takes
     one of weight 0: in its last pass every rank exchanges gradients.
     """
     device = next(network.parameters()).device
-    own = batch[distributed.share(range(len(batch)))]
-    passes = own.split(micro_rows) if len(own) else [batch[:1]]
+    shares = weights[:, 1:] / weights[:, 1:].sum(dtype=torch.float64)  # (N, T), of the mean
+    own = distributed.share(range(len(batch)))
+    passes = list(torch.as_tensor(own).split(micro_rows)) if len(own) else [torch.tensor([0])]
     total = 0.0
-    for i, windows_of_pass in enumerate(passes):
-        weight = len(windows_of_pass) / len(batch) if len(own) else 0.0
-        is_last = i == len(passes) - 1  # the pass in which DistributedDataParallel exchanges
+    for rows in passes:
+        is_last = rows is passes[-1]  # the pass in which DistributedDataParallel exchanges
         exchange = nullcontext if is_last else getattr(network, "no_sync", nullcontext)
         with exchange():
             with precision(device, bf16):
-                loss = lm_loss(network, windows_of_pass.to(device))
-            (loss * weight * distributed.world_size()).backward()  # the exchange takes the mean
-        total += weight * loss.item()
+                losses = token_losses(network, batch[rows].to(device))
+            loss = (losses * shares[rows].to(losses)).sum() * (len(own) > 0)
+            (loss * distributed.world_size()).backward()  # the exchange takes the mean
+        total += loss.item()
     return distributed.all_sum(torch.tensor(total, dtype=torch.float64)).item()
 
 

@@ -2,12 +2,14 @@
 
     python -m pretraining.run --text reviews.txt.xz stories.txt.xz --out DIR --minutes 60
 
-writes DIR/model.pt, DIR/tokenizer.model and DIR/history.csv. The same command continues an
-interrupted run from DIR/state.pt. With `--tokens` it ends, on one machine's CPU, in the same bits
-as an uninterrupted run; with `--minutes` the learning rate follows the clock and no run repeats.
+writes DIR/model.pt, DIR/tokenizer.model and DIR/history.csv. `--rated NAME.tsv` adds reviews, and
+DIR/NAME-heldout.txt to prompt the model with. The same command continues an interrupted run from
+DIR/state.pt. With `--tokens` it ends, on one machine's CPU, in the same bits as an uninterrupted
+run; with `--minutes` the learning rate follows the clock and no run repeats.
 """
 
 import argparse
+import random
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -21,10 +23,19 @@ from fast.threads import choose_threads
 from llama import Llama, load_pretrained
 from pretraining.corpus import digest_of, encode_documents, load_corpus, train_tokenizer
 from pretraining.loop import HeldOut, Recipe, train_language_model
+from pretraining.rated import Example, ask, draw_passages, encode_examples, labelled_lines
 from tokenizer import Tokenizer, find_tokenizer_model
 from training import distributed, options
 from training.state import StateFile, only_writer
-from utils import ArgumentParser, InputError, pick_device, run_script, seed_everything, sha256_of
+from utils import (
+    ArgumentParser,
+    InputError,
+    atomic_write,
+    pick_device,
+    run_script,
+    seed_everything,
+    sha256_of,
+)
 
 SHAPE = {
     "dim": 192,
@@ -44,10 +55,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     _add_training_options(parser)
     options.add_state_options(parser)
     args = parser.parse_args(argv)
-    if args.init and any(getattr(args, name) for name in SHAPE):
+    if args.init and any(getattr(args, name) for name in SHAPE if name != "n_layers"):
         parser.error("--init brings its own shape; leave out --dim and the like")
     if args.tokenizer_path and args.vocab_size:
         parser.error("--tokenizer_path brings its own vocabulary; leave out --vocab_size")
+    if not args.text and not args.rated:
+        parser.error("nothing to read; give --text or --rated")
     if args.batch_tokens % args.seq_len:
         parser.error(
             f"--batch_tokens {args.batch_tokens} is not a multiple of --seq_len {args.seq_len}"
@@ -57,8 +70,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _add_data_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--text", nargs="+", required=True, metavar="FILE", help="one document a line, plain, .xz "
+    add("--text", nargs="+", default=[], metavar="FILE", help="one document a line, plain, .xz "
         "or .gz; a file named twice is read twice an epoch")  # fmt: skip
+    add("--rated", nargs="+", type=rated_file, default=[], metavar="[SUBJECT=]FILE",
+        help="reviews, `rating TAB text` a line, the rating from 0 to 1; read with questions and "
+        "answers about it, 'Is this SUBJECT bad or good?' (default SUBJECT: movie)")  # fmt: skip
+    add("--passages", type=options.non_negative_int, default=2,
+        help="passages of each review of --rated to ask about (default: %(default)s)")  # fmt: skip
     add("--out", required=True, metavar="DIR", help="folder of the outputs; made if missing")
     add("--init", metavar="CHECKPOINT",
         help="start from its weights, shape and tokenizer (default: from scratch)")  # fmt: skip
@@ -72,7 +90,9 @@ def _add_data_options(parser: ArgumentParser) -> None:
         help="length of such a run (default: %(default)s)")  # fmt: skip
     shape = parser.add_argument_group("shape of a new model")
     for name, default in SHAPE.items():
-        shape.add_argument(f"--{name}", type=options.positive_int, help=f"(default: {default})")
+        words = "; with --init more than it has, and they repeat its own" * (name == "n_layers")
+        words = f"(default: {default}{words})"
+        shape.add_argument(f"--{name}", type=options.positive_int, help=words)
 
 
 def _add_training_options(parser: ArgumentParser) -> None:
@@ -90,6 +110,8 @@ def _add_training_options(parser: ArgumentParser) -> None:
         ("decay_from", options.probability_below_one, Recipe.decay_from, "share of the run after "
             "which the rate falls linearly to 0"),
         ("max_grad_norm", options.positive_float, Recipe.max_grad_norm, "clip gradients to it"),
+        ("answer_weight", options.positive_float, Recipe.answer_weight, "of an answer's tokens in "
+            "the loss; all others weigh 1"),
         ("seed", options.seed_int, Recipe.seed, "of initial weights, order and dropout"),
         ("eval_minutes", options.non_negative_float, 5.0, "between evaluations"),
     ):  # fmt: skip
@@ -102,6 +124,12 @@ def _add_training_options(parser: ArgumentParser) -> None:
         help="compute in bfloat16, keep float32 weights (default: on CUDA)")  # fmt: skip
     flag("--half", action="store_true", help="write model.pt in float16 (default: float32)")
     flag("--use_gpu", action="store_true", help="use CUDA, else Apple's MPS (default: the CPU)")
+
+
+def rated_file(text: str) -> tuple[str, str]:
+    """'place=a.tsv' -> ("place", "a.tsv"), 'a.tsv' -> ("movie", "a.tsv")."""
+    subject, _, path = text.partition("=")
+    return (subject, path) if path and subject.isalpha() else ("movie", text)
 
 
 def require_unused(folder: Path) -> None:
@@ -122,15 +150,20 @@ def keep_old(folder: Path) -> None:
 
 
 def make_model(
-    init: str | None, shape: dict[str, int], tokenizer_path: str | PathLike | None, seq_len: int
+    init: str | None,
+    shape: dict[str, int],
+    tokenizer_path: str | PathLike | None,
+    seq_len: int,
+    n_layers: int | None = None,
 ) -> Llama:
-    """Return the model of a checkpoint, or a new one; attention is causal."""
+    """Return a checkpoint's model, with `n_layers` if given, or a new one; attention is causal."""
     if tokenizer_path:
         tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
         shape = {**shape, "vocab_size": tokenizer.n_words}
     if init:
         model = load_pretrained(init, attention="causal")
         tokenizer.require_vocab_size(model.config.vocab_size)
+        model = deepen(model, n_layers) if n_layers else model
     else:
         model = Llama(LlamaConfig(**shape, attention="causal"))
     if seq_len > model.config.max_seq_len:
@@ -138,10 +171,27 @@ def make_model(
     return model
 
 
+def deepen(model: Llama, n_layers: int) -> Llama:
+    """Return a model of `n_layers` layers that repeat the given one's in their order.
+
+    It soon learns to use them, for less than training it anew costs (Gong et al. 2019; Du et al.
+    2024, arXiv 2405.15319, G_stack). Raises InputError for fewer layers than the model has.
+    """
+    config, n_old = model.config.to_dict(), model.config.n_layers
+    if n_layers < n_old:
+        raise InputError(f"--n_layers {n_layers} is less than the {n_old} of --init")
+    weights = model.state_dict()
+    for i in range(n_old, n_layers):
+        layer = model.layers[i % n_old].state_dict()
+        weights |= {f"layers.{i}.{name}": weight for name, weight in layer.items()}
+    return Llama.from_weights(LlamaConfig(**{**config, "n_layers": n_layers}), weights)
+
+
 def pretrain(
     model: Llama,
     texts: list[str],
-    heldout: dict[str, list[str]],
+    examples: list[Example],
+    heldout: dict[str, list[str] | list[Example]],
     folder: Path,
     recipe: Recipe,
     *,
@@ -149,7 +199,7 @@ def pretrain(
     state_file: StateFile,
     **named: Any,
 ) -> None:
-    """Tokenize the texts and train on them; for `named` see `train_language_model`.
+    """Tokenize texts and examples and train on them; for `named` see `train_language_model`.
 
     A new run writes tokenizer.model first, and removes it if the texts cannot be trained on.
     """
@@ -160,25 +210,64 @@ def pretrain(
         if tokenizer_path:
             shutil.copyfile(tokenizer_path, path)
         else:
-            train_tokenizer(texts, model.config.vocab_size, path)
+            whole = [f"{example.text} {example.answer}" for example in examples]
+            train_tokenizer(texts + whole, model.config.vocab_size, path)
     distributed.barrier()  # nobody reads it before it is written
     tokenizer = Tokenizer(tokenizer_model=path)
-    documents = encode_documents(tokenizer, texts)
+    documents, n_answer = encode_examples(tokenizer, examples)
+    documents = encode_documents(tokenizer, texts) + documents
+    n_answer = [0] * len(texts) + n_answer
+    sets = [
+        (HeldOut.answers if isinstance(held[0], Example) else HeldOut.texts)(
+            name, held, tokenizer, recipe.seq_len
+        )
+        for name, held in heldout.items()
+    ]
     keep_freed_memory()
-    sets = [HeldOut(name, held, tokenizer, recipe.seq_len) for name, held in heldout.items()]
     print(
         f"processes: {distributed.world_size()}, device: {model.norm.weight.device}, "
         f"bf16: {recipe.bf16}, attention: causal, "
         f"parameters: {sum(p.numel() for p in model.parameters()):,}, "
-        f"text: {sum(map(len, documents)):,} tokens",
+        f"text: {sum(map(len, documents)):,} tokens, {sum(n > 0 for n in n_answer):,} answers",
         flush=True,
     )
     try:
-        train_language_model(model, documents, sets, folder, recipe, state_file=state_file, **named)
+        train_language_model(
+            model, documents, sets, folder, recipe,
+            state_file=state_file, n_answer=n_answer, **named,
+        )  # fmt: skip
     except InputError:
         if is_new and not state_file.path.exists():  # the folder is as it was
             path.unlink(missing_ok=True)
         raise
+
+
+def read_all(
+    args: argparse.Namespace, folder: Path
+) -> tuple[list[str], list[Example], dict[str, list[str] | list[Example]]]:
+    """Return the texts and the examples to train on, and what is held out of each file.
+
+    The held-out reviews are written to NAME-heldout.txt, too.
+    """
+    subjects = {path: subject for subject, path in args.rated}
+    rated = [path for _, path in args.rated]
+    train, heldout = load_corpus(args.text, rated, args.heldout, args.exclude, args.exclude_words)
+    texts = [document.text for path in args.text for document in train[path]]
+    examples, rng = [], random.Random(args.seed)
+    for subject, path in args.rated:
+        reviews = train[path]
+        passages = draw_passages(reviews, args.passages * len(reviews), rng)
+        examples += ask([*reviews, *passages], subject, rng)
+    held, rng = {}, random.Random(0)
+    for path, (name, documents) in zip(train, heldout.items(), strict=True):
+        if path in subjects:
+            held[name] = ask(draw_passages(documents, args.heldout, rng), subjects[path], rng)
+            if distributed.is_main():
+                with atomic_write(folder / f"{name}-heldout.txt") as file:
+                    file.write(labelled_lines(documents))
+        else:
+            held[name] = [document.text for document in documents]
+    return texts, examples, held
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -191,15 +280,17 @@ def main(argv: list[str] | None = None) -> None:
         recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
         shape = {name: getattr(args, name) or default for name, default in SHAPE.items()}
         seed_everything(args.seed)
-        model = make_model(args.init, shape, tokenizer_path, args.seq_len).to(device)
+        depth = args.n_layers if args.init else None
+        model = make_model(args.init, shape, tokenizer_path, args.seq_len, depth).to(device)
         choose_threads(model, args.micro_tokens or recipe.batch_tokens)
         folder.mkdir(parents=True, exist_ok=True)
         outputs = [str(folder / name) for name in (*OUTPUTS, "state.pt")]
-        options.require_outputs(outputs, [*args.text, *args.exclude, args.init, tokenizer_path])
+        inputs = [*args.text, *(path for _, path in args.rated), *args.exclude]
+        options.require_outputs(outputs, [*inputs, args.init, tokenizer_path])
         if not args.restart:
             require_unused(folder)
         with only_writer(folder / "state.pt") if distributed.is_main() else nullcontext():
-            texts, heldout = load_corpus(args.text, args.heldout, args.exclude, args.exclude_words)
+            texts, examples, heldout = read_all(args, folder)
             settings = {
                 **asdict(recipe),
                 **{f"model_{key}": value for key, value in model.config.to_dict().items()},
@@ -207,11 +298,13 @@ def main(argv: list[str] | None = None) -> None:
                 "init_sha256": sha256_of(args.init) if args.init else None,
                 "tokenizer_sha256": sha256_of(tokenizer_path) if tokenizer_path else None,
                 "text_sha256": digest_of(texts),
+                "examples_sha256": digest_of(examples),
                 **{f"heldout_{name}_sha256": digest_of(held) for name, held in heldout.items()},
             }
             pretrain(
                 model,
                 texts,
+                examples,
                 heldout,
                 folder,
                 recipe,

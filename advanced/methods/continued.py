@@ -60,7 +60,7 @@ def continue_pretraining(
             train_language_model(
                 model,
                 documents,
-                [HeldOut("held out", heldout, tokenizer, recipe.seq_len)],
+                [HeldOut.texts("held out", heldout, tokenizer, recipe.seq_len)],
                 folder,
                 recipe,
                 state_file=StateFile(folder / "state.pt", settings),

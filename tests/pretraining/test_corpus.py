@@ -13,15 +13,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pretraining.corpus import (
+    Document,
+    Overlap,
     TokenStream,
     encode_documents,
     load_corpus,
-    ngrams,
     read_documents,
+    read_reviews,
+    sentences,
     split_heldout,
     train_tokenizer,
     windows,
-    without_overlap,
+    words_of,
 )
 from tokenizer import Tokenizer
 from utils import InputError
@@ -74,6 +77,22 @@ def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, name, conte
         read_documents(path)
 
 
+def test_a_rating_and_a_tab_stand_before_a_review(tmp_path):
+    path = tmp_path / "rated.tsv.gz"
+    path.write_bytes(gzip.compress("0.25\tA\tB\\nC\r\n\n1\t é \n".encode()))
+    assert read_reviews(path) == [Document("A\tB\nC", 0.25), Document(" é ", 1.0)]
+
+
+@pytest.mark.parametrize(
+    "line", ["good", "good\tfilm", "1.01\tfilm", "nan\tfilm", "0.5\t ", "-1\ta"]
+)
+def test_a_line_that_is_not_a_rated_review_is_named(tmp_path, line):
+    path = tmp_path / "rated.tsv"
+    path.write_text(f"1\tfilm\n\n{line}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}:3: .* is not a rating from 0"):
+        read_reviews(path)
+
+
 # ---------------------------------------------------------------- what is held out or dropped
 
 
@@ -96,22 +115,54 @@ def test_holding_out_partitions_the_documents_at_equal_distances(n, n_heldout):
         ("they 'll see 12_000 stars", "they'll see 12 000 stars"),
     ],
 )
-def test_runs_of_words_ignore_case_punctuation_and_split_contractions(one, other):
-    assert list(ngrams(one, 2)) == list(ngrams(other, 2)) != []
+def test_words_ignore_case_punctuation_and_split_contractions(one, other):
+    assert words_of(one) == words_of(other) != ()
+
+
+def kept_of(documents: list[str], evaluation: list[str], n: int) -> list[str]:
+    overlap = Overlap(evaluation, n)
+    return [text for text in documents if overlap.found_in(text) is None]
 
 
 def test_exactly_the_documents_that_share_n_words_in_a_row_are_dropped():
     evaluation = ["The cat sat on the mat."]
     documents = ["a cat sat on mats", "the CAT, sat: on", "on the mat the cat sat", "cat"]
-    assert without_overlap(documents, evaluation, 4) == ["a cat sat on mats", *documents[2:]]
-    assert without_overlap(documents, evaluation, 3) == ["cat"]
+    assert kept_of(documents, evaluation, 4) == ["a cat sat on mats", *documents[2:]]
+    assert kept_of(documents, evaluation, 3) == ["cat"]
+    assert Overlap(evaluation, 3).found_in("Then the CAT, sat: on") == "the cat sat"
 
     rng = random.Random(6)
     texts = [" ".join(rng.choices("abc", k=8)) for _ in range(60)]
     for n in (2, 5, 8):
         runs = {text[2 * i : 2 * (i + n) - 1] for text in texts[50:] for i in range(9 - n)}
         kept = [text for text in texts[:50] if not any(run in text for run in runs)]
-        assert without_overlap(texts[:50], iter(texts[50:]), n) == kept
+        assert kept_of(texts[:50], texts[50:], n) == kept
+
+
+def test_a_short_evaluation_text_counts_as_a_whole_sentence_of_a_document():
+    evaluation = ["It 's a good film .", "Too long !", "Do n't miss it now"]
+    documents = [
+        "I went. It's a GOOD film! We left.",
+        '"Don\'t miss it now." he said',
+        "Line one\ndo not miss it\nDon't miss it now",
+        "It's a good film and too long.",  # the words, in a longer sentence
+        "Too long!",  # fewer than four words say nothing
+    ]
+    assert kept_of(documents, evaluation, 9) == documents[3:]
+    assert Overlap(evaluation, 9).found_in(documents[0]) == "its a good film"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("Good. Bad! So?", ["Good.", "Bad!", "So?"]),
+        ('He said "no." She left', ['He said "no."', "She left"]),
+        ("Mr. Lee and J. R. Doe met Dr. No in 1.5 hours", None),
+        ("one\n\ntwo ... three", ["one", "two ...", "three"]),
+    ],
+)
+def test_a_text_falls_into_sentences(text, parts):
+    assert sentences(text) == (parts or [text])
 
 
 def write(path, *documents: str) -> str:
@@ -123,15 +174,28 @@ def test_a_document_equal_to_one_held_out_of_any_file_is_not_trained_on(tmp_path
     one = write(tmp_path / "one.txt", "same", *map(str, range(8)), "same")
     other = write(tmp_path / "other.txt", "held", "8", "same", "9")
     test = write(tmp_path / "test.txt", "0 ||| he read number SEVEN", "1 ||| 7 and 7")
-    train, held = load_corpus([one, other, other], 1, [test], exclude_words=3)
-    assert held == {"one": ["same"], "other": ["held"]}
-    assert train == [*map(str, range(8)), "8", "9", "8", "9"]
+    rated = write(tmp_path / "rated.tsv", "1\tHe read number seven", "0\tb", "0.5\t9", "1\tsame")
+    train, held = load_corpus([one, other, other], [rated], 1, [test], exclude_words=3)
+    assert held == {
+        "one": [Document("same")],
+        "other": [Document("held")],
+        "rated": [Document("b", 0.0)],
+    }
+    assert train == {
+        one: [Document(str(i)) for i in range(8)],
+        other: [Document("8"), Document("9")],
+        rated: [Document("9", 0.5)],
+    }
     assert capsys.readouterr().out.splitlines() == [
-        f"{one}: 10 documents, 0 dropped for overlap, 1 held out, 8 to train on 1 times an epoch",
-        f"{other}: 4 documents, 0 dropped for overlap, 1 held out, 2 to train on 2 times an epoch",
+        f"{rated}: dropped 'He read number seven', which has 'he read number'",
+        f"{one}: 10 documents, 0 dropped for overlap, 1 held out, 8 to train on",
+        f"{other}: 4 documents, 0 dropped for overlap, 1 held out, 2 to train on",
+        f"{rated}: 4 documents, 1 dropped for overlap, 1 held out, 1 to train on",
     ]
-    train, _ = load_corpus([one], 1, [write(tmp_path / "x.txt", "3 ||| 5")], exclude_words=1)
-    assert "5" not in train and "3" in train  # the label of an evaluation line is not a word
+    test = write(tmp_path / "x.txt", "3 ||| 5")
+    (train,) = load_corpus([one], [], 1, [test], exclude_words=1)[0].values()
+    texts = [document.text for document in train]
+    assert "5" not in texts and "3" in texts  # the label of an evaluation line is not a word
 
 
 @pytest.mark.parametrize(
@@ -144,7 +208,7 @@ def test_a_document_equal_to_one_held_out_of_any_file_is_not_trained_on(tmp_path
 def test_a_text_that_leaves_nothing_to_train_on_is_named(tmp_path, documents, words):
     path = write(tmp_path / "few.txt", *documents)
     with pytest.raises(InputError, match=f"^{re.escape(path)}: {words}"):
-        load_corpus([path], 1, [], 9)
+        load_corpus([path], [], 1, [], 9)
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -203,7 +267,6 @@ def numbered_documents(lengths=(7, 1, 12, 5, 9, 3, 14, 2)) -> list[np.ndarray]:
 def test_windows_are_slices_that_share_one_token():
     stream = np.arange(100, 150, dtype=np.int32)
     batch = windows(stream, seq_len=7, start=2, count=4)
-    assert batch.dtype == torch.int64
     assert batch.tolist() == [stream[i * 7 : i * 7 + 8].tolist() for i in range(2, 6)]
 
 
@@ -215,7 +278,7 @@ def test_an_epoch_reads_no_token_twice_and_predicts_the_one_behind_it(seq_len, n
     orders = []
     for epoch in range(3):
         steps = range(epoch * n_batches, (epoch + 1) * n_batches)
-        rows = torch.cat([stream.batch(step) for step in steps])
+        rows = torch.cat([stream.batch(step)[0] for step in steps])
         read = rows[:, :-1].flatten().tolist()
         assert rows[:, 1:].flatten().tolist() == [*read[1:], rows[-1, -1]]
         assert len(set(read)) == len(read) == n_batches * n_rows * seq_len
@@ -231,10 +294,29 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
         return TokenStream(numbered_documents(), 4, 2, seed)
 
     whole = stream(9)
-    batches = [whole.batch(step) for step in range(30)]
+    batches = [whole.batch(step)[0] for step in range(30)]
     for step in (29, 3, 17):
-        assert torch.equal(stream(9).batch(step), batches[step])
-        assert not torch.equal(stream(8).batch(step), batches[step])
+        assert torch.equal(stream(9).batch(step)[0], batches[step])
+        assert not torch.equal(stream(8).batch(step)[0], batches[step])
+
+
+def test_the_answer_that_ends_a_document_weighs_more_in_every_epoch():
+    documents = numbered_documents()
+    n_answer = [0, 1, 3, 0, 2, 0, 14, 1]
+    answers = {
+        token
+        for ids, n in zip(documents, n_answer, strict=True)
+        for token in ids.tolist()[-n:]
+        if n
+    }
+    assert len(answers) == 21
+    stream = TokenStream(documents, 4, 2, 7, n_answer, answer_weight=5.0)
+    for step in range(20):
+        tokens, weights = stream.batch(step)
+        assert tokens.dtype == torch.int64 and tokens.shape == weights.shape == (2, 5)
+        expected = [[5.0 if token in answers else 1.0 for token in row] for row in tokens.tolist()]
+        assert weights.tolist() == expected
+    assert set(TokenStream(documents, 4, 2, 7).batch(0)[1].flatten().tolist()) == {1.0}
 
 
 def test_a_text_too_small_for_a_batch_is_refused():

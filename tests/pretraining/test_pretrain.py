@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,14 +19,24 @@ import pytest
 import torch
 
 import oracle
+from classifier import LlamaZeroShotClassifier, prompt_suffix
 from conftest import ROOT, random_llama, save_llama, shared_asset, train_tokenizer
 from formats.torch_file import load_torch_file
 from llama import Llama, load_pretrained
 from pretraining import loop, run
 from pretraining.corpus import encode_documents, read_documents
-from pretraining.loop import HeldOut, Recipe, lm_loss, make_optimizers, train_language_model
+from pretraining.loop import (
+    HeldOut,
+    Recipe,
+    add_gradients,
+    make_optimizers,
+    token_losses,
+    train_language_model,
+)
+from pretraining.rated import Example, encode_examples
 from tokenizer import Tokenizer
 from training import distributed
+from training.labelled import read_sentences
 from training.loop import DivergedError
 from training.state import StateFile
 from utils import run_script
@@ -108,20 +119,37 @@ def call(tales, tmp_path, capsys) -> Callable[..., tuple[int, str, str]]:
 # ---------------------------------------------------------------- the objective
 
 
-def surprise(model: Llama, tokens: list[int]) -> np.ndarray:
+def exact_losses(model: Llama, tokens: list[int]) -> np.ndarray:
     """-log p(x_t | x_<t) for t = 1, 2, ... by the float64 model."""
     logits, _ = oracle.forward(model.state_dict(), model.config, [tokens[:-1]])
     return -np.log(oracle.softmax(logits[0])[np.arange(len(tokens) - 1), tokens[1:]])
 
 
-def test_the_loss_is_the_mean_surprise_of_the_tokens_that_count():
+def test_the_loss_is_the_weighted_mean_loss_whatever_the_passes():
     model = random_llama(attention="causal")
-    batch = torch.randint(3, 320, (3, 10), generator=torch.Generator().manual_seed(1))
-    rows = batch[0].tolist(), batch[1, :6].tolist(), batch[2, :2].tolist()
-    expected = np.concatenate([surprise(model, row) for row in rows])
-    batch[1, 6:], batch[2, 2:] = -100, -100
-    assert lm_loss(model, batch).item() == pytest.approx(expected.mean(), rel=1e-5)
-    assert lm_loss(model, batch, "sum").item() == pytest.approx(expected.sum(), rel=1e-5)
+    rng = torch.Generator().manual_seed(1)
+    batch = torch.randint(3, 320, (3, 10), generator=rng)
+    weights = torch.rand(3, 10, generator=rng) * 9
+    expected = np.stack([exact_losses(model, row) for row in batch.tolist()])
+    np.testing.assert_allclose(token_losses(model, batch).detach(), expected, rtol=1e-4)
+    mean = np.average(expected, weights=weights[:, 1:])
+    gradients = []
+    for micro_rows in (1, 2, 3):
+        model.zero_grad()
+        assert add_gradients(model, batch, weights, micro_rows) == pytest.approx(mean, rel=1e-5)
+        gradients.append(model.norm.weight.grad.clone())
+    change = torch.randn(model.config.dim, generator=rng)
+    torch.testing.assert_close(gradients[1:], [gradients[0]] * 2)
+
+    def mean_at(distance: float) -> float:
+        moved = random_llama(attention="causal").double()
+        with torch.no_grad():
+            moved.norm.weight += distance * change
+        losses = token_losses(moved, batch)
+        return ((losses * weights[:, 1:]).sum() / weights[:, 1:].sum()).item()
+
+    slope = (mean_at(1e-4) - mean_at(-1e-4)) / 2e-4
+    assert (gradients[0] * change).sum().item() == pytest.approx(slope, rel=1e-3)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -129,10 +157,10 @@ def test_held_out_text_is_measured_per_token_and_byte_whatever_the_batch(tokeniz
     model = random_llama(attention="causal", dropout=0.5).train(training)
     ids = [token for text in TEXTS for token in tokenizer.encode(text, bos=True, eos=False)]
     ids.append(tokenizer.bos_id)  # which ends the last document
-    nats = sum(surprise(model, ids[i : i + 9]).sum() for i in range(0, len(ids) - 1, 8))
+    nats = sum(exact_losses(model, ids[i : i + 9]).sum() for i in range(0, len(ids) - 1, 8))
     n_bytes = len(("\n".join(TEXTS) + "\n").encode())
-    expected = nats / (len(ids) - 1), nats / np.log(2) / n_bytes
-    heldout = HeldOut("x", TEXTS, tokenizer, seq_len=8)
+    expected = {"x nats/token": nats / (len(ids) - 1), "x bits/byte": nats / np.log(2) / n_bytes}
+    heldout = HeldOut.texts("x", TEXTS, tokenizer, seq_len=8)
     for batch_size in (1, 3, 100):
         assert heldout.measure(model, batch_size) == pytest.approx(expected, rel=1e-5)
         assert model.training is training
@@ -142,10 +170,28 @@ def test_a_uniform_model_has_log_v_nats_per_token(tokenizer):
     model = random_llama(attention="causal")
     with torch.no_grad():
         model.output.weight.zero_()
-    heldout = HeldOut("x", TEXTS, tokenizer, seq_len=8)
-    nats, bits = heldout.measure(model, 2)
-    assert nats == pytest.approx(math.log(320))
-    assert bits == pytest.approx(math.log2(320) * heldout.n_tokens / heldout.n_bytes)
+    measured = HeldOut.texts("x", TEXTS, tokenizer, seq_len=8).measure(model, 2)
+    assert measured["x nats/token"] == pytest.approx(math.log(320))
+    ids = encode_documents(tokenizer, TEXTS)
+    bits = math.log2(320) * sum(map(len, ids)) / len(("\n".join(TEXTS) + "\n").encode())
+    assert measured["x bits/byte"] == pytest.approx(bits)
+
+
+def test_of_held_out_examples_the_answers_alone_are_measured(tokenizer):
+    model = random_llama(attention="causal")
+    examples = [
+        Example("a warm film. So?", "good"),
+        Example("Is it bad or good? It is", "bad film"),
+    ]
+    documents, n_answer = encode_examples(tokenizer, examples)
+    stream, nats, end = np.concatenate(documents).tolist(), 0.0, 0
+    assert len(stream) < 60
+    all_nats = [0.0, *exact_losses(model, stream)]
+    for ids, n in zip(documents, n_answer, strict=True):
+        end += len(ids)
+        nats += sum(all_nats[end - n : end])
+    heldout = HeldOut.answers("x", examples, tokenizer, seq_len=60)
+    assert heldout.measure(model, 4) == pytest.approx({"x nats/answer": nats / 2}, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -186,21 +232,21 @@ def test_the_history_follows_the_schedule_and_ends_with_what_the_model_gives(fin
     for key in ("tales nats/token", "train_loss"):
         assert rows[-1][key] < rows[0][key] - 0.5
     tokenizer = Tokenizer(tokenizer_model=finished / "tokenizer.model")
-    heldout = HeldOut("tales", read_documents(tales)[::16], tokenizer, seq_len=16)  # 5 of 80
+    heldout = HeldOut.texts("tales", read_documents(tales)[::16], tokenizer, 16)  # 5 of 80
     measured = heldout.measure(load_pretrained(finished / "model.pt"), batch_size=2)
-    last = rows[-1]["tales nats/token"], rows[-1]["tales bits/byte"]
-    assert measured == pytest.approx(last, abs=2e-4)
+    assert len(measured) == 2
+    assert {key: rows[-1][key] for key in measured} == pytest.approx(measured, abs=2e-4)
 
 
 @pytest.mark.parametrize(("micro_tokens", "n_rows"), [(None, 4), (32, 2), (8, 1)])
 def test_no_pass_takes_more_windows_than_asked_for(call, monkeypatch, micro_tokens, n_rows):
-    seen, original = set(), lm_loss
+    seen, original = set(), token_losses
 
-    def spy(model, batch, **named):
+    def spy(model, batch):
         seen.add(len(batch))
-        return original(model, batch, **named)
+        return original(model, batch)
 
-    monkeypatch.setattr(loop, "lm_loss", spy)
+    monkeypatch.setattr(loop, "token_losses", spy)
     micro = ["--micro_tokens", micro_tokens] if micro_tokens else []
     assert call("--tokens", 128, *micro)[0] == 0
     assert max(seen) == n_rows
@@ -243,6 +289,47 @@ def test_on_cuda_bfloat16_trains_like_the_cpu(call, tmp_path, finished):
     assert last == pytest.approx(history(finished)[-1]["train_loss"], rel=0.05)
 
 
+def write_reviews(path: Path, n: int = 900) -> str:
+    rng = random.Random(2)
+    words = [
+        ["dull", "flat"],
+        ["weak", "long"],
+        ["plain", "fair"],
+        ["neat", "warm"],
+        ["rich", "vivid"],
+    ]
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(n):
+            print(f"{i % 5 / 4}\tThe film was {rng.choice(words[i % 5])}.", file=file)
+    return str(path)
+
+
+def test_ratings_teach_a_model_to_answer_in_words(tmp_path, capsys):
+    rated, out = write_reviews(tmp_path / "rated.tsv"), tmp_path / "out"
+    shape = {**SHAPE, "dim": 64, "n_layers": 2, "vocab_size": 420, "max_seq_len": 128}
+    recipe = {"seq_len": 64, "batch_tokens": 512, "heldout": 5, "warmup": 4, "lr": 0.004}
+    recipe |= {"tokens": "200K", "passages": 3, "answer_weight": 10}
+    run.main(["--rated", f"film={rated}", "--out", str(out), *as_options({**shape, **recipe})])
+    before, after = (
+        float(re.search(r"rated (\S+) nats/answer", line)[1])
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("before: ", "step "))
+    )
+    assert after < before / 2
+
+    heldout = read_sentences(out / "rated-heldout.txt", n_labels=5)
+    reviews = [line.split("\t") for line in Path(rated).read_text(encoding="utf-8").splitlines()]
+    assert heldout == [(text, int(4 * float(rating))) for rating, text in reviews[::180]]
+
+    model, words = load_pretrained(out / "model.pt"), ["bad", "good"]
+    tokenizer = Tokenizer(tokenizer_model=out / "tokenizer.model")
+    classifier = LlamaZeroShotClassifier(SimpleNamespace(num_labels=2), tokenizer, words, model)
+    question = prompt_suffix(words, "film").rstrip()
+    for label, word in enumerate(("dull", "vivid")):
+        prompt = tokenizer.encode(f"The film was {word}. {question}", bos=True, eos=False)
+        assert classifier(torch.tensor([prompt])).argmax().item() == label
+
+
 # ---------------------------------------------------------------- several ranks
 
 RANKS = """
@@ -258,20 +345,22 @@ def train_in_float64(out: str) -> None:
     rng = np.random.default_rng(1)
     documents = [rng.integers(3, 320, 20 + 7 * i, dtype=np.int32) for i in range(6)]
     bytes_as_ids = SimpleNamespace(bos_id=1, encode=lambda text, **_: [1, *text.encode()])
-    heldout = HeldOut("x", TEXTS, bytes_as_ids, 8)
+    heldout = HeldOut.texts("x", TEXTS, bytes_as_ids, 8)
     results = []
     with distributed.joined(use_gpu=False):
         for number, (n_rows, micro_rows) in enumerate([(5, None), (5, 2), (5, 1), (2, None)]):
             folder = Path(f"{out}-{number}")
             folder.mkdir(exist_ok=True)
             model = random_llama(attention="causal", scale=1.0).double()
-            recipe = Recipe(tokens=160, seq_len=8, batch_tokens=8 * n_rows, lr=1e-2, warmup=2)
+            recipe = Recipe(
+                tokens=160, seq_len=8, batch_tokens=8 * n_rows, lr=1e-2, warmup=2, answer_weight=7.0
+            )
             train_language_model(
                 model, documents, [heldout], folder, recipe,
                 state_file=StateFile(folder / "state.pt", {}),
-                micro_tokens=micro_rows and 8 * micro_rows,
+                micro_tokens=micro_rows and 8 * micro_rows, n_answer=[2, 0, 5, 0, 1, 9],
             )  # fmt: skip
-            measured = torch.tensor(heldout.measure(model, 2), dtype=torch.float64)
+            measured = torch.tensor([*heldout.measure(model, 2).values()], dtype=torch.float64)
             results.append({"measured": measured, **model.state_dict()})
         if distributed.is_main():
             torch.save(results, out)
@@ -430,6 +519,24 @@ def test_the_first_step_from_a_checkpoint_is_as_long_as_adams(call, tmp_path, fi
         assert change == pytest.approx(1e-4 / 4, rel=0.3), name
 
 
+def test_a_deeper_model_repeats_the_layers_and_without_their_output_is_the_same_model():
+    model = random_llama(attention="causal")
+    n_old = model.config.n_layers
+    deep = run.deepen(model, 2 * n_old + 1)
+    assert deep.config.n_layers == len(deep.layers) == 2 * n_old + 1
+    for i, layer in enumerate(deep.layers):
+        torch.testing.assert_close(
+            layer.state_dict(), model.layers[i % n_old].state_dict(), rtol=0, atol=0
+        )
+    assert deep.output.weight is deep.tok_embeddings.weight
+    tokens = torch.randint(3, 320, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for layer in deep.layers[n_old:]:
+            layer.attention.compute_output.weight.zero_()
+            layer.feed_forward.w2.weight.zero_()
+    torch.testing.assert_close(deep(tokens, targets=tokens)[0], model(tokens, targets=tokens)[0])
+
+
 def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path):
     model = shared_asset("models/stories260K/stories260K.pt")
     stories = read_documents(shared_asset("text/tinystories.txt.xz"))[:150]
@@ -454,6 +561,7 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
     ("options", "words"),
     [
         (["--text", "nowhere.txt"], "nowhere.txt: no such text file"),
+        (["--rated", "place=nowhere.tsv"], "nowhere.tsv: no such text file"),
         (["--batch_tokens", 65], "--batch_tokens 65 is not a multiple of --seq_len 16"),
         (["--seq_len", 32], "--seq_len 32 exceeds max_seq_len 24"),
         (["--heldout", 80], "tales.txt: --heldout 80 of 80 documents leaves none"),
@@ -462,6 +570,10 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
         (["--dim", 30], "dim=30 is not divisible by n_heads=4"),
         (["--tokenizer_path", "t.model"], "leave out --vocab_size"),
         (["--init", "model.pt", "--dim", 8], "--init brings its own shape; leave out --dim"),
+        (
+            ["--init", ROOT / "data/mini/model.pt", "--n_layers", 5],
+            "--n_layers 5 is less than the 6",
+        ),
         (["--resume"], "no saved state to --resume"),
         (["--batch_tokens", 640_000], "a batch takes 40000; give more --text"),
     ],
