@@ -30,6 +30,8 @@ from training.options import recipe_of
 from training.state import StateFile, require_space, state_path
 from utils import seed_everything
 
+HEAD_SEED = 0  # all runs begin with one head, so that soups may average them
+
 # ---------------------------------------------------------------- training
 
 
@@ -77,8 +79,9 @@ def trained(
     checkpoint, pretrain_seconds = experiment.checkpoint(settings, train)
     started = time.monotonic()
     _forget_peak_memory(experiment.device)
-    seed_everything(seed)
+    seed_everything(HEAD_SEED)
     model = experiment.build(settings, checkpoint)
+    seed_everything(seed)
     identity = flattened({**experiment.identity(), "grid": None, **run})
     state_file = StateFile(state_path(path), identity, minutes=experiment.save_minutes)
     is_resumed = state_file.saved is not None

@@ -13,7 +13,7 @@ Differences from the papers:
 
 - WiSE-FT interpolates CLIP's zero-shot head, too. A new head has no pretrained counterpart, so it
   is the finetuned one at each alpha. A model finetuned by prompts has no new head.
-- The runs of the soup paper share one initial head. Here each seed draws its own (and LoRA's A).
+- The runs of the soup paper share their initial weights. Here each seed draws LoRA's A anew.
 - Izmailov et al. average along a constant or cyclical learning rate; here the schedule is ordinary.
 """
 

@@ -400,6 +400,20 @@ def test_wise_ft_ends_in_the_finetuned_and_begins_at_what_read_its_own_share(adv
         assert sum(is_average(state, start, end) for start in starts) == 1
 
 
+def test_all_seeds_begin_with_one_head_and_end_with_different_ones(advanced, monkeypatch):
+    heads, train = [], produce._train
+
+    def spy(experiment, run, model, *others):
+        heads.append(model.classifier_head.weight.detach().clone())
+        return train(experiment, run, model, *others)
+
+    monkeypatch.setattr(produce, "_train", spy)
+    assert advanced("--seeds=3,4", "--epochs=1")[0] == 0
+    assert torch.equal(*heads)
+    ends = [state["classifier_head.weight"] for state in weights("plain").values()]
+    assert not torch.equal(*ends)
+
+
 def test_averages_are_chosen_on_dev_and_look_at_test_once(advanced, monkeypatch):
     assert advanced("--seeds=3,4")[0] == 0
     seen, evaluate = [], experiments.Experiment.evaluate
