@@ -1,4 +1,4 @@
-"""Plot a pretraining history: held-out bits per byte against tokens read.
+"""Plot a pretraining history: held-out bits per byte, and nats per answer, against tokens read.
 
     python -m results.history data/mini/history.csv data/mini/loss.png
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from results.figures import new_figure, save
 from utils import ArgumentParser, InputError, run_script
 
-UNIT = " bits/byte"
+UNITS = {"bits/byte": "held-out bits per byte", "nats/answer": "held-out nats per answer"}
 
 
 def read_history(path: str | Path) -> dict[str, list[float]]:
@@ -28,15 +28,17 @@ def read_history(path: str | Path) -> dict[str, list[float]]:
 
 
 def draw(history: dict[str, list[float]], path: Path) -> None:
-    """Write a PNG with a line per held-out text."""
-    figure, (panel,) = new_figure(7, 4.5)
+    """Write a PNG with a panel per unit and in it a line per held-out text."""
     millions = [n_tokens / 1e6 for n_tokens in history["tokens"]]
-    for name, values in history.items():
-        if name.endswith(UNIT):
-            label = f"{name.removesuffix(UNIT)}: {values[-1]:.3f}"
-            panel.plot(millions, values, marker="o", markersize=3, label=label)
-    panel.set(xlabel="tokens read (millions)", ylabel="held-out bits per byte")
-    figure.legend(title="held out, last value", loc="outside lower center", ncols=3)
+    units = [unit for unit in UNITS if any(name.endswith(unit) for name in history)]
+    figure, panels = new_figure(1 + 5 * len(units), 5, n_panels=len(units))
+    for unit, panel in zip(units, panels, strict=True):
+        for name, values in history.items():
+            if name.endswith(unit):
+                label = f"{name.removesuffix(unit).strip()}: {values[-1]:.3f}"
+                panel.plot(millions, values, marker="o", markersize=3, label=label)
+        panel.set(xlabel="tokens read (millions)", ylabel=UNITS[unit])
+        panel.legend(title="last value", fontsize=8, ncols=1 + len(panel.lines) // 6)
     save(figure, path)
 
 
