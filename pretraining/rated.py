@@ -86,7 +86,9 @@ class Questions:
         self.two = prompt_suffix(TWO, subject).rstrip()
         entries = json.loads(TEMPLATES.read_text(encoding="utf-8"))["sst"]
         self.templates = [
-            (entry["template"].removeprefix("{sentence} "), entry["labels"]) for entry in entries
+            (entry["template"].removeprefix("{sentence} "), entry["labels"])
+            for entry in entries
+            if entry["name"] != "question"
         ]
 
     def ask(self, rating: float, binary: bool, rng: random.Random) -> Example:

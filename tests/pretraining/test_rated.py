@@ -62,7 +62,9 @@ def test_every_question_has_the_answers_that_its_rating_means(rating):
     expected = {(prompt_suffix(FIVE).rstrip(), FIVE[label]), ("Rating:", f"{label + 1}/5")}
     if rating != 0.5:
         expected.add((prompt_suffix(TWO).rstrip(), "good" if rating > 0.5 else "bad"))
-    for entry in json.loads(rated.TEMPLATES.read_text(encoding="utf-8"))["sst"]:
+    question, *entries = json.loads(rated.TEMPLATES.read_text(encoding="utf-8"))["sst"]
+    assert question["template"] == "{sentence} " + prompt_suffix(FIVE).rstrip()
+    for entry in entries:
         words = entry["template"].removeprefix("{sentence} ")
         expected |= {(words, answer) for answer in entry["labels"][label]}
     assert asked(rating) == expected
