@@ -1,5 +1,8 @@
 """Continued pretraining by itself; test_advanced_run.py has it as a method."""
 
+import math
+
+import pytest
 import torch
 
 from advanced.methods import continued
@@ -33,7 +36,8 @@ def test_it_reads_causally_and_only_measures_the_held_out_text(workplace, monkey
     assert recipe.seq_len == min(128, model.config.max_seq_len)
     assert recipe.batch_tokens == 16 * recipe.seq_len
     (heldout,) = seen["heldout"]
-    assert heldout.n_bytes == len("warm") + 1  # and its end
+    n_bytes = len("warm") + 1  # and its end
+    assert heldout.divisors["bits/byte"] == pytest.approx(math.log(2) * n_bytes)
 
 
 def test_the_rate_reaches_its_peak_also_in_a_few_steps(workplace, monkeypatch):
