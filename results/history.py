@@ -31,6 +31,7 @@ def draw(history: dict[str, list[float]], path: Path) -> None:
     """Write a PNG with a panel per unit and in it a line per held-out text."""
     millions = [n_tokens / 1e6 for n_tokens in history["tokens"]]
     units = [unit for unit in UNITS if any(name.endswith(unit) for name in history)]
+    units = units or ["bits/byte"]  # of a history without held-out texts: an empty panel
     figure, panels = new_figure(1 + 5 * len(units), 5, n_panels=len(units))
     for unit, panel in zip(units, panels, strict=True):
         for name, values in history.items():
@@ -38,7 +39,8 @@ def draw(history: dict[str, list[float]], path: Path) -> None:
                 label = f"{name.removesuffix(unit).strip()}: {values[-1]:.3f}"
                 panel.plot(millions, values, marker="o", markersize=3, label=label)
         panel.set(xlabel="tokens read (millions)", ylabel=UNITS[unit])
-        panel.legend(title="last value", fontsize=8, ncols=1 + len(panel.lines) // 6)
+        if panel.lines:
+            panel.legend(title="last value", fontsize=8, ncols=1 + len(panel.lines) // 6)
     save(figure, path)
 
 

@@ -227,6 +227,11 @@ def test_a_history_is_plotted_and_another_file_is_an_error_that_names_it(tmp_pat
     assert history.read_history(path)["stories bits/byte"] == [2.5, 2.25]
     history.main([str(path), str(tmp_path / "loss.png")])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for columns in ("x nats/answer", "x bits/byte,y nats/answer", "train_loss"):
+        values = ",".join("2" for _ in columns.split(","))
+        path.write_text(f"tokens,{columns}\n1000,{values}\n", encoding="utf-8")
+        history.main([str(path), str(tmp_path / "other.png")])
+        assert (tmp_path / "other.png").read_bytes().startswith(b"\x89PNG")
     for text in ("", "step\n1\n", "tokens,x\n1,\n", "tokens,x\n1,a\n"):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=r"history\.csv: not a history"):
