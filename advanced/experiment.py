@@ -13,7 +13,6 @@ from torch import nn
 from advanced import compose
 from advanced.methods import prompting
 from advanced.methods.continued import continue_pretraining
-from advanced.methods.templates import TEMPLATES, Template, choose_template, find_templates
 from advanced.record import Run, metrics_of
 from classifier import LlamaEmbeddingClassifier
 from fast.threads import USUAL_LENGTH, choose_threads
@@ -26,6 +25,7 @@ from training.evaluation import Evaluation, evaluate
 from training.labelled import read_label_names, read_sentences
 from training.loop import Recipe
 from training.options import dataset_name
+from training.templates import TEMPLATES, Template, choose_template, find_templates
 from utils import InputError, real_path, sha256_of
 
 Rows = list[tuple[str, int]]  # sentence, label

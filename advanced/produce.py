@@ -19,7 +19,6 @@ from advanced import compose
 from advanced.experiment import Experiment
 from advanced.methods import prompting, wise_ft
 from advanced.methods.freezing import count_parameters
-from advanced.methods.templates import Template
 from advanced.record import Run, flattened
 from fast.memory import forget_peak_memory, peak_memory_mb
 from formats.torch_file import load_torch_file, save_torch_file
@@ -28,6 +27,7 @@ from training.dataset import SentenceDataset
 from training.loop import EpochReport, train_classifier
 from training.options import recipe_of
 from training.state import StateFile, require_space, state_path
+from training.templates import Template
 from utils import seed_everything
 
 HEAD_SEED = 0  # all runs begin with one head, so that soups may average them

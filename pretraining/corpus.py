@@ -1,4 +1,4 @@
-"""Plain text -> documents -> one stream of tokens -> windows, for language-model training.
+"""Plain text -> documents -> tokens -> rows -> batches, for language-model training.
 
 A text file holds one document a line, plain or packed as `.xz` or `.gz`; a newline inside a
 document is written as the two characters \\n. In a file of rated reviews a rating and a tab stand
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from sentencepiece import SentencePieceTrainer
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenizer import Tokenizer
 from utils import InputError, atomic_write, brief
@@ -131,6 +132,11 @@ class Overlap:
         return shared and " ".join(shared)
 
 
+def name_of(path: str) -> str:
+    """Return what a file is called in reports: "texts/films.tsv.xz" -> "films"."""
+    return Path(path).name.split(".")[0]
+
+
 def load_corpus(
     paths: Sequence[str],
     rated: Sequence[str],
@@ -138,7 +144,7 @@ def load_corpus(
     exclude: Sequence[str],
     exclude_words: int,
 ) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
-    """Return the training documents of each file, and the held-out ones of each file by its name.
+    """Return the documents of each file to train on, and those that are held out.
 
     `rated` are files of reviews. Of each file `n_heldout` documents are held out; a document that
     equals one held out, of any file, is not trained on. Prints what is dropped.
@@ -146,6 +152,10 @@ def load_corpus(
     evaluation = [text for path in exclude for text in read_documents(path)]
     overlap = Overlap((text.partition(" ||| ")[2] or text for text in evaluation), exclude_words)
     kept, heldout, counts = {}, {}, {}
+    names = [name_of(path) for path in dict.fromkeys([*paths, *rated])]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--text, --rated: two files are called {name}; rename one")
     for path in dict.fromkeys([*paths, *rated]):
         if path in rated:
             documents = read_reviews(path)
@@ -157,14 +167,11 @@ def load_corpus(
                 print(f"{path}: dropped {brief(document.text)}, which has {shared!r}")
             else:
                 clean.append(document)
-        name = Path(path).name.split(".")[0]
-        if name in heldout:
-            raise InputError(f"--text, --rated: two files are called {name}; rename one")
         if n_heldout >= len(clean):
             raise InputError(
                 f"{path}: --heldout {n_heldout} of {len(clean)} documents leaves none to train on"
             )
-        kept[path], heldout[name] = split_heldout(clean, n_heldout)
+        kept[path], heldout[path] = split_heldout(clean, n_heldout)
         counts[path] = f"{len(documents):,} documents, {len(documents) - len(clean):,} dropped"
     held = {document.text for documents in heldout.values() for document in documents}
     for path, documents in kept.items():
@@ -220,63 +227,101 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndar
     return [np.array(document, dtype=np.int32) for document in ids]
 
 
-def windows(stream: np.ndarray, seq_len: int, start: int, count: int) -> np.ndarray:
-    """Return `count` windows of a stream from window `start` on: (count, seq_len + 1).
+def windows(stream: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    """Cut a stream into windows of `seq_len + 1` tokens; the last one may be shorter.
 
     Neighboring windows share one token: one predicts it, the next begins with it.
     """
-    offsets = np.arange(start, start + count)[:, None] * seq_len
-    return stream[offsets + np.arange(seq_len + 1)]
+    return [stream[i : i + seq_len + 1] for i in range(0, len(stream) - 1, seq_len)]
 
 
-class TokenStream:
-    """Batches of `n_rows` windows over documents that are shuffled anew each epoch.
+def shortened(ids: np.ndarray, n: int) -> np.ndarray:
+    """Return at most n token ids: the first one, bos, and the last ones."""
+    return ids if len(ids) <= n else np.append(ids[:1], ids[len(ids) - n + 1 :])
 
-    The last `n_answer[i]` tokens of document i weigh `answer_weight` in the loss, all others 1. The
-    batch of a step is a function of the step and `seed` alone, so that a resumed run needs no state
-    of the stream. Windows at the end of an epoch that fill no batch are skipped.
+
+class Row(NamedTuple):
+    """Token ids that a model reads by themselves, and what the prediction of each counts."""
+
+    ids: torch.Tensor  # (n,), int64
+    weights: torch.Tensor  # (n,), float32; the first token is an input only, its weight is not used
+
+
+def row_of(ids: np.ndarray, n_answer: int, weight: float = 1.0, other: float = 1.0) -> Row:
+    """Return a row whose last `n_answer` tokens weigh `weight`, all before them `other`."""
+    weights = torch.full((len(ids),), other)
+    weights[len(ids) - n_answer :] = weight
+    return Row(torch.from_numpy(ids.astype(np.int64)), weights)
+
+
+def padded(rows: Sequence[Row], max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the rows as ids and weights (N, T + 1), padded with tokens of weight 0.
+
+    N * T is at most `max_tokens` if N > 1. The rows must be in order, the longest first.
+    """
+    start = 0
+    while start < len(rows):
+        end = start + max(1, max_tokens // (len(rows[start].ids) - 1))
+        ids, weights = zip(*rows[start:end], strict=True)
+        yield pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
+        start = end
+
+
+class Batches:
+    """Batches of about `batch_tokens` tokens over documents that are shuffled anew each epoch.
+
+    Documents are joined and cut into windows of `seq_len + 1` tokens. A document whose last
+    `n_answer[i]` tokens are an answer is a row of its own, since what stands before it in a window
+    would only disturb the answer (Zhao et al. 2024, arXiv 2402.13991); of a longer one than a
+    window the bos and the end are kept. The answer's tokens weigh `answer_weight` in the loss, all
+    others 1. The batch of a step is a function of the step and `seed` alone, so that a resumed run
+    needs no state. Rows at the end of an epoch that fill no batch are skipped.
     """
 
     def __init__(
         self,
         documents: list[np.ndarray],
         seq_len: int,
-        n_rows: int,
+        batch_tokens: int,
         seed: int,
         n_answer: Sequence[int] = (),
         answer_weight: float = 1.0,
     ):
-        self.documents = documents
-        self.n_answer = n_answer or [0] * len(documents)
-        self.answer_weight = answer_weight
+        n_answer = n_answer or [0] * len(documents)
+        pairs = list(zip(documents, n_answer, strict=True))
+        self.texts = [ids for ids, n in pairs if not n]
+        self.examples = [(shortened(ids, seq_len + 1), n) for ids, n in pairs if n]
         self.seq_len = seq_len
-        self.n_rows = n_rows
+        self.batch_tokens = batch_tokens
+        self.answer_weight = answer_weight
         self.seed = seed
         self.epoch = -1
-        n_windows = (sum(map(len, documents)) - 1) // seq_len
-        self.batches_per_epoch = n_windows // n_rows
+        n_targets = max(0, sum(map(len, self.texts)) - 1)
+        n_targets += sum(len(ids) - 1 for ids, _ in self.examples)
+        self.batches_per_epoch = n_targets // batch_tokens
         if not self.batches_per_epoch:
             raise InputError(
-                f"the text has {n_windows} windows of {seq_len} tokens, a batch takes {n_rows}; "
+                f"the text has {n_targets:,} tokens to predict, a batch takes {batch_tokens:,}; "
                 "give more --text or a smaller --batch_tokens"
             )
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the windows of a step and the weights of their tokens, both (n_rows, seq_len + 1).
-
-        A window's first token is an input only, its last one a target only.
-        """
+    def batch(self, step: int) -> list[Row]:
+        """Return the rows of a step, the longest first."""
         epoch, index = divmod(step, self.batches_per_epoch)
         if epoch != self.epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
-            self.tokens = np.concatenate([self.documents[i] for i in order])
-            self.weights = np.ones(len(self.tokens), dtype=np.float32)
-            end = 0
-            for i in order:
-                end += len(self.documents[i])
-                self.weights[end - self.n_answer[i] : end] = self.answer_weight
+            self._shuffle(epoch)
             self.epoch = epoch
-        first = index * self.n_rows
-        tokens = windows(self.tokens, self.seq_len, first, self.n_rows).astype(np.int64)
-        weights = windows(self.weights, self.seq_len, first, self.n_rows)
-        return torch.from_numpy(tokens), torch.from_numpy(weights)
+        edges = index * self.batch_tokens, (index + 1) * self.batch_tokens
+        first, last = np.searchsorted(self.starts, edges)
+        rows = sorted(self.rows[first:last], key=lambda row: len(row[0]), reverse=True)
+        return [row_of(ids, n, self.answer_weight) for ids, n in rows]
+
+    def _shuffle(self, epoch: int) -> None:
+        rng = np.random.default_rng([self.seed, epoch])
+        rows = list(self.examples)
+        if self.texts:
+            stream = np.concatenate([self.texts[i] for i in rng.permutation(len(self.texts))])
+            rows += [(ids, 0) for ids in windows(stream, self.seq_len)]
+        self.rows = [rows[i] for i in rng.permutation(len(rows))]
+        n_targets = [len(ids) - 1 for ids, _ in self.rows]
+        self.starts = np.cumsum([0, *n_targets[:-1]])  # tokens that are predicted before each row

@@ -2,8 +2,8 @@
 
     L = -1/N sum_t log p(x_t | x_<t)      (Radford et al. 2018, GPT, equation 1)
 
-over windows of T + 1 tokens, which give T inputs and T targets. Shape letters: N windows of a
-step, T tokens, V vocabulary. The command is `python -m pretraining.run`; other code calls
+over rows of T + 1 tokens, which give T inputs and T targets. Shape letters: N rows, T tokens,
+V vocabulary. The command is `python -m pretraining.run`; other code calls
 
     train_language_model(model, documents, heldout, folder, Recipe(lr=...), state_file=...)
 """
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from formats.torch_file import save_torch_file
 from llama import Llama
 from optimizer import AdamW
-from pretraining.corpus import TokenStream, encode_documents, windows
+from pretraining.corpus import Batches, Row, encode_documents, padded, row_of, shortened, windows
 from pretraining.rated import Example, encode_examples
 from tokenizer import Tokenizer
 from training import distributed
@@ -43,8 +43,8 @@ class Recipe:
 
     tokens: int | None = None  # to read in whole steps; None: the text once
     minutes: float | None = None  # of training, after which it ends earlier
-    seq_len: int = 256  # T
-    batch_tokens: int = 4096  # of a step: N * T
+    seq_len: int = 256  # T of a window
+    batch_tokens: int = 4096  # of a step, about
     optimizer: str = "adamw"  # or "muon"
     lr: float = 3e-3  # peak, of AdamW
     muon_lr: float = 6e-3  # peak, of Muon
@@ -55,11 +55,6 @@ class Recipe:
     answer_weight: float = 1.0  # of the tokens that answer a question, in the mean loss
     seed: int = 1337
     bf16: bool = False
-
-    @property
-    def n_rows(self) -> int:
-        """Windows of a step, N."""
-        return self.batch_tokens // self.seq_len
 
     @property
     def n_steps(self) -> int:
@@ -104,7 +99,7 @@ class Progress:
 
 
 def token_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """Return -log p of each target of windows (N, T + 1), in nats, (N, T)."""
+    """Return -log p of each target of rows (N, T + 1), in nats, (N, T)."""
     targets = batch[:, 1:]
     logits, _ = model(batch[:, :-1], targets=targets)  # (N, T, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
@@ -112,28 +107,15 @@ def token_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 class HeldOut:
-    """Tokens of one file that are not trained on, as windows.
+    """Rows of one file that are not trained on; weights are 1 or, of tokens that don't count, 0.
 
-    `counts` is 1 for a token whose loss counts, else 0. `divisors` names the units of the
-    result, each with what the sum of nats is divided by.
+    `divisors` names the units of the result, each with what the sum of nats is divided by.
     """
 
-    def __init__(
-        self,
-        name: str,
-        tokens: np.ndarray,
-        counts: np.ndarray,
-        seq_len: int,
-        divisors: dict[str, float],
-    ):
+    def __init__(self, name: str, rows: list[Row], divisors: dict[str, float]):
         self.name = name
+        self.rows = sorted(rows, key=lambda row: len(row.ids), reverse=True)
         self.divisors = divisors
-        n_windows = math.ceil((len(tokens) - 1) / seq_len)
-        padding = (0, n_windows * seq_len + 1 - len(tokens))
-        self.windows, self.counts = (
-            torch.from_numpy(windows(np.pad(stream, padding), seq_len, 0, n_windows))
-            for stream in (tokens.astype(np.int64), counts.astype(np.float32))
-        )  # (n_windows, seq_len + 1)
 
     @classmethod
     def texts(cls, name: str, texts: list[str], tokenizer: Tokenizer, seq_len: int) -> "HeldOut":
@@ -144,39 +126,37 @@ class HeldOut:
         tokens = np.concatenate([*encode_documents(tokenizer, texts), [tokenizer.bos_id]])
         n_bytes = sum(len(text.encode("utf-8")) + 1 for text in texts)
         divisors = {"nats/token": len(tokens) - 1, "bits/byte": math.log(2) * n_bytes}
-        return cls(name, tokens, np.ones(len(tokens)), seq_len, divisors)
+        return cls(name, [row_of(ids, 0) for ids in windows(tokens, seq_len)], divisors)
 
     @classmethod
     def answers(
         cls, name: str, examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int
     ) -> "HeldOut":
-        """Measure the answers of examples alone, in nats per answer."""
-        documents, n_answer = encode_examples(tokenizer, examples)
-        counts = [
-            np.arange(len(ids)) >= len(ids) - n for ids, n in zip(documents, n_answer, strict=True)
-        ]
-        return cls(name, np.concatenate(documents), np.concatenate(counts), seq_len,
-            {"nats/answer": len(examples)})  # fmt: skip
+        """Measure the answers of examples alone, each the end of a row, in nats per answer."""
+        pairs = zip(*encode_examples(tokenizer, examples), strict=True)
+        rows = [row_of(shortened(ids, seq_len + 1), n, other=0.0) for ids, n in pairs]
+        return cls(name, rows, {"nats/answer": len(examples)})
 
     @torch.no_grad()
-    def measure(self, model: Llama, batch_size: int) -> dict[str, float]:
-        """Return "<name> <unit>" of each unit. Each rank takes every `world_size`-th batch."""
+    def measure(self, model: Llama, max_tokens: int) -> dict[str, float]:
+        """Return "<name> <unit>" of each unit; a pass takes at most `max_tokens`.
+
+        Each rank takes its share of the rows.
+        """
         device, was_training = model.norm.weight.device, model.training
         model.eval()
-        rank, world_size = distributed.rank(), distributed.world_size()
         nats = 0.0
-        for start in range(rank * batch_size, len(self.windows), world_size * batch_size):
-            part = slice(start, start + batch_size)
-            losses = token_losses(model, self.windows[part].to(device))
-            nats += (losses * self.counts[part, 1:].to(device)).sum().item()
+        for ids, weights in padded(distributed.share(self.rows), max_tokens):
+            losses = token_losses(model, ids.to(device))
+            nats += (losses * weights[:, 1:].to(device)).sum().item()
         nats = distributed.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
         model.train(was_training)
         return {f"{self.name} {unit}": nats / divisor for unit, divisor in self.divisors.items()}
 
 
-def measure(model: Llama, heldout: list[HeldOut], batch_size: int) -> dict[str, float]:
+def measure(model: Llama, heldout: list[HeldOut], max_tokens: int) -> dict[str, float]:
     """Measure every held-out set."""
-    return {key: value for one in heldout for key, value in one.measure(model, batch_size).items()}
+    return {key: value for one in heldout for key, value in one.measure(model, max_tokens).items()}
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
@@ -217,25 +197,24 @@ def train_language_model(
     """Train `model` in place, on its device; return the history, one row for each evaluation.
 
     `documents` are token ids, bos first (`corpus.encode_documents`); the last `n_answer[i]` of
-    document i are an answer, which `recipe.answer_weight` weighs. Several ranks take equal
-    shares of each step. `micro_tokens` bounds the tokens of a pass and so the memory; a step adds
-    the gradients of its passes. Resume from `state_file` if it holds a state. State is saved at the
-    start, when it is due, and on Ctrl-C and SIGTERM, which raise `Stopped` between two steps. At
-    the end `folder` gets model.pt (float16 with `half`) and history.csv, and the state is deleted.
-    Raises `DivergedError` if a loss or a weight is not finite; the last state stays.
+    document i are an answer, which `recipe.answer_weight` weighs (`corpus.Batches`). Several ranks
+    take equal shares of each step. `micro_tokens` bounds the tokens of a pass and so the memory; a
+    step adds the gradients of its passes. Resume from `state_file` if it holds a state. State is
+    saved at the start, when it is due, and on Ctrl-C and SIGTERM, which raise `Stopped` between two
+    steps. At the end `folder` gets model.pt (float16 with `half`) and history.csv, and the state is
+    deleted. Raises `DivergedError` if a loss or a weight is not finite; the last state stays.
     """
     recipe = replace(recipe, tokens=recipe.tokens or sum(map(len, documents)))
     optimizers = make_optimizers(model, recipe)
     progress = _restore(state_file, model, optimizers, recipe.seed)
-    stream = TokenStream(
-        documents, recipe.seq_len, recipe.n_rows, recipe.seed, n_answer, recipe.answer_weight
+    batches = Batches(
+        documents, recipe.seq_len, recipe.batch_tokens, recipe.seed, n_answer, recipe.answer_weight
     )
-    own_tokens = recipe.batch_tokens // distributed.world_size()
-    micro_rows = max(1, (micro_tokens or own_tokens) // recipe.seq_len)
+    micro_tokens = micro_tokens or recipe.batch_tokens
     network = distributed.wrap(model)
     model.train()
     if progress.step == 0:
-        _say(f"before: {_in_words(measure(model, heldout, micro_rows))}")
+        _say(f"before: {_in_words(measure(model, heldout, micro_tokens))}")
         _save(state_file, model, optimizers, progress)  # a kill from here on leaves a state
 
     def save() -> None:
@@ -245,15 +224,15 @@ def train_language_model(
     with stop_requests() as stop, _progress_bar(recipe.n_steps, progress.step) as bar:
         while (done := progress.share(recipe)) < 1.0:
             lr_factor = learning_rate_factor(progress.step, done, recipe.warmup, recipe.decay_from)
-            batch, weights = stream.batch(progress.step)  # (N, T + 1)
-            loss = add_gradients(network, batch, weights, micro_rows, recipe.bf16)
+            rows = batches.batch(progress.step)
+            loss = add_gradients(network, rows, micro_tokens, recipe.bf16)
             _require_finite(loss, progress.step, lr_factor)
             take_step(optimizers, lr_factor, recipe.max_grad_norm)
             progress.add_step(loss, _seconds_since(started))
             bar.update()
             is_last = progress.share(recipe) >= 1.0
             if is_last or progress.seconds - evaluated_at >= 60 * eval_minutes:
-                measured = measure(model, heldout, micro_rows)
+                measured = measure(model, heldout, micro_tokens)
                 _say(progress.add_row(measured, recipe, lr_factor))
                 evaluated_at = progress.seconds
             stop.handle(save, state_file, is_last or state_file.is_due())
@@ -264,29 +243,26 @@ def train_language_model(
 
 
 def add_gradients(
-    network: nn.Module,
-    batch: torch.Tensor,
-    weights: torch.Tensor,
-    micro_rows: int,
-    bf16: bool = False,
+    network: nn.Module, rows: Sequence[Row], micro_tokens: int, bf16: bool = False
 ) -> float:
-    """Add the gradient of the weighted mean loss of windows (N, T + 1); return that loss.
+    """Add the gradient of the weighted mean loss of the rows of a step; return that loss.
 
-    Each rank takes its share of the windows, `micro_rows` at a time. A rank without a window takes
-    one of weight 0: in its last pass every rank exchanges gradients.
+    Each rank takes its share of the rows, about `micro_tokens` at a time. A rank without a row
+    takes one of weight 0: in its last pass every rank exchanges gradients.
     """
     device = next(network.parameters()).device
-    shares = weights[:, 1:] / weights[:, 1:].sum(dtype=torch.float64)  # (N, T), of the mean
-    own = distributed.share(range(len(batch)))
-    passes = list(torch.as_tensor(own).split(micro_rows)) if len(own) else [torch.tensor([0])]
+    own = distributed.share(rows)
+    total_weight = sum(row.weights[1:].sum(dtype=torch.float64).item() for row in rows)
+    passes = list(padded(own or rows[:1], micro_tokens))
     total = 0.0
-    for rows in passes:
-        is_last = rows is passes[-1]  # the pass in which DistributedDataParallel exchanges
+    for i, (ids, weights) in enumerate(passes, start=1):
+        is_last = i == len(passes)  # the pass in which DistributedDataParallel exchanges
         exchange = nullcontext if is_last else getattr(network, "no_sync", nullcontext)
+        shares = weights[:, 1:].double() * (bool(own) / total_weight)  # (N, T), of the mean
         with exchange():
             with precision(device, bf16):
-                losses = token_losses(network, batch[rows].to(device))
-            loss = (losses * shares[rows].to(losses)).sum() * (len(own) > 0)
+                losses = token_losses(network, ids.to(device))
+            loss = (losses * shares.to(losses)).sum()
             (loss * distributed.world_size()).backward()  # the exchange takes the mean
         total += loss.item()
     return distributed.all_sum(torch.tensor(total, dtype=torch.float64)).item()

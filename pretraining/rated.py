@@ -12,13 +12,11 @@ This is multi-task pretraining in the manner of FLAN (Wei et al. 2022, arXiv 210
 (Sanh et al. 2022, arXiv 2110.08207): the tasks a model is asked about later, on other data.
 """
 
-import json
 import random
 import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +24,10 @@ import numpy as np
 from classifier import prompt_suffix
 from pretraining.corpus import Document, sentences
 from tokenizer import Tokenizer
+from training.templates import find_templates
 
 FIVE = ("awful", "bad", "average", "good", "excellent")
 TWO = ("bad", "good")
-TEMPLATES = Path(__file__).parents[1] / "advanced" / "methods" / "templates.json"
 # Penn Treebank's spelling, in which SST is written (Marcus et al. 1993); the order matters.
 TREEBANK = [
     (re.compile(pattern), spelling)
@@ -84,12 +82,11 @@ class Questions:
     def __init__(self, subject: str):
         self.five = prompt_suffix(FIVE, subject).rstrip()
         self.two = prompt_suffix(TWO, subject).rstrip()
-        entries = json.loads(TEMPLATES.read_text(encoding="utf-8"))["sst"]
-        self.templates = [
-            (entry["template"].removeprefix("{sentence} "), entry["labels"])
-            for entry in entries
-            if entry["name"] != "question"
-        ]
+        self.templates = []
+        for template in find_templates("sst", list(FIVE))[1:]:  # the first is the question
+            words = template.after  # they say movie or film
+            words = words if subject == "movie" else re.sub("movie|film", subject, words)
+            self.templates.append((words, template.labels))
 
     def ask(self, rating: float, binary: bool, rng: random.Random) -> Example:
         """Return a question and its answer.

@@ -3,16 +3,16 @@
     python -m pretraining.run --text reviews.txt.xz stories.txt.xz --out DIR --minutes 60
 
 writes DIR/model.pt, DIR/tokenizer.model and DIR/history.csv. `--rated NAME.tsv` adds reviews, and
-DIR/NAME-heldout.txt to prompt the model with. The same command continues an interrupted run from
-DIR/state.pt. With `--tokens` it ends, on one machine's CPU, in the same bits as an uninterrupted
-run; with `--minutes` the learning rate follows the clock and no run repeats.
+DIR/NAME-heldout.txt, reviews to prompt the model with. The same command continues an interrupted
+run from DIR/state.pt. With `--tokens` it ends, on one machine's CPU, in the same bits as an
+uninterrupted run; with `--minutes` the learning rate follows the clock and no run repeats.
 """
 
 import argparse
 import random
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,14 @@ from config import LlamaConfig
 from fast.memory import keep_freed_memory
 from fast.threads import choose_threads
 from llama import Llama, load_pretrained
-from pretraining.corpus import digest_of, encode_documents, load_corpus, train_tokenizer
+from pretraining.corpus import (
+    Document,
+    digest_of,
+    encode_documents,
+    load_corpus,
+    name_of,
+    train_tokenizer,
+)
 from pretraining.loop import HeldOut, Recipe, train_language_model
 from pretraining.rated import Example, ask, draw_passages, encode_examples, labelled_lines
 from tokenizer import Tokenizer, find_tokenizer_model
@@ -46,7 +53,7 @@ SHAPE = {
     "vocab_size": 4096,
     "max_seq_len": 1024,
 }
-OUTPUTS = ("model.pt", "tokenizer.model", "history.csv")  # beside state.pt
+OUTPUTS = ("model.pt", "tokenizer.model", "history.csv")  # beside state.pt and NAME-heldout.txt
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,10 +68,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--tokenizer_path brings its own vocabulary; leave out --vocab_size")
     if not args.text and not args.rated:
         parser.error("nothing to read; give --text or --rated")
-    if args.batch_tokens % args.seq_len:
-        parser.error(
-            f"--batch_tokens {args.batch_tokens} is not a multiple of --seq_len {args.seq_len}"
-        )
+    if args.batch_tokens < args.seq_len:
+        parser.error(f"--batch_tokens {args.batch_tokens} is less than --seq_len {args.seq_len}")
     return args
 
 
@@ -100,8 +105,9 @@ def _add_training_options(parser: ArgumentParser) -> None:
     for name, kind, default, words in (
         ("tokens", options.count, None, "to read, such as 30M (default: the text once)"),
         ("minutes", options.positive_float, None, "of training at the most (default: no limit)"),
-        ("seq_len", options.positive_int, Recipe.seq_len, "tokens of a window"),
-        ("batch_tokens", options.positive_int, Recipe.batch_tokens, "tokens of a step"),
+        ("seq_len", options.positive_int, Recipe.seq_len, "tokens of a window, or of a question "
+            "with its text and answer"),
+        ("batch_tokens", options.positive_int, Recipe.batch_tokens, "tokens of a step, about"),
         ("micro_tokens", options.positive_int, None, "tokens of a pass (default: all of a step)"),
         ("lr", options.positive_float, Recipe.lr, "peak learning rate of AdamW"),
         ("muon_lr", options.positive_float, Recipe.muon_lr, "peak learning rate of Muon"),
@@ -132,9 +138,14 @@ def rated_file(text: str) -> tuple[str, str]:
     return (subject, path) if path and subject.isalpha() else ("movie", text)
 
 
-def require_unused(folder: Path) -> None:
+def output_names(rated: list[tuple[str, str]]) -> list[str]:
+    """Return the names of all that a finished run leaves."""
+    return [*OUTPUTS, *(f"{name_of(path)}-heldout.txt" for _, path in rated)]
+
+
+def require_unused(folder: Path, names: list[str]) -> None:
     """Raise InputError if `folder` holds a finished run, or outputs without a state."""
-    held = [name for name in OUTPUTS if (folder / name).exists()]
+    held = [name for name in names if (folder / name).exists()]
     if "model.pt" in held or (held and not (folder / "state.pt").exists()):
         raise InputError(
             f"{folder}: already holds {', '.join(held)}; name another --out, or --restart to begin "
@@ -142,9 +153,9 @@ def require_unused(folder: Path) -> None:
         )
 
 
-def keep_old(folder: Path) -> None:
+def keep_old(folder: Path, names: list[str]) -> None:
     """Rename the outputs of an earlier run: model.pt to model.old.pt."""
-    for path in (folder / name for name in OUTPUTS):
+    for path in (folder / name for name in names):
         if path.exists():
             path.replace(path.with_name(f"{path.stem}.old{path.suffix}"))
 
@@ -187,11 +198,54 @@ def deepen(model: Llama, n_layers: int) -> Llama:
     return Llama.from_weights(LlamaConfig(**{**config, "n_layers": n_layers}), weights)
 
 
+@dataclass
+class Corpus:
+    """What a model is trained on, and what is held out of each file, by the file's name."""
+
+    texts: list[str]
+    examples: list[Example]
+    heldout_texts: dict[str, list[str]]
+    heldout_reviews: dict[str, list[Document]]
+    heldout_examples: dict[str, list[Example]]  # made of passages of the held-out reviews
+
+    def digests(self) -> dict[str, str]:
+        heldout = {**self.heldout_texts, **self.heldout_examples}
+        named = {f"heldout_{name}": held for name, held in heldout.items()}
+        parts = {"text": self.texts, "examples": self.examples, **named}
+        return {f"{name}_sha256": digest_of(part) for name, part in parts.items()}
+
+
+def read_corpus(
+    texts: list[str],
+    rated: list[tuple[str, str]],
+    passages: int,
+    n_heldout: int,
+    exclude: list[str],
+    exclude_words: int,
+    seed: int,
+) -> Corpus:
+    """Read files of texts and of (subject, rated reviews); for `passages` see `draw_passages`."""
+    paths = [path for _, path in rated]
+    train, heldout = load_corpus(texts, paths, n_heldout, exclude, exclude_words)
+    examples, heldout_examples, rng, fixed = [], {}, random.Random(seed), random.Random(0)
+    for subject, path in rated:
+        reviews = [*train[path], *draw_passages(train[path], passages * len(train[path]), rng)]
+        examples += ask(reviews, subject, rng)
+    for subject, path in dict.fromkeys(rated):
+        chosen = draw_passages(heldout[path], n_heldout, fixed)
+        heldout_examples[name_of(path)] = ask(chosen, subject, fixed)
+    return Corpus(
+        [document.text for path in texts for document in train[path]],
+        examples,
+        {name_of(path): [document.text for document in heldout[path]] for path in texts},
+        {name_of(path): heldout[path] for path in paths},
+        heldout_examples,
+    )
+
+
 def pretrain(
     model: Llama,
-    texts: list[str],
-    examples: list[Example],
-    heldout: dict[str, list[str] | list[Example]],
+    corpus: Corpus,
     folder: Path,
     recipe: Recipe,
     *,
@@ -199,75 +253,55 @@ def pretrain(
     state_file: StateFile,
     **named: Any,
 ) -> None:
-    """Tokenize texts and examples and train on them; for `named` see `train_language_model`.
+    """Tokenize the corpus and train on it; for `named` see `train_language_model`.
 
-    A new run writes tokenizer.model first, and removes it if the texts cannot be trained on.
+    A new run writes tokenizer.model and the held-out reviews first, and removes them if the corpus
+    cannot be trained on.
     """
     path = folder / "tokenizer.model"
+    reviews = {folder / f"{n}-heldout.txt": held for n, held in corpus.heldout_reviews.items()}
     is_new = state_file.saved is None
     if is_new and distributed.is_main():
-        keep_old(folder)
+        keep_old(folder, [*OUTPUTS, *(file.name for file in reviews)])
         if tokenizer_path:
             shutil.copyfile(tokenizer_path, path)
         else:
-            whole = [f"{example.text} {example.answer}" for example in examples]
-            train_tokenizer(texts + whole, model.config.vocab_size, path)
+            asked = [f"{example.text} {example.answer}" for example in corpus.examples]
+            train_tokenizer(corpus.texts + asked, model.config.vocab_size, path)
+        for name, held in reviews.items():
+            with atomic_write(name) as file:
+                file.write(labelled_lines(held))
     distributed.barrier()  # nobody reads it before it is written
     tokenizer = Tokenizer(tokenizer_model=path)
-    documents, n_answer = encode_examples(tokenizer, examples)
-    documents = encode_documents(tokenizer, texts) + documents
-    n_answer = [0] * len(texts) + n_answer
-    sets = [
-        (HeldOut.answers if isinstance(held[0], Example) else HeldOut.texts)(
-            name, held, tokenizer, recipe.seq_len
+    documents, n_answer = encode_examples(tokenizer, corpus.examples)
+    documents = encode_documents(tokenizer, corpus.texts) + documents
+    n_answer = [0] * len(corpus.texts) + n_answer
+    heldout = [
+        measure(name, held, tokenizer, recipe.seq_len)
+        for measure, sets in (
+            (HeldOut.texts, corpus.heldout_texts),
+            (HeldOut.answers, corpus.heldout_examples),
         )
-        for name, held in heldout.items()
+        for name, held in sets.items()
     ]
     keep_freed_memory()
     print(
         f"processes: {distributed.world_size()}, device: {model.norm.weight.device}, "
         f"bf16: {recipe.bf16}, attention: causal, "
         f"parameters: {sum(p.numel() for p in model.parameters()):,}, "
-        f"text: {sum(map(len, documents)):,} tokens, {sum(n > 0 for n in n_answer):,} answers",
+        f"text: {sum(map(len, documents)):,} tokens, {len(corpus.examples):,} answers",
         flush=True,
     )
     try:
         train_language_model(
-            model, documents, sets, folder, recipe,
+            model, documents, heldout, folder, recipe,
             state_file=state_file, n_answer=n_answer, **named,
         )  # fmt: skip
     except InputError:
-        if is_new and not state_file.path.exists():  # the folder is as it was
-            path.unlink(missing_ok=True)
+        if is_new and distributed.is_main() and not state_file.path.exists():
+            for file in (path, *reviews):  # the folder is as it was
+                file.unlink(missing_ok=True)
         raise
-
-
-def read_all(
-    args: argparse.Namespace, folder: Path
-) -> tuple[list[str], list[Example], dict[str, list[str] | list[Example]]]:
-    """Return the texts and the examples to train on, and what is held out of each file.
-
-    The held-out reviews are written to NAME-heldout.txt, too.
-    """
-    subjects = {path: subject for subject, path in args.rated}
-    rated = [path for _, path in args.rated]
-    train, heldout = load_corpus(args.text, rated, args.heldout, args.exclude, args.exclude_words)
-    texts = [document.text for path in args.text for document in train[path]]
-    examples, rng = [], random.Random(args.seed)
-    for subject, path in args.rated:
-        reviews = train[path]
-        passages = draw_passages(reviews, args.passages * len(reviews), rng)
-        examples += ask([*reviews, *passages], subject, rng)
-    held, rng = {}, random.Random(0)
-    for path, (name, documents) in zip(train, heldout.items(), strict=True):
-        if path in subjects:
-            held[name] = ask(draw_passages(documents, args.heldout, rng), subjects[path], rng)
-            if distributed.is_main():
-                with atomic_write(folder / f"{name}-heldout.txt") as file:
-                    file.write(labelled_lines(documents))
-        else:
-            held[name] = [document.text for document in documents]
-    return texts, examples, held
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -284,28 +318,33 @@ def main(argv: list[str] | None = None) -> None:
         model = make_model(args.init, shape, tokenizer_path, args.seq_len, depth).to(device)
         choose_threads(model, args.micro_tokens or recipe.batch_tokens)
         folder.mkdir(parents=True, exist_ok=True)
-        outputs = [str(folder / name) for name in (*OUTPUTS, "state.pt")]
+        names = output_names(args.rated)
+        outputs = [str(folder / name) for name in (*names, "state.pt")]
         inputs = [*args.text, *(path for _, path in args.rated), *args.exclude]
         options.require_outputs(outputs, [*inputs, args.init, tokenizer_path])
         if not args.restart:
-            require_unused(folder)
+            require_unused(folder, names)
         with only_writer(folder / "state.pt") if distributed.is_main() else nullcontext():
-            texts, examples, heldout = read_all(args, folder)
+            corpus = read_corpus(
+                args.text,
+                args.rated,
+                args.passages,
+                args.heldout,
+                args.exclude,
+                args.exclude_words,
+                args.seed,
+            )
             settings = {
                 **asdict(recipe),
                 **{f"model_{key}": value for key, value in model.config.to_dict().items()},
                 "device": device.type,
                 "init_sha256": sha256_of(args.init) if args.init else None,
                 "tokenizer_sha256": sha256_of(tokenizer_path) if tokenizer_path else None,
-                "text_sha256": digest_of(texts),
-                "examples_sha256": digest_of(examples),
-                **{f"heldout_{name}_sha256": digest_of(held) for name, held in heldout.items()},
+                **corpus.digests(),
             }
             pretrain(
                 model,
-                texts,
-                examples,
-                heldout,
+                corpus,
                 folder,
                 recipe,
                 tokenizer_path=tokenizer_path,

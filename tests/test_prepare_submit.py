@@ -118,7 +118,7 @@ def test_advanced_code_travels_with_advanced_outputs(folder):
     code = {
         "advanced/run.py": "import pretraining.loop\n",
         "advanced/methods/smart.py": "",
-        "advanced/methods/templates.json": "{}",
+        "training/templates.json": "{}",
         "pretraining/loop.py": "",
     }
     assert packed(put(folder, outputs | code)) == {*FILES, *outputs, *code}

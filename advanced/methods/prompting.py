@@ -22,12 +22,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from advanced.methods.templates import Template, render
 from classifier import LlamaZeroShotClassifier
 from llama import Llama
 from tokenizer import Tokenizer
 from training.dataset import Example, SentenceDataset, encode_examples
 from training.evaluation import predict_probs
+from training.templates import Template, render
 from utils import InputError
 
 SCORINGS = ("plain", "contextual", "pmi", "batch")

@@ -14,9 +14,9 @@ from advanced.methods.prompting import (
     longest_label,
     unbiased_probs,
 )
-from advanced.methods.templates import Template, render
 from conftest import random_llama
 from training.dataset import Example, SentenceDataset
+from training.templates import Template, render
 from utils import InputError
 
 PLAIN = Template("plain", "", "the movie is", (("bad",), ("good",)))

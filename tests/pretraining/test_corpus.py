@@ -13,13 +13,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pretraining.corpus import (
+    Batches,
     Document,
     Overlap,
-    TokenStream,
     encode_documents,
     load_corpus,
+    padded,
     read_documents,
     read_reviews,
+    row_of,
     sentences,
     split_heldout,
     train_tokenizer,
@@ -177,9 +179,9 @@ def test_a_document_equal_to_one_held_out_of_any_file_is_not_trained_on(tmp_path
     rated = write(tmp_path / "rated.tsv", "1\tHe read number seven", "0\tb", "0.5\t9", "1\tsame")
     train, held = load_corpus([one, other, other], [rated], 1, [test], exclude_words=3)
     assert held == {
-        "one": [Document("same")],
-        "other": [Document("held")],
-        "rated": [Document("b", 0.0)],
+        one: [Document("same")],
+        other: [Document("held")],
+        rated: [Document("b", 0.0)],
     }
     assert train == {
         one: [Document(str(i)) for i in range(8)],
@@ -265,61 +267,92 @@ def numbered_documents(lengths=(7, 1, 12, 5, 9, 3, 14, 2)) -> list[np.ndarray]:
 
 
 def test_windows_are_slices_that_share_one_token():
-    stream = np.arange(100, 150, dtype=np.int32)
-    batch = windows(stream, seq_len=7, start=2, count=4)
-    assert batch.tolist() == [stream[i * 7 : i * 7 + 8].tolist() for i in range(2, 6)]
+    stream = np.arange(100, 121)
+    starts = [ids.tolist() for ids in windows(stream, seq_len=7)]
+    assert starts == [list(range(100, 108)), list(range(107, 115)), list(range(114, 121))]
+    assert [len(ids) for ids in windows(stream, seq_len=10)] == [11, 11]
 
 
-@pytest.mark.parametrize(("seq_len", "n_rows"), [(1, 1), (4, 5), (5, 2)])
-def test_an_epoch_reads_no_token_twice_and_predicts_the_one_behind_it(seq_len, n_rows):
+def test_rows_are_padded_with_weight_0_in_passes_of_a_bounded_size():
+    rows = [row_of(np.arange(n), 1, weight=9.0) for n in (9, 7, 6, 3, 2, 2)]
+    passes = list(padded(rows, max_tokens=16))
+    assert [tuple(ids.shape) for ids, _ in passes] == [(2, 9), (3, 6), (1, 2)]
+    for ids, weights in passes:
+        assert ids.dtype == torch.int64 and weights.shape == ids.shape
+    read = [
+        (ids[: int((weights > 0).sum())].tolist(), weights.tolist())
+        for batch in passes
+        for ids, weights in zip(*batch, strict=True)
+    ]
+    for (ids, weights), row in zip(read, rows, strict=True):
+        n = len(row.ids)
+        assert ids == row.ids.tolist()
+        assert weights == [1.0] * (n - 1) + [9.0] + [0.0] * (len(weights) - n)
+    assert [len(ids) for ids, _ in padded(rows, max_tokens=1)] == [1] * 6
+
+
+@pytest.mark.parametrize(("seq_len", "batch_tokens"), [(1, 1), (4, 20), (5, 13)])
+def test_an_epoch_reads_no_token_twice_and_predicts_the_one_behind_it(seq_len, batch_tokens):
     documents = numbered_documents()
-    stream = TokenStream(documents, seq_len, n_rows, seed=3)
-    n_batches = 52 // seq_len // n_rows
+    batches = Batches(documents, seq_len, batch_tokens, seed=3)
+    n_batches = 52 // batch_tokens
     orders = []
     for epoch in range(3):
-        steps = range(epoch * n_batches, (epoch + 1) * n_batches)
-        rows = torch.cat([stream.batch(step)[0] for step in steps])
-        read = rows[:, :-1].flatten().tolist()
-        assert rows[:, 1:].flatten().tolist() == [*read[1:], rows[-1, -1]]
-        assert len(set(read)) == len(read) == n_batches * n_rows * seq_len
+        read = []
+        for step in range(epoch * n_batches, (epoch + 1) * n_batches):
+            rows = [row.ids.tolist() for row in batches.batch(step)]
+            n_targets = sum(len(row) - 1 for row in rows)
+            assert abs(n_targets - batch_tokens) < seq_len
+            read += rows
+        assert all(len(row) <= seq_len + 1 for row in read)
+        inputs = [token for row in read for token in row[:-1]]
+        assert len(set(inputs)) == len(inputs) > 52 - batch_tokens - seq_len
         starts = {int(document[0]) for document in documents}
-        breaks = {after for before, after in pairwise(read) if after != before + 1}
+        breaks = {b for row in read for a, b in pairwise(row) if b != a + 1}
         assert breaks <= starts  # documents stay whole
-        orders.append(tuple(read))
+        orders.append(tuple(inputs))
     assert len(set(orders)) == 3
 
 
-def test_a_batch_is_a_function_of_seed_and_step_alone():
-    def stream(seed: int) -> TokenStream:
-        return TokenStream(numbered_documents(), 4, 2, seed)
-
-    whole = stream(9)
-    batches = [whole.batch(step)[0] for step in range(30)]
-    for step in (29, 3, 17):
-        assert torch.equal(stream(9).batch(step)[0], batches[step])
-        assert not torch.equal(stream(8).batch(step)[0], batches[step])
-
-
-def test_the_answer_that_ends_a_document_weighs_more_in_every_epoch():
+def test_an_example_is_a_row_of_its_own_whose_answer_weighs_more():
     documents = numbered_documents()
     n_answer = [0, 1, 3, 0, 2, 0, 14, 1]
-    answers = {
-        token
-        for ids, n in zip(documents, n_answer, strict=True)
-        for token in ids.tolist()[-n:]
-        if n
-    }
-    assert len(answers) == 21
-    stream = TokenStream(documents, 4, 2, 7, n_answer, answer_weight=5.0)
-    for step in range(20):
-        tokens, weights = stream.batch(step)
-        assert tokens.dtype == torch.int64 and tokens.shape == weights.shape == (2, 5)
-        expected = [[5.0 if token in answers else 1.0 for token in row] for row in tokens.tolist()]
-        assert weights.tolist() == expected
-    assert set(TokenStream(documents, 4, 2, 7).batch(0)[1].flatten().tolist()) == {1.0}
+    batches = Batches(documents, 6, 7, 2, n_answer, answer_weight=5.0)
+    n_targets = (7 + 5 + 3) - 1 + (0 + 6 + 6 + 6 + 1)  # of the joined texts, of the examples
+    assert batches.batches_per_epoch == n_targets // 7
+    seen = {}
+    for step in range(20 * batches.batches_per_epoch):
+        rows = batches.batch(step)
+        assert [len(row.ids) for row in rows] == sorted(
+            (len(row.ids) for row in rows), reverse=True
+        )
+        seen |= {tuple(row.ids.tolist()): row.weights.tolist() for row in rows}
+    for ids, n in zip(documents, n_answer, strict=True):
+        ids = ids.tolist()
+        if n:
+            short = ids if len(ids) <= 7 else [ids[0], *ids[-6:]]
+            expected = [5.0 if token in ids[-n:] else 1.0 for token in short]
+            assert seen.pop(tuple(short))[1:] == expected[1:]
+    texts = {token for ids, n in zip(documents, n_answer, strict=True) if not n for token in ids}
+    for ids, weights in seen.items():
+        assert set(ids) <= texts and set(weights) == {1.0}
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    def read(batches: Batches, step: int) -> list[list[int]]:
+        return [row.ids.tolist() for row in batches.batch(step)]
+
+    def batches(seed: int) -> Batches:
+        return Batches(numbered_documents(), 4, 8, seed, n_answer=[0, 0, 2, 0, 1, 0, 0, 0])
+
+    whole = batches(9)
+    expected = [read(whole, step) for step in range(30)]
+    for step in (29, 3, 17):
+        assert read(batches(9), step) == expected[step]
+        assert read(batches(8), step) != expected[step]
 
 
 def test_a_text_too_small_for_a_batch_is_refused():
-    TokenStream(numbered_documents(), 8, 6, seed=0)  # 53 tokens: 6 windows and a rest
-    with pytest.raises(InputError, match=r"6 windows of 8 tokens, a batch takes 7"):
-        TokenStream(numbered_documents(), 8, 7, seed=0)
+    Batches(numbered_documents(), 8, 52, seed=0)
+    with pytest.raises(InputError, match="52 tokens to predict, a batch takes 53"):
+        Batches(numbered_documents(), 8, 53, seed=0)

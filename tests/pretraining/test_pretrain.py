@@ -24,7 +24,7 @@ from conftest import ROOT, random_llama, save_llama, shared_asset, train_tokeniz
 from formats.torch_file import load_torch_file
 from llama import Llama, load_pretrained
 from pretraining import loop, run
-from pretraining.corpus import encode_documents, read_documents
+from pretraining.corpus import Row, encode_documents, read_documents
 from pretraining.loop import (
     HeldOut,
     Recipe,
@@ -128,15 +128,19 @@ def exact_losses(model: Llama, tokens: list[int]) -> np.ndarray:
 def test_the_loss_is_the_weighted_mean_loss_whatever_the_passes():
     model = random_llama(attention="causal")
     rng = torch.Generator().manual_seed(1)
-    batch = torch.randint(3, 320, (3, 10), generator=rng)
-    weights = torch.rand(3, 10, generator=rng) * 9
-    expected = np.stack([exact_losses(model, row) for row in batch.tolist()])
-    np.testing.assert_allclose(token_losses(model, batch).detach(), expected, rtol=1e-4)
-    mean = np.average(expected, weights=weights[:, 1:])
+    rows = [
+        Row(torch.randint(3, 320, (n,), generator=rng), torch.rand(n, generator=rng) * 9)
+        for n in (10, 8, 3)
+    ]
+    expected = [exact_losses(model, row.ids.tolist()) for row in rows]
+    for row, losses in zip(rows, expected, strict=True):
+        np.testing.assert_allclose(token_losses(model, row.ids[None]).detach()[0], losses, 1e-4)
+    weights = np.concatenate([row.weights[1:] for row in rows])
+    mean = np.average(np.concatenate(expected), weights=weights)
     gradients = []
-    for micro_rows in (1, 2, 3):
+    for micro_tokens in (1, 18, 100):
         model.zero_grad()
-        assert add_gradients(model, batch, weights, micro_rows) == pytest.approx(mean, rel=1e-5)
+        assert add_gradients(model, rows, micro_tokens) == pytest.approx(mean, rel=1e-5)
         gradients.append(model.norm.weight.grad.clone())
     change = torch.randn(model.config.dim, generator=rng)
     torch.testing.assert_close(gradients[1:], [gradients[0]] * 2)
@@ -145,8 +149,8 @@ def test_the_loss_is_the_weighted_mean_loss_whatever_the_passes():
         moved = random_llama(attention="causal").double()
         with torch.no_grad():
             moved.norm.weight += distance * change
-        losses = token_losses(moved, batch)
-        return ((losses * weights[:, 1:]).sum() / weights[:, 1:].sum()).item()
+        losses = torch.cat([token_losses(moved, row.ids[None])[0] for row in rows])
+        return np.average(losses.detach(), weights=weights)
 
     slope = (mean_at(1e-4) - mean_at(-1e-4)) / 2e-4
     assert (gradients[0] * change).sum().item() == pytest.approx(slope, rel=1e-3)
@@ -161,8 +165,8 @@ def test_held_out_text_is_measured_per_token_and_byte_whatever_the_batch(tokeniz
     n_bytes = len(("\n".join(TEXTS) + "\n").encode())
     expected = {"x nats/token": nats / (len(ids) - 1), "x bits/byte": nats / np.log(2) / n_bytes}
     heldout = HeldOut.texts("x", TEXTS, tokenizer, seq_len=8)
-    for batch_size in (1, 3, 100):
-        assert heldout.measure(model, batch_size) == pytest.approx(expected, rel=1e-5)
+    for max_tokens in (1, 24, 800):
+        assert heldout.measure(model, max_tokens) == pytest.approx(expected, rel=1e-5)
         assert model.training is training
 
 
@@ -183,15 +187,15 @@ def test_of_held_out_examples_the_answers_alone_are_measured(tokenizer):
         Example("a warm film. So?", "good"),
         Example("Is it bad or good? It is", "bad film"),
     ]
-    documents, n_answer = encode_examples(tokenizer, examples)
-    stream, nats, end = np.concatenate(documents).tolist(), 0.0, 0
-    assert len(stream) < 60
-    all_nats = [0.0, *exact_losses(model, stream)]
-    for ids, n in zip(documents, n_answer, strict=True):
-        end += len(ids)
-        nats += sum(all_nats[end - n : end])
-    heldout = HeldOut.answers("x", examples, tokenizer, seq_len=60)
-    assert heldout.measure(model, 4) == pytest.approx({"x nats/answer": nats / 2}, rel=1e-5)
+    for seq_len in (60, 8):  # whole, or bos and the end
+        nats = 0.0
+        for ids, n in zip(*encode_examples(tokenizer, examples), strict=True):
+            ids = ids.tolist()
+            short = ids if len(ids) <= seq_len + 1 else [ids[0], *ids[-seq_len:]]
+            assert (short == ids) == (seq_len == 60)
+            nats += exact_losses(model, short)[-n:].sum()
+        heldout = HeldOut.answers("x", examples, tokenizer, seq_len)
+        assert heldout.measure(model, 40) == pytest.approx({"x nats/answer": nats / 2}, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -233,7 +237,7 @@ def test_the_history_follows_the_schedule_and_ends_with_what_the_model_gives(fin
         assert rows[-1][key] < rows[0][key] - 0.5
     tokenizer = Tokenizer(tokenizer_model=finished / "tokenizer.model")
     heldout = HeldOut.texts("tales", read_documents(tales)[::16], tokenizer, 16)  # 5 of 80
-    measured = heldout.measure(load_pretrained(finished / "model.pt"), batch_size=2)
+    measured = heldout.measure(load_pretrained(finished / "model.pt"), 32)
     assert len(measured) == 2
     assert {key: rows[-1][key] for key in measured} == pytest.approx(measured, abs=2e-4)
 
@@ -300,15 +304,15 @@ def write_reviews(path: Path, n: int = 900) -> str:
     ]
     with open(path, "w", encoding="utf-8") as file:
         for i in range(n):
-            print(f"{i % 5 / 4}\tThe film was {rng.choice(words[i % 5])}.", file=file)
+            print(f"{i % 5 / 4}\tFilm {i} was {rng.choice(words[i % 5])}.", file=file)
     return str(path)
 
 
 def test_ratings_teach_a_model_to_answer_in_words(tmp_path, capsys):
     rated, out = write_reviews(tmp_path / "rated.tsv"), tmp_path / "out"
     shape = {**SHAPE, "dim": 64, "n_layers": 2, "vocab_size": 420, "max_seq_len": 128}
-    recipe = {"seq_len": 64, "batch_tokens": 512, "heldout": 5, "warmup": 4, "lr": 0.004}
-    recipe |= {"tokens": "200K", "passages": 3, "answer_weight": 10}
+    recipe = {"seq_len": 64, "batch_tokens": 512, "heldout": 7, "warmup": 4, "lr": 0.004}
+    recipe |= {"tokens": "150K", "passages": 3, "answer_weight": 10}
     run.main(["--rated", f"film={rated}", "--out", str(out), *as_options({**shape, **recipe})])
     before, after = (
         float(re.search(r"rated (\S+) nats/answer", line)[1])
@@ -319,14 +323,15 @@ def test_ratings_teach_a_model_to_answer_in_words(tmp_path, capsys):
 
     heldout = read_sentences(out / "rated-heldout.txt", n_labels=5)
     reviews = [line.split("\t") for line in Path(rated).read_text(encoding="utf-8").splitlines()]
-    assert heldout == [(text, int(4 * float(rating))) for rating, text in reviews[::180]]
+    chosen = [reviews[i * 900 // 7] for i in range(7)]
+    assert heldout == [(text, int(4 * float(rating))) for rating, text in chosen]
 
     model, words = load_pretrained(out / "model.pt"), ["bad", "good"]
     tokenizer = Tokenizer(tokenizer_model=out / "tokenizer.model")
     classifier = LlamaZeroShotClassifier(SimpleNamespace(num_labels=2), tokenizer, words, model)
     question = prompt_suffix(words, "film").rstrip()
     for label, word in enumerate(("dull", "vivid")):
-        prompt = tokenizer.encode(f"The film was {word}. {question}", bos=True, eos=False)
+        prompt = tokenizer.encode(f"Film 5 was {word}. {question}", bos=True, eos=False)
         assert classifier(torch.tensor([prompt])).argmax().item() == label
 
 
@@ -341,19 +346,19 @@ train_in_float64({out!r})
 
 
 def train_in_float64(out: str) -> None:
-    """Train with 5 windows a step, in one pass or several, then with 2, as one of the ranks."""
+    """Train on 40 tokens a step, in one pass or several, then on 8, as one of the ranks."""
     rng = np.random.default_rng(1)
     documents = [rng.integers(3, 320, 20 + 7 * i, dtype=np.int32) for i in range(6)]
     bytes_as_ids = SimpleNamespace(bos_id=1, encode=lambda text, **_: [1, *text.encode()])
     heldout = HeldOut.texts("x", TEXTS, bytes_as_ids, 8)
     results = []
     with distributed.joined(use_gpu=False):
-        for number, (n_rows, micro_rows) in enumerate([(5, None), (5, 2), (5, 1), (2, None)]):
+        for number, (n_rows, micro_rows) in enumerate([(5, None), (5, 2), (5, 1), (1, None)]):
             folder = Path(f"{out}-{number}")
             folder.mkdir(exist_ok=True)
             model = random_llama(attention="causal", scale=1.0).double()
             recipe = Recipe(
-                tokens=160, seq_len=8, batch_tokens=8 * n_rows, lr=1e-2, warmup=2, answer_weight=7.0
+                tokens=80, seq_len=8, batch_tokens=8 * n_rows, lr=1e-2, warmup=2, answer_weight=7.0
             )
             train_language_model(
                 model, documents, [heldout], folder, recipe,
@@ -562,7 +567,7 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
     [
         (["--text", "nowhere.txt"], "nowhere.txt: no such text file"),
         (["--rated", "place=nowhere.tsv"], "nowhere.tsv: no such text file"),
-        (["--batch_tokens", 65], "--batch_tokens 65 is not a multiple of --seq_len 16"),
+        (["--batch_tokens", 15], "--batch_tokens 15 is less than --seq_len 16"),
         (["--seq_len", 32], "--seq_len 32 exceeds max_seq_len 24"),
         (["--heldout", 80], "tales.txt: --heldout 80 of 80 documents leaves none"),
         (["--vocab_size", 9999], "--vocab_size 9999"),
@@ -575,7 +580,7 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
             "--n_layers 5 is less than the 6",
         ),
         (["--resume"], "no saved state to --resume"),
-        (["--batch_tokens", 640_000], "a batch takes 40000; give more --text"),
+        (["--batch_tokens", 640_000], "a batch takes 640,000; give more --text"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing_in_the_folder(call, tmp_path, options, words):

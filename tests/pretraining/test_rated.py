@@ -20,6 +20,7 @@ from pretraining.rated import (
     passage,
     treebank_spelling,
 )
+from training.templates import TEMPLATES
 
 
 @pytest.mark.parametrize(
@@ -62,12 +63,14 @@ def test_every_question_has_the_answers_that_its_rating_means(rating):
     expected = {(prompt_suffix(FIVE).rstrip(), FIVE[label]), ("Rating:", f"{label + 1}/5")}
     if rating != 0.5:
         expected.add((prompt_suffix(TWO).rstrip(), "good" if rating > 0.5 else "bad"))
-    question, *entries = json.loads(rated.TEMPLATES.read_text(encoding="utf-8"))["sst"]
-    assert question["template"] == "{sentence} " + prompt_suffix(FIVE).rstrip()
-    for entry in entries:
+    for entry in json.loads(TEMPLATES.read_text(encoding="utf-8"))["sst"]:
         words = entry["template"].removeprefix("{sentence} ")
         expected |= {(words, answer) for answer in entry["labels"][label]}
     assert asked(rating) == expected
+    of_a_book = {
+        (words.replace("movie", "book").replace("film", "book"), a) for words, a in expected
+    }
+    assert asked(rating, subject="book") == of_a_book
 
 
 @pytest.mark.parametrize(("rating", "answer"), [(0.0, "bad"), (1.0, "good")])

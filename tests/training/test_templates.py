@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from advanced.methods.templates import TEMPLATES, Template, choose_template, find_templates, render
+from classifier import prompt_suffix
+from training.templates import TEMPLATES, Template, choose_template, find_templates, render
 from utils import InputError
 
 PLAIN = Template("plain", "", "the movie is", (("bad",), ("good",)))
@@ -15,6 +16,10 @@ def test_bundled_templates_keep_their_words_in_the_order_of_the_labels():
     content = json.loads(TEMPLATES.read_text(encoding="utf-8"))
     for dataset, names in {"sst": "abcde", "cfimdb": "ab", "demo": "abcde"}.items():
         found = find_templates(dataset, list(names))
+        question, *found = found
+        assert question == Template(
+            "question", "", prompt_suffix(list(names)).rstrip(), tuple((name,) for name in names)
+        )
         assert [template.name for template in found] == [e["name"] for e in content[dataset]]
         for template, entry in zip(found, content[dataset], strict=True):
             assert len(template.labels) == len(names)

@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from classifier import prompt_suffix
 from utils import InputError
 
-TEMPLATES = Path(__file__).resolve().parent / "templates.json"
+TEMPLATES = Path(__file__).parent / "templates.json"
 
 
 class Template(NamedTuple):
@@ -27,17 +28,25 @@ def find_templates(dataset: str, label_names: list[str], path: Path = TEMPLATES)
     """Return the templates of a data set, or those of "any" for an unknown data set.
 
     The file reads {"sst": [{"name": ..., "template": ..., "labels": [[...], ...]}, ...], ...}.
-    Without `labels` a label's only string is its name.
+    Without `labels` a label's only string is its name. All data sets in the file are film reviews:
+    their first template is the assignment's question.
     """
     try:
         sets = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error}); correct the file") from error
     key = dataset if dataset in sets else "any"
-    return [
+    templates = [
         _parse(entry, label_names, f"{path}: {key!r}, entry {number}")
         for number, entry in enumerate(sets[key], start=1)
     ]
+    return templates if key == "any" else [question(label_names), *templates]
+
+
+def question(label_names: list[str]) -> Template:
+    """Return the assignment's question, whose answer is a label's name."""
+    names = [name.strip() for name in label_names]
+    return Template("question", "", prompt_suffix(names).rstrip(), tuple((name,) for name in names))
 
 
 def _parse(entry: dict[str, Any], label_names: list[str], place: str) -> Template:
