@@ -140,7 +140,8 @@ def rated_file(text: str) -> tuple[str, str]:
 
 def output_names(rated: list[tuple[str, str]]) -> list[str]:
     """Return the names of all that a finished run leaves."""
-    return [*OUTPUTS, *(f"{name_of(path)}-heldout.txt" for _, path in rated)]
+    paths = dict.fromkeys(path for _, path in rated)  # one may be read twice
+    return [*OUTPUTS, *(f"{name_of(path)}-heldout.txt" for path in paths)]
 
 
 def require_unused(folder: Path, names: list[str]) -> None:

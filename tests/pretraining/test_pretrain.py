@@ -257,11 +257,18 @@ def test_no_pass_takes_more_windows_than_asked_for(call, monkeypatch, micro_toke
 
 
 def test_a_file_named_twice_is_read_twice(call, tmp_path, tales):
-    assert call("--text", tales, tales)[0] == 0
+    rated = write_reviews(tmp_path / "rated.tsv", 50)
+    data = ["--text", tales, tales, "--rated", rated, rated, "--passages", 1]
+    code, printed, error = call(*data, "--vocab_size", 310)
+    assert code == 0, error
     tokenizer = Tokenizer(tokenizer_model=tmp_path / "out" / "tokenizer.model")
+    counts = re.search("text: (.*) tokens, (.*) answers", printed).groups()
+    n_tokens, n_answers = (int(number.replace(",", "")) for number in counts)
+    assert n_answers == 2 * 2 * (50 - 5)
+    assert history(tmp_path / "out")[-1]["step"] == math.ceil(n_tokens / 64)
     train = [text for i, text in enumerate(read_documents(tales)) if i % 16]  # 5 of 80 held out
-    n_tokens = sum(map(len, encode_documents(tokenizer, train)))
-    assert history(tmp_path / "out")[-1]["step"] == math.ceil(2 * n_tokens / 64)
+    n_text = 2 * sum(map(len, encode_documents(tokenizer, train)))
+    assert n_text < n_tokens < n_text + 100 * n_answers
 
 
 def test_minutes_end_a_run_and_the_schedule_follows_the_clock(call, tmp_path, monkeypatch):
