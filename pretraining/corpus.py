@@ -257,11 +257,17 @@ def row_of(ids: np.ndarray, n_answer: int, weight: float = 1.0, other: float = 1
 def padded(rows: Sequence[Row], max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the rows as ids and weights (N, T + 1), padded with tokens of weight 0.
 
-    N * T is at most `max_tokens` if N > 1. The rows must be in order, the longest first.
+    N * T is at most `max_tokens` if N > 1, and at most a quarter of a row is padding. The rows must
+    be in order, the longest first.
     """
     start = 0
     while start < len(rows):
-        end = start + max(1, max_tokens // (len(rows[start].ids) - 1))
+        longest = len(rows[start].ids) - 1
+        end = start + 1
+        while end < min(len(rows), start + max_tokens // longest) and (
+            len(rows[end].ids) - 1 >= 0.75 * longest
+        ):
+            end += 1
         ids, weights = zip(*rows[start:end], strict=True)
         yield pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
         start = end
@@ -277,6 +283,8 @@ class Batches:
     others 1. The batch of a step is a function of the step and `seed` alone, so that a resumed run
     needs no state. Rows at the end of an epoch that fill no batch are skipped.
     """
+
+    GROUPS = 8  # of rows of about the same length, in a batch
 
     def __init__(
         self,
@@ -317,11 +325,17 @@ class Batches:
         return [row_of(ids, n, self.answer_weight) for ids, n in rows]
 
     def _shuffle(self, epoch: int) -> None:
+        """Draw the order of an epoch. Rows of one length stay in groups, to need no padding."""
         rng = np.random.default_rng([self.seed, epoch])
         rows = list(self.examples)
         if self.texts:
             stream = np.concatenate([self.texts[i] for i in rng.permutation(len(self.texts))])
             rows += [(ids, 0) for ids in windows(stream, self.seq_len)]
-        self.rows = [rows[i] for i in rng.permutation(len(rows))]
+        rows = [rows[i] for i in rng.permutation(len(rows))]
+        rows.sort(key=lambda row: len(row[0]))
+        ends = np.cumsum([len(ids) - 1 for ids, _ in rows])
+        group = ends // (self.batch_tokens // self.GROUPS + 1)
+        place = rng.permutation(group[-1] + 1)[group]
+        self.rows = [rows[i] for i in np.argsort(place, kind="stable")]
         n_targets = [len(ids) - 1 for ids, _ in self.rows]
         self.starts = np.cumsum([0, *n_targets[:-1]])  # tokens that are predicted before each row

@@ -276,7 +276,7 @@ def test_windows_are_slices_that_share_one_token():
 def test_rows_are_padded_with_weight_0_in_passes_of_a_bounded_size():
     rows = [row_of(np.arange(n), 1, weight=9.0) for n in (9, 7, 6, 3, 2, 2)]
     passes = list(padded(rows, max_tokens=16))
-    assert [tuple(ids.shape) for ids, _ in passes] == [(2, 9), (3, 6), (1, 2)]
+    assert [tuple(ids.shape) for ids, _ in passes] == [(2, 9), (1, 6), (1, 3), (2, 2)]
     for ids, weights in passes:
         assert ids.dtype == torch.int64 and weights.shape == ids.shape
     read = [
@@ -336,6 +336,20 @@ def test_an_example_is_a_row_of_its_own_whose_answer_weighs_more():
     texts = {token for ids, n in zip(documents, n_answer, strict=True) if not n for token in ids}
     for ids, weights in seen.items():
         assert set(ids) <= texts and set(weights) == {1.0}
+
+
+def test_the_rows_of_a_batch_need_little_padding_and_have_many_lengths():
+    rng = np.random.default_rng(0)
+    documents = [np.arange(n) for n in rng.integers(4, 60, 3000)]
+    batches = Batches(documents, 60, 1000, 1, n_answer=[1] * 3000)
+    n_real, n_read, n_lengths = 0, 0, []
+    for step in range(batches.batches_per_epoch):
+        rows = batches.batch(step)
+        n_lengths.append(len({len(row.ids) for row in rows}))
+        n_real += sum(len(row.ids) - 1 for row in rows)
+        n_read += sum(ids[:, 1:].numel() for ids, _ in padded(rows, 250))
+    assert n_read < 1.1 * n_real
+    assert np.mean(n_lengths) > 8
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone():
