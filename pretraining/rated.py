@@ -28,6 +28,7 @@ from training.templates import find_templates
 
 FIVE = ("awful", "bad", "average", "good", "excellent")
 TWO = ("bad", "good")
+MOST_OFTEN = 4  # a review of a rare label, compared with all reviews
 # Penn Treebank's spelling, in which SST is written (Marcus et al. 1993); the order matters.
 TREEBANK = [
     (re.compile(pattern), spelling)
@@ -109,12 +110,14 @@ class Questions:
 def draw_passages(reviews: list[Document], n: int, rng: random.Random) -> list[Document]:
     """Draw n passages, each with the rating of its review.
 
-    A label's share of them is as the square root of its number of reviews: rare labels are read
-    more often, but no review endlessly often.
+    All labels are drawn equally often, since a model that cannot tell neighboring labels apart
+    otherwise gives the more frequent one; but no review is drawn more than `MOST_OFTEN` times as
+    often as if all were equal.
     """
     labels = [label_of(review.rating) for review in reviews]
     counts = Counter(labels)
-    drawn = rng.choices(reviews, [counts[label] ** -0.5 for label in labels], k=n)
+    balanced = {label: len(labels) / len(counts) / count for label, count in counts.items()}
+    drawn = rng.choices(reviews, [min(balanced[label], MOST_OFTEN) for label in labels], k=n)
     return [Document(passage(review.text, rng), review.rating) for review in drawn]
 
 

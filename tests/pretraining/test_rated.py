@@ -80,13 +80,14 @@ def test_what_was_rated_as_one_of_two_is_asked_for_that_alone(rating, answer):
     }
 
 
-def test_a_labels_share_of_the_passages_is_as_the_root_of_its_reviews():
-    reviews = [Document(f"bad {i}.", 0.3) for i in range(900)]
-    reviews += [Document(f"average {i}.", 0.5) for i in range(100)]
+@pytest.mark.parametrize(("n_average", "odds"), [(200, 1.0), (50, 4 * 50 / 500)])
+def test_labels_are_drawn_equally_often_but_no_review_four_times_as_often(n_average, odds):
+    reviews = [Document(f"bad {i}.", 0.3) for i in range(1000 - n_average)]
+    reviews += [Document(f"average {i}.", 0.5) for i in range(n_average)]
     passages = draw_passages(reviews, 40_000, random.Random(0))
     assert set(passages) <= set(reviews) and len(passages) == 40_000
-    share = sum(passage.rating == 0.5 for passage in passages) / len(passages)
-    assert share == pytest.approx(100**0.5 / (100**0.5 + 900**0.5), abs=0.01)
+    n_drawn = sum(passage.rating == 0.5 for passage in passages)
+    assert n_drawn / (40_000 - n_drawn) == pytest.approx(odds, rel=0.05)
     assert passages == draw_passages(reviews, 40_000, random.Random(0))
     assert passages != draw_passages(reviews, 40_000, random.Random(1))
 
