@@ -46,7 +46,7 @@ def measure_model(args: argparse.Namespace, quantize: str | None) -> dict[str, s
     measured = {}
     for products, max_rows in (("many", 0), ("few", 10**9)):
         with mock.patch.object(int8, "MAX_ROWS", max_rows):
-            nats = text.measure(model, batch_size=1)["text nats/token"]
+            nats = text.measure(model, max_tokens=1)["text nats/token"]
         name = f"perplexity of {text.divisors['nats/token']:,} tokens, products of {products} rows"
         measured[name] = f"{math.exp(nats):.3f}"
     file = io.BytesIO()
