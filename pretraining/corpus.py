@@ -152,11 +152,11 @@ def load_corpus(
     evaluation = [text for path in exclude for text in read_documents(path)]
     overlap = Overlap((text.partition(" ||| ")[2] or text for text in evaluation), exclude_words)
     kept, heldout, counts = {}, {}, {}
-    names = [name_of(path) for path in dict.fromkeys([*paths, *rated])]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"--text, --rated: two files are called {name}; rename one")
-    for path in dict.fromkeys([*paths, *rated]):
+    path_of: dict[str, str] = {}
+    for path in [*paths, *rated]:
+        if path_of.setdefault(name_of(path), path) != path:
+            raise InputError(f"--text, --rated: two files are called {name_of(path)}; rename one")
+    for path in path_of.values():
         if path in rated:
             documents = read_reviews(path)
         else:
@@ -263,14 +263,11 @@ def padded(rows: Sequence[Row], max_tokens: int) -> Iterator[tuple[torch.Tensor,
     start = 0
     while start < len(rows):
         longest = len(rows[start].ids) - 1
-        end = start + 1
-        while end < min(len(rows), start + max_tokens // longest) and (
-            len(rows[end].ids) - 1 >= 0.75 * longest
-        ):
-            end += 1
-        ids, weights = zip(*rows[start:end], strict=True)
+        fitting = rows[start : start + max(1, max_tokens // longest)]
+        part = [row for row in fitting if len(row.ids) - 1 >= 0.75 * longest]
+        ids, weights = zip(*part, strict=True)
         yield pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
-        start = end
+        start += len(part)
 
 
 class Batches:

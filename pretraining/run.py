@@ -138,10 +138,9 @@ def rated_file(text: str) -> tuple[str, str]:
     return (subject, path) if path and subject.isalpha() else ("movie", text)
 
 
-def output_names(rated: list[tuple[str, str]]) -> list[str]:
-    """Return the names of all that a finished run leaves."""
-    paths = dict.fromkeys(path for _, path in rated)  # one may be read twice
-    return [*OUTPUTS, *(f"{name_of(path)}-heldout.txt" for path in paths)]
+def heldout_file(path: str) -> str:
+    """Return the name of the output with the held-out reviews of a file."""
+    return f"{name_of(path)}-heldout.txt"
 
 
 def require_unused(folder: Path, names: list[str]) -> None:
@@ -206,7 +205,7 @@ class Corpus:
     texts: list[str]
     examples: list[Example]
     heldout_texts: dict[str, list[str]]
-    heldout_reviews: dict[str, list[Document]]
+    heldout_reviews: dict[str, list[Document]]  # by the name of the output
     heldout_examples: dict[str, list[Example]]  # made of passages of the held-out reviews
 
     def digests(self) -> dict[str, str]:
@@ -239,7 +238,7 @@ def read_corpus(
         [document.text for path in texts for document in train[path]],
         examples,
         {name_of(path): [document.text for document in heldout[path]] for path in texts},
-        {name_of(path): heldout[path] for path in paths},
+        {heldout_file(path): heldout[path] for path in paths},
         heldout_examples,
     )
 
@@ -260,30 +259,29 @@ def pretrain(
     cannot be trained on.
     """
     path = folder / "tokenizer.model"
-    reviews = {folder / f"{n}-heldout.txt": held for n, held in corpus.heldout_reviews.items()}
     is_new = state_file.saved is None
     if is_new and distributed.is_main():
-        keep_old(folder, [*OUTPUTS, *(file.name for file in reviews)])
+        keep_old(folder, [*OUTPUTS, *corpus.heldout_reviews])
         if tokenizer_path:
             shutil.copyfile(tokenizer_path, path)
         else:
             asked = [f"{example.text} {example.answer}" for example in corpus.examples]
             train_tokenizer(corpus.texts + asked, model.config.vocab_size, path)
-        for name, held in reviews.items():
-            with atomic_write(name) as file:
-                file.write(labelled_lines(held))
+        for name, reviews in corpus.heldout_reviews.items():
+            with atomic_write(folder / name) as file:
+                file.write(labelled_lines(reviews))
     distributed.barrier()  # nobody reads it before it is written
     tokenizer = Tokenizer(tokenizer_model=path)
     documents, n_answer = encode_examples(tokenizer, corpus.examples)
     documents = encode_documents(tokenizer, corpus.texts) + documents
     n_answer = [0] * len(corpus.texts) + n_answer
     heldout = [
-        measure(name, held, tokenizer, recipe.seq_len)
-        for measure, sets in (
-            (HeldOut.texts, corpus.heldout_texts),
-            (HeldOut.answers, corpus.heldout_examples),
-        )
-        for name, held in sets.items()
+        HeldOut.texts(name, texts, tokenizer, recipe.seq_len)
+        for name, texts in corpus.heldout_texts.items()
+    ]
+    heldout += [
+        HeldOut.answers(name, examples, tokenizer, recipe.seq_len)
+        for name, examples in corpus.heldout_examples.items()
     ]
     keep_freed_memory()
     print(
@@ -300,8 +298,8 @@ def pretrain(
         )  # fmt: skip
     except InputError:
         if is_new and distributed.is_main() and not state_file.path.exists():
-            for file in (path, *reviews):  # the folder is as it was
-                file.unlink(missing_ok=True)
+            for name in (path.name, *corpus.heldout_reviews):  # the folder is as it was
+                (folder / name).unlink(missing_ok=True)
         raise
 
 
@@ -319,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         model = make_model(args.init, shape, tokenizer_path, args.seq_len, depth).to(device)
         choose_threads(model, args.micro_tokens or recipe.batch_tokens)
         folder.mkdir(parents=True, exist_ok=True)
-        names = output_names(args.rated)
+        names = [*OUTPUTS, *dict.fromkeys(heldout_file(path) for _, path in args.rated)]
         outputs = [str(folder / name) for name in (*names, "state.pt")]
         inputs = [*args.text, *(path for _, path in args.rated), *args.exclude]
         options.require_outputs(outputs, [*inputs, args.init, tokenizer_path])
