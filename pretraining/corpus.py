@@ -1,8 +1,8 @@
-"""Plain text -> documents -> tokens -> rows -> batches, for language-model training.
+"""Plain text -> documents -> tokens, for language-model training.
 
 A text file holds one document a line, plain or packed as `.xz` or `.gz`; a newline inside a
 document is written as the two characters \\n. In a file of rated reviews a rating and a tab stand
-before it. Documents are joined by bos.
+before it.
 """
 
 import codecs
@@ -14,18 +14,18 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from sentencepiece import SentencePieceTrainer
-from torch.nn.utils.rnn import pad_sequence
 
 from tokenizer import Tokenizer
 from utils import InputError, atomic_write, brief
 
 _OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+Item = TypeVar("Item")
 
 
 class Document(NamedTuple):
@@ -42,15 +42,14 @@ def read_reviews(path: str | os.PathLike) -> list[Document]:
     """Return the rated documents of a file, `rating TAB text` a line, the rating in [0, 1]."""
     reviews = []
     for number, line in _read_lines(Path(path)):
-        rating, tab, text = line.partition("\t")
         try:
-            is_valid = 0.0 <= float(rating) <= 1.0 and bool(tab and text.strip())
+            rating, text = line.split("\t")
+            if not (0.0 <= float(rating) <= 1.0 and text.strip()):
+                raise ValueError
         except ValueError:
-            is_valid = False
-        if not is_valid:
             raise InputError(
-                f"{path}:{number}: {brief(line)} is not a rating from 0 to 1, a tab, and a text"
-            )
+                f"{path}:{number}: {brief(line)} is not a rating from 0 to 1, one tab, and a text"
+            ) from None
         reviews.append(Document(text, float(rating)))
     return reviews
 
@@ -77,7 +76,7 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-def split_heldout(documents: list[Document], n_heldout: int) -> tuple[list, list]:
+def split_heldout(documents: list[Item], n_heldout: int) -> tuple[list[Item], list[Item]]:
     """Return (train, held out): `n_heldout` documents at equal distances are held out."""
     chosen = {i * len(documents) // n_heldout for i in range(n_heldout)}
     train = [document for i, document in enumerate(documents) if i not in chosen]
@@ -85,8 +84,11 @@ def split_heldout(documents: list[Document], n_heldout: int) -> tuple[list, list
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """Return the words in lower case, letters and digits alone; `does n't` is `doesn't`."""
-    straight = text.lower().replace("\u2019", "'")
+    """Return the words in lower case, letters and digits alone.
+
+    The treebank's spelling makes no difference: `does n't` is `doesn't`, `-LRB-` a parenthesis.
+    """
+    straight = re.sub(r"-[lr][rsc]b-", " ", text.lower().replace("\u2019", "'"))
     joined = re.sub(r"\s*(n't|'(?:s|re|ve|ll|d|m))\b", r"\1", straight)
     joined = re.sub(r"(?<=\w)'(?=\w)", "", joined)
     return tuple(re.findall(r"[^\W_]+", joined))
@@ -98,20 +100,32 @@ def ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 SENTENCE_END = re.compile(
-    r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))(?<!\b[A-Z]\.)(?<!\b[DM]r\.)(?<!\bMrs\.)\s+|\n+"
+    r"(?:(?<=[.!?])|(?<=[.!?][\"'\u2019\u201d)\]]))(?<!\b[A-Z]\.)(?<!\b[DM]r\.)(?<!\bMrs\.)\s+|\n+"
 )
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text behind `.`, `!` and `?`, a closing sign behind them, and at line breaks."""
+    """Split after `.`, `!` or `?`, and a closing quote or bracket after it, and at line breaks."""
     return [part for part in SENTENCE_END.split(text) if part.strip()]
+
+
+def sentence_runs(text: str, n_words: int) -> Iterator[tuple[str, ...]]:
+    """Yield the words of neighboring whole sentences that have fewer than `n_words` together."""
+    parts = [words_of(sentence) for sentence in sentences(text)]
+    for start in range(len(parts)):
+        words: tuple[str, ...] = ()
+        for part in parts[start:]:
+            words += part
+            if len(words) >= n_words:
+                break
+            yield words
 
 
 class Overlap:
     """What a text shares with evaluation texts, so that no model is tested on what it has read.
 
-    A run of `n_words` words counts (Brown et al. 2020, arXiv 2005.14165, appendix C), and so does a
-    whole sentence that is an evaluation text of at least `SHORTEST` words.
+    A run of `n_words` words counts (Brown et al. 2020, arXiv 2005.14165, appendix C). A shorter
+    evaluation text, of at least `SHORTEST` words, counts if it is one or more whole sentences.
     """
 
     SHORTEST = 4
@@ -119,22 +133,20 @@ class Overlap:
     def __init__(self, evaluation: Iterable[str], n_words: int):
         texts = [words_of(text) for text in evaluation]
         self.n_words = n_words
-        self.runs = {run for words in texts for run in ngrams(words, n_words)}
-        self.wholes = {words for words in texts if self.SHORTEST <= len(words) < n_words}
+        self.known = {run for words in texts for run in ngrams(words, n_words)}
+        self.known |= {words for words in texts if self.SHORTEST <= len(words) < n_words}
 
     def found_in(self, text: str) -> str | None:
         """Return the first words that the text shares, or None."""
-        runs = ngrams(words_of(text), self.n_words)
-        shared = next((run for run in runs if run in self.runs), None)
-        if shared is None and self.wholes:
-            wholes = map(words_of, sentences(text))
-            shared = next((words for words in wholes if words in self.wholes), None)
-        return shared and " ".join(shared)
+        n = self.n_words
+        runs = chain(ngrams(words_of(text), n), sentence_runs(text, n))
+        return next((" ".join(run) for run in runs if run in self.known), None)
 
 
 def name_of(path: str) -> str:
-    """Return what a file is called in reports: "texts/films.tsv.xz" -> "films"."""
-    return Path(path).name.split(".")[0]
+    """Return what a file is called in reports: "texts/films.2020.tsv.xz" -> "films.2020"."""
+    name = Path(path)
+    return (name.with_suffix("") if name.suffix.lower() in _OPENERS else name).stem
 
 
 def load_corpus(
@@ -192,15 +204,13 @@ def digest_of(documents: Iterable[str | tuple[str, ...]]) -> str:
     return digest.hexdigest()
 
 
-def train_tokenizer(
-    documents: list[str], vocab_size: int, path: str | os.PathLike, n_documents: int = 20_000
-) -> None:
-    """Train a SentencePiece BPE model on at most `n_documents` documents at equal distances.
+def train_tokenizer(documents: list[str], vocab_size: int, path: str | os.PathLike) -> None:
+    """Train a SentencePiece BPE model on at most 20,000 documents at equal distances.
 
     With byte fallback and no normalization decode(encode(x)) is x, except for U+2581,
     SentencePiece's own sign for a space.
     """
-    sample = documents[:: math.ceil(len(documents) / n_documents)]
+    sample = documents[:: math.ceil(len(documents) / 20_000)]
     with atomic_write(path, "wb") as file:
         try:
             SentencePieceTrainer.train(
@@ -225,114 +235,3 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndar
     """Return each document as int32 token ids, bos first."""
     ids = (tokenizer.encode(text, bos=True, eos=False) for text in documents)
     return [np.array(document, dtype=np.int32) for document in ids]
-
-
-def windows(stream: np.ndarray, seq_len: int) -> list[np.ndarray]:
-    """Cut a stream into windows of `seq_len + 1` tokens; the last one may be shorter.
-
-    Neighboring windows share one token: one predicts it, the next begins with it.
-    """
-    return [stream[i : i + seq_len + 1] for i in range(0, len(stream) - 1, seq_len)]
-
-
-def shortened(ids: np.ndarray, n: int) -> np.ndarray:
-    """Return at most n token ids: the first one, bos, and the last ones."""
-    return ids if len(ids) <= n else np.append(ids[:1], ids[len(ids) - n + 1 :])
-
-
-class Row(NamedTuple):
-    """Token ids that a model reads by themselves, and what the prediction of each counts."""
-
-    ids: torch.Tensor  # (n,), int64
-    weights: torch.Tensor  # (n,), float32; the first token is an input only, its weight is not used
-
-
-def row_of(ids: np.ndarray, n_answer: int, weight: float = 1.0, other: float = 1.0) -> Row:
-    """Return a row whose last `n_answer` tokens weigh `weight`, all before them `other`."""
-    weights = torch.full((len(ids),), other)
-    weights[len(ids) - n_answer :] = weight
-    return Row(torch.from_numpy(ids.astype(np.int64)), weights)
-
-
-def padded(rows: Sequence[Row], max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the rows as ids and weights (N, T + 1), padded with tokens of weight 0.
-
-    N * T is at most `max_tokens` if N > 1, and at most a quarter of a row is padding. The rows must
-    be in order, the longest first.
-    """
-    start = 0
-    while start < len(rows):
-        longest = len(rows[start].ids) - 1
-        fitting = rows[start : start + max(1, max_tokens // longest)]
-        part = [row for row in fitting if len(row.ids) - 1 >= 0.75 * longest]
-        ids, weights = zip(*part, strict=True)
-        yield pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
-        start += len(part)
-
-
-class Batches:
-    """Batches of about `batch_tokens` tokens over documents that are shuffled anew each epoch.
-
-    Documents are joined and cut into windows of `seq_len + 1` tokens. A document whose last
-    `n_answer[i]` tokens are an answer is a row of its own, since what stands before it in a window
-    would only disturb the answer (Zhao et al. 2024, arXiv 2402.13991); of a longer one than a
-    window the bos and the end are kept. The answer's tokens weigh `answer_weight` in the loss, all
-    others 1. The batch of a step is a function of the step and `seed` alone, so that a resumed run
-    needs no state. Rows at the end of an epoch that fill no batch are skipped.
-    """
-
-    GROUPS = 8  # of rows of about the same length, in a batch
-
-    def __init__(
-        self,
-        documents: list[np.ndarray],
-        seq_len: int,
-        batch_tokens: int,
-        seed: int,
-        n_answer: Sequence[int] = (),
-        answer_weight: float = 1.0,
-    ):
-        n_answer = n_answer or [0] * len(documents)
-        pairs = list(zip(documents, n_answer, strict=True))
-        self.texts = [ids for ids, n in pairs if not n]
-        self.examples = [(shortened(ids, seq_len + 1), n) for ids, n in pairs if n]
-        self.seq_len = seq_len
-        self.batch_tokens = batch_tokens
-        self.answer_weight = answer_weight
-        self.seed = seed
-        self.epoch = -1
-        n_targets = max(0, sum(map(len, self.texts)) - 1)
-        n_targets += sum(len(ids) - 1 for ids, _ in self.examples)
-        self.batches_per_epoch = n_targets // batch_tokens
-        if not self.batches_per_epoch:
-            raise InputError(
-                f"the text has {n_targets:,} tokens to predict, a batch takes {batch_tokens:,}; "
-                "give more --text or a smaller --batch_tokens"
-            )
-
-    def batch(self, step: int) -> list[Row]:
-        """Return the rows of a step, the longest first."""
-        epoch, index = divmod(step, self.batches_per_epoch)
-        if epoch != self.epoch:
-            self._shuffle(epoch)
-            self.epoch = epoch
-        edges = index * self.batch_tokens, (index + 1) * self.batch_tokens
-        first, last = np.searchsorted(self.starts, edges)
-        rows = sorted(self.rows[first:last], key=lambda row: len(row[0]), reverse=True)
-        return [row_of(ids, n, self.answer_weight) for ids, n in rows]
-
-    def _shuffle(self, epoch: int) -> None:
-        """Draw the order of an epoch. Rows of one length stay in groups, to need no padding."""
-        rng = np.random.default_rng([self.seed, epoch])
-        rows = list(self.examples)
-        if self.texts:
-            stream = np.concatenate([self.texts[i] for i in rng.permutation(len(self.texts))])
-            rows += [(ids, 0) for ids in windows(stream, self.seq_len)]
-        rows = [rows[i] for i in rng.permutation(len(rows))]
-        rows.sort(key=lambda row: len(row[0]))
-        ends = np.cumsum([len(ids) - 1 for ids, _ in rows])
-        group = ends // (self.batch_tokens // self.GROUPS + 1)
-        place = rng.permutation(group[-1] + 1)[group]
-        self.rows = [rows[i] for i in np.argsort(place, kind="stable")]
-        n_targets = [len(ids) - 1 for ids, _ in self.rows]
-        self.starts = np.cumsum([0, *n_targets[:-1]])  # tokens that are predicted before each row

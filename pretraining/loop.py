@@ -5,7 +5,7 @@
 over rows of T + 1 tokens, which give T inputs and T targets. Shape letters: N rows, T tokens,
 V vocabulary. The command is `python -m pretraining.run`; other code calls
 
-    train_language_model(model, documents, heldout, folder, Recipe(lr=...), state_file=...)
+    train_language_model(model, texts, heldout, folder, Recipe(lr=...), state_file=...)
 """
 
 import csv
@@ -27,7 +27,8 @@ from tqdm import tqdm
 from formats.torch_file import save_torch_file
 from llama import Llama
 from optimizer import AdamW
-from pretraining.corpus import Batches, Row, encode_documents, padded, row_of, shortened, windows
+from pretraining.batches import Batches, Row, padded, row_of, shortened, windows
+from pretraining.corpus import encode_documents
 from pretraining.rated import Example, encode_examples
 from tokenizer import Tokenizer
 from training import distributed
@@ -41,8 +42,8 @@ from utils import atomic_write
 class Recipe:
     """All that decides the weights of a run, except its text and its initial weights."""
 
-    tokens: int | None = None  # to read in whole steps; None: the text once
-    minutes: float | None = None  # of training, after which it ends earlier
+    tokens: int | None = None  # to read, in whole steps; None: one epoch
+    minutes: float | None = None  # after which a run ends earlier, evaluations included
     seq_len: int = 256  # T of a window
     batch_tokens: int = 4096  # of a step, about
     optimizer: str = "adamw"  # or "muon"
@@ -66,7 +67,7 @@ class Progress:
     """How far a run is: with weights, optimizer and random numbers, the state to resume from."""
 
     step: int = 0
-    seconds: float = 0.0  # of training, over all sittings
+    seconds: float = 0.0  # with evaluations, over all sittings
     loss_sum: float = 0.0  # over the n_losses steps since the last row of the history
     n_losses: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -107,7 +108,7 @@ def token_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 class HeldOut:
-    """Rows of one file that are not trained on; weights are 1 or, of tokens that don't count, 0.
+    """Rows of one file that are not trained on; a token of weight 0 is not measured.
 
     `divisors` names the units of the result, each with what the sum of nats is divided by.
     """
@@ -133,7 +134,7 @@ class HeldOut:
         cls, name: str, examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int
     ) -> "HeldOut":
         """Measure the answers of examples alone, each the end of a row, in nats per answer."""
-        pairs = zip(*encode_examples(tokenizer, examples), strict=True)
+        pairs = encode_examples(tokenizer, examples)
         rows = [row_of(shortened(ids, seq_len + 1), n, other=0.0) for ids, n in pairs]
         return cls(name, rows, {"nats/answer": len(examples)})
 
@@ -156,7 +157,10 @@ class HeldOut:
 
 def measure(model: Llama, heldout: list[HeldOut], max_tokens: int) -> dict[str, float]:
     """Measure every held-out set."""
-    return {key: value for one in heldout for key, value in one.measure(model, max_tokens).items()}
+    measured: dict[str, float] = {}
+    for file in heldout:
+        measured |= file.measure(model, max_tokens)
+    return measured
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
@@ -183,33 +187,32 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
 
 def train_language_model(
     model: Llama,
-    documents: list[np.ndarray],
+    texts: list[np.ndarray],
     heldout: list[HeldOut],
     folder: Path,
     recipe: Recipe,
     *,
     state_file: StateFile,
-    n_answer: Sequence[int] = (),
+    examples: Sequence[tuple[np.ndarray, int]] = (),
     micro_tokens: int | None = None,
     eval_minutes: float = 5.0,
     half: bool = False,
 ) -> list[dict[str, float]]:
     """Train `model` in place, on its device; return the history, one row for each evaluation.
 
-    `documents` are token ids, bos first (`corpus.encode_documents`); the last `n_answer[i]` of
-    document i are an answer, which `recipe.answer_weight` weighs (`corpus.Batches`). Several ranks
-    take equal shares of each step. `micro_tokens` bounds the tokens of a pass and so the memory; a
-    step adds the gradients of its passes. Resume from `state_file` if it holds a state. State is
-    saved at the start, when it is due, and on Ctrl-C and SIGTERM, which raise `Stopped` between two
-    steps. At the end `folder` gets model.pt (float16 with `half`) and history.csv, and the state is
-    deleted. Raises `DivergedError` if a loss or a weight is not finite; the last state stays.
+    `texts` are token ids, bos first (`corpus.encode_documents`), and `examples` end in answers
+    (`rated.encode_examples`); `Batches` mixes them. Several ranks take equal shares of each step.
+    `micro_tokens` bounds the tokens of a pass and so the memory; a step adds the gradients of its
+    passes. Resume from `state_file` if it holds a state. State is saved at the start, when it is
+    due, and on Ctrl-C and SIGTERM, which raise `Stopped` between two steps. At the end `folder`
+    gets model.pt (float16 with `half`) and history.csv, and the state is deleted. Raises
+    `DivergedError` if a loss or a weight is not finite; the last state stays.
     """
-    recipe = replace(recipe, tokens=recipe.tokens or sum(map(len, documents)))
+    n = recipe.batch_tokens
+    batches = Batches(texts, examples, recipe.seq_len, n, recipe.seed, recipe.answer_weight)
+    recipe = replace(recipe, tokens=recipe.tokens or n * batches.batches_per_epoch)
     optimizers = make_optimizers(model, recipe)
     progress = _restore(state_file, model, optimizers, recipe.seed)
-    batches = Batches(
-        documents, recipe.seq_len, recipe.batch_tokens, recipe.seed, n_answer, recipe.answer_weight
-    )
     micro_tokens = micro_tokens or recipe.batch_tokens
     network = distributed.wrap(model)
     model.train()
@@ -234,7 +237,7 @@ def train_language_model(
             if is_last or progress.seconds - evaluated_at >= 60 * eval_minutes:
                 measured = measure(model, heldout, micro_tokens)
                 _say(progress.add_row(measured, recipe, lr_factor))
-                evaluated_at = progress.seconds
+                evaluated_at = _seconds_since(started)
             stop.handle(save, state_file, is_last or state_file.is_due())
     if distributed.is_main():
         _write_outputs(folder, model, progress.history, half)

@@ -28,7 +28,7 @@ from training.templates import find_templates
 
 FIVE = ("awful", "bad", "average", "good", "excellent")
 TWO = ("bad", "good")
-MOST_OFTEN = 4  # a review of a rare label, compared with all reviews
+MAX_WEIGHT = 4.0  # of a review of a rare label
 # Penn Treebank's spelling, in which SST is written (Marcus et al. 1993); the order matters.
 TREEBANK = [
     (re.compile(pattern), spelling)
@@ -39,9 +39,9 @@ TREEBANK = [
         (r'"', " '' "),
         (r"\(", " -LRB- "),
         (r"\)", " -RRB- "),
-        (r"(\.\.+|--+|[;:?!])", r" \1 "),
-        (r",(?!\d)", " , "),
-        (r"(?<=[^\s.])\.(?=\s*(?:''|-RRB-)?\s*$)", " ."),
+        (r"(\.\.+|--+|[;?!])", r" \1 "),
+        (r"([,:])(?!\d)", r" \1 "),
+        (r"(?<=[^\s.])\.(?=(?:\s|''|-RRB-)*$)", " ."),
         (r"(?i)n't\b", lambda match: f" {match[0]}"),
         (r"(?i)(?<=\w)'(s|re|ve|ll|d|m)\b", r" '\1"),
         (r"(?<=s)'(?=\s)", " '"),
@@ -111,13 +111,13 @@ def draw_passages(reviews: list[Document], n: int, rng: random.Random) -> list[D
     """Draw n passages, each with the rating of its review.
 
     All labels are drawn equally often, since a model that cannot tell neighboring labels apart
-    otherwise gives the more frequent one; but no review is drawn more than `MOST_OFTEN` times as
-    often as if all were equal.
+    otherwise gives the more frequent one. But where a label is so rare that its reviews would weigh
+    more than `MAX_WEIGHT`, with a mean weight of 1, they weigh that.
     """
     labels = [label_of(review.rating) for review in reviews]
     counts = Counter(labels)
     balanced = {label: len(labels) / len(counts) / count for label, count in counts.items()}
-    drawn = rng.choices(reviews, [min(balanced[label], MOST_OFTEN) for label in labels], k=n)
+    drawn = rng.choices(reviews, [min(balanced[label], MAX_WEIGHT) for label in labels], k=n)
     return [Document(passage(review.text, rng), review.rating) for review in drawn]
 
 
@@ -126,18 +126,16 @@ def is_binary(reviews: list[Document]) -> bool:
     return {review.rating for review in reviews} <= {0.0, 1.0}
 
 
-def labelled_lines(reviews: list[Document]) -> str:
+def labelled_lines(reviews: list[Document], binary: bool) -> str:
     """Write whole reviews as `label ||| sentence` lines, the labels those of the questions."""
-    binary = is_binary(reviews)
     return "".join(
         f"{int(rating) if binary else label_of(rating)} ||| {' '.join(text.split())}\n"
         for text, rating in reviews
     )
 
 
-def ask(reviews: list[Document], subject: str, rng: random.Random) -> list[Example]:
+def ask(reviews: list[Document], subject: str, binary: bool, rng: random.Random) -> list[Example]:
     """Ask for the rating of each review; half of the texts get the treebank's spelling."""
-    binary = is_binary(reviews)
     questions = Questions(subject)
     examples = []
     for text, rating in reviews:
@@ -149,14 +147,14 @@ def ask(reviews: list[Document], subject: str, rng: random.Random) -> list[Examp
 
 def encode_examples(
     tokenizer: Tokenizer, examples: Sequence[Example]
-) -> tuple[list[np.ndarray], list[int]]:
-    """Return the int32 token ids of each example and the number of those that are its answer's.
+) -> list[tuple[np.ndarray, int]]:
+    """Return the int32 token ids of each example, bos first, and how many are its answer's.
 
     Text and answer are encoded apart, as a prompt and a label are.
     """
-    documents, n_answer = [], []
+    encoded = []
     for text, answer in examples:
-        ids = tokenizer.encode(answer, bos=False, eos=False)
-        documents.append(np.array(tokenizer.encode(text, bos=True, eos=False) + ids, np.int32))
-        n_answer.append(len(ids))
-    return documents, n_answer
+        answer_ids = tokenizer.encode(answer, bos=False, eos=False)
+        ids = tokenizer.encode(text, bos=True, eos=False) + answer_ids
+        encoded.append((np.array(ids, np.int32), len(answer_ids)))
+    return encoded

@@ -11,7 +11,6 @@ uninterrupted run; with `--minutes` the learning rate follows the clock and no r
 import argparse
 import random
 import shutil
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -22,7 +21,6 @@ from fast.memory import keep_freed_memory
 from fast.threads import choose_threads
 from llama import Llama, load_pretrained
 from pretraining.corpus import (
-    Document,
     digest_of,
     encode_documents,
     load_corpus,
@@ -30,7 +28,14 @@ from pretraining.corpus import (
     train_tokenizer,
 )
 from pretraining.loop import HeldOut, Recipe, train_language_model
-from pretraining.rated import Example, ask, draw_passages, encode_examples, labelled_lines
+from pretraining.rated import (
+    Example,
+    ask,
+    draw_passages,
+    encode_examples,
+    is_binary,
+    labelled_lines,
+)
 from tokenizer import Tokenizer, find_tokenizer_model
 from training import distributed, options
 from training.state import StateFile, only_writer
@@ -103,11 +108,11 @@ def _add_data_options(parser: ArgumentParser) -> None:
 def _add_training_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     for name, kind, default, words in (
-        ("tokens", options.count, None, "to read, such as 30M (default: the text once)"),
-        ("minutes", options.positive_float, None, "of training at the most (default: no limit)"),
+        ("tokens", options.count, None, "to read, such as 30M (default: one epoch)"),
+        ("minutes", options.positive_float, None, "after which it ends (default: no limit)"),
         ("seq_len", options.positive_int, Recipe.seq_len, "tokens of a window, or of a question "
             "with its text and answer"),
-        ("batch_tokens", options.positive_int, Recipe.batch_tokens, "tokens of a step, about"),
+        ("batch_tokens", options.positive_int, Recipe.batch_tokens, "about how many a step has"),
         ("micro_tokens", options.positive_int, None, "tokens of a pass (default: all of a step)"),
         ("lr", options.positive_float, Recipe.lr, "peak learning rate of AdamW"),
         ("muon_lr", options.positive_float, Recipe.muon_lr, "peak learning rate of Muon"),
@@ -115,7 +120,7 @@ def _add_training_options(parser: ArgumentParser) -> None:
         ("warmup", options.non_negative_int, Recipe.warmup, "steps until the peak rate"),
         ("decay_from", options.probability_below_one, Recipe.decay_from, "share of the run after "
             "which the rate falls linearly to 0"),
-        ("max_grad_norm", options.positive_float, Recipe.max_grad_norm, "clip gradients to it"),
+        ("max_grad_norm", options.positive_float, Recipe.max_grad_norm, "of a step's gradient"),
         ("answer_weight", options.positive_float, Recipe.answer_weight, "of an answer's tokens in "
             "the loss; all others weigh 1"),
         ("seed", options.seed_int, Recipe.seed, "of initial weights, order and dropout"),
@@ -185,8 +190,8 @@ def make_model(
 def deepen(model: Llama, n_layers: int) -> Llama:
     """Return a model of `n_layers` layers that repeat the given one's in their order.
 
-    It soon learns to use them, for less than training it anew costs (Gong et al. 2019; Du et al.
-    2024, arXiv 2405.15319, G_stack). Raises InputError for fewer layers than the model has.
+    Training such a model costs less than from scratch (Gong et al. 2019; Du et al. 2024, arXiv
+    2405.15319, G_stack). Raises InputError for fewer layers than the model has.
     """
     config, n_old = model.config.to_dict(), model.config.n_layers
     if n_layers < n_old:
@@ -205,8 +210,8 @@ class Corpus:
     texts: list[str]
     examples: list[Example]
     heldout_texts: dict[str, list[str]]
-    heldout_reviews: dict[str, list[Document]]  # by the name of the output
-    heldout_examples: dict[str, list[Example]]  # made of passages of the held-out reviews
+    heldout_lines: dict[str, str]  # whole reviews as lines of `label ||| sentence`
+    heldout_examples: dict[str, list[Example]]  # made of passages of these reviews
 
     def digests(self) -> dict[str, str]:
         heldout = {**self.heldout_texts, **self.heldout_examples}
@@ -227,20 +232,23 @@ def read_corpus(
     """Read files of texts and of (subject, rated reviews); for `passages` see `draw_passages`."""
     paths = [path for _, path in rated]
     train, heldout = load_corpus(texts, paths, n_heldout, exclude, exclude_words)
-    examples, heldout_examples, rng, fixed = [], {}, random.Random(seed), random.Random(0)
-    for subject, path in rated:
-        reviews = [*train[path], *draw_passages(train[path], passages * len(train[path]), rng)]
-        examples += ask(reviews, subject, rng)
-    for subject, path in dict.fromkeys(rated):
-        chosen = draw_passages(heldout[path], n_heldout, fixed)
-        heldout_examples[name_of(path)] = ask(chosen, subject, fixed)
-    return Corpus(
-        [document.text for path in texts for document in train[path]],
-        examples,
-        {name_of(path): [document.text for document in heldout[path]] for path in texts},
-        {heldout_file(path): heldout[path] for path in paths},
-        heldout_examples,
+    corpus = Corpus(
+        texts=[document.text for path in texts for document in train[path]],
+        examples=[],
+        heldout_texts={name_of(path): [text for text, _ in heldout[path]] for path in texts},
+        heldout_lines={},
+        heldout_examples={},
     )
+    rng = random.Random(seed)
+    for subject, path in rated:
+        binary = is_binary(train[path] + heldout[path])
+        reviews = [*train[path], *draw_passages(train[path], passages * len(train[path]), rng)]
+        corpus.examples += ask(reviews, subject, binary, rng)
+        fixed = random.Random(0)  # the same held-out questions in every run
+        chosen = draw_passages(heldout[path], n_heldout, fixed)
+        corpus.heldout_examples[name_of(path)] = ask(chosen, subject, binary, fixed)
+        corpus.heldout_lines[heldout_file(path)] = labelled_lines(heldout[path], binary)
+    return corpus
 
 
 def pretrain(
@@ -255,52 +263,58 @@ def pretrain(
 ) -> None:
     """Tokenize the corpus and train on it; for `named` see `train_language_model`.
 
-    A new run writes tokenizer.model and the held-out reviews first, and removes them if the corpus
-    cannot be trained on.
+    A new run writes tokenizer.model and the held-out reviews first, and removes them if it ends
+    before it has a state.
     """
-    path = folder / "tokenizer.model"
-    is_new = state_file.saved is None
-    if is_new and distributed.is_main():
-        keep_old(folder, [*OUTPUTS, *corpus.heldout_reviews])
-        if tokenizer_path:
-            shutil.copyfile(tokenizer_path, path)
-        else:
-            asked = [f"{example.text} {example.answer}" for example in corpus.examples]
-            train_tokenizer(corpus.texts + asked, model.config.vocab_size, path)
-        for name, reviews in corpus.heldout_reviews.items():
-            with atomic_write(folder / name) as file:
-                file.write(labelled_lines(reviews))
-    distributed.barrier()  # nobody reads it before it is written
-    tokenizer = Tokenizer(tokenizer_model=path)
-    documents, n_answer = encode_examples(tokenizer, corpus.examples)
-    documents = encode_documents(tokenizer, corpus.texts) + documents
-    n_answer = [0] * len(corpus.texts) + n_answer
-    heldout = [
-        HeldOut.texts(name, texts, tokenizer, recipe.seq_len)
-        for name, texts in corpus.heldout_texts.items()
-    ]
-    heldout += [
-        HeldOut.answers(name, examples, tokenizer, recipe.seq_len)
-        for name, examples in corpus.heldout_examples.items()
-    ]
-    keep_freed_memory()
-    print(
-        f"processes: {distributed.world_size()}, device: {model.norm.weight.device}, "
-        f"bf16: {recipe.bf16}, attention: causal, "
-        f"parameters: {sum(p.numel() for p in model.parameters()):,}, "
-        f"text: {sum(map(len, documents)):,} tokens, {len(corpus.examples):,} answers",
-        flush=True,
-    )
+    is_new = state_file.saved is None and distributed.is_main()
     try:
+        if is_new:
+            keep_old(folder, [*OUTPUTS, *corpus.heldout_lines])
+            write_tokenizer(folder / "tokenizer.model", tokenizer_path, corpus, model)
+            for name, lines in corpus.heldout_lines.items():
+                with atomic_write(folder / name) as file:
+                    file.write(lines)
+        distributed.barrier()  # nobody reads the tokenizer before it is written
+        tokenizer = Tokenizer(tokenizer_model=folder / "tokenizer.model")
+        texts = encode_documents(tokenizer, corpus.texts)
+        examples = encode_examples(tokenizer, corpus.examples)
+        heldout = [
+            HeldOut.texts(name, held, tokenizer, recipe.seq_len)
+            for name, held in corpus.heldout_texts.items()
+        ]
+        heldout += [
+            HeldOut.answers(name, held, tokenizer, recipe.seq_len)
+            for name, held in corpus.heldout_examples.items()
+        ]
+        n_tokens = sum(map(len, texts)) + sum(len(ids) for ids, _ in examples)
+        print(
+            f"processes: {distributed.world_size()}, device: {model.norm.weight.device}, "
+            f"bf16: {recipe.bf16}, attention: causal, "
+            f"parameters: {sum(p.numel() for p in model.parameters()):,}, "
+            f"text: {n_tokens:,} tokens, {len(examples):,} answers",
+            flush=True,
+        )
+        keep_freed_memory()
         train_language_model(
-            model, documents, heldout, folder, recipe,
-            state_file=state_file, n_answer=n_answer, **named,
+            model, texts, heldout, folder, recipe,
+            examples=examples, state_file=state_file, **named,
         )  # fmt: skip
-    except InputError:
-        if is_new and distributed.is_main() and not state_file.path.exists():
-            for name in (path.name, *corpus.heldout_reviews):  # the folder is as it was
+    except BaseException:
+        if is_new and not state_file.path.exists():
+            for name in ("tokenizer.model", *corpus.heldout_lines):
                 (folder / name).unlink(missing_ok=True)
         raise
+
+
+def write_tokenizer(
+    path: Path, existing: str | PathLike | None, corpus: Corpus, model: Llama
+) -> None:
+    """Copy the existing tokenizer, or train one of the model's size on all that it will read."""
+    if existing:
+        shutil.copyfile(existing, path)
+    else:
+        asked = [f"{example.text} {example.answer}" for example in corpus.examples]
+        train_tokenizer(corpus.texts + asked, model.config.vocab_size, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -323,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
         options.require_outputs(outputs, [*inputs, args.init, tokenizer_path])
         if not args.restart:
             require_unused(folder, names)
-        with only_writer(folder / "state.pt") if distributed.is_main() else nullcontext():
+        with only_writer(folder / "state.pt"):
             corpus = read_corpus(
                 args.text,
                 args.rated,
@@ -341,15 +355,15 @@ def main(argv: list[str] | None = None) -> None:
                 "tokenizer_sha256": sha256_of(tokenizer_path) if tokenizer_path else None,
                 **corpus.digests(),
             }
+            mode = options.state_mode(args)
+            state_file = StateFile(folder / "state.pt", settings, mode, args.save_minutes)
             pretrain(
                 model,
                 corpus,
                 folder,
                 recipe,
                 tokenizer_path=tokenizer_path,
-                state_file=StateFile(
-                    folder / "state.pt", settings, options.state_mode(args), args.save_minutes
-                ),
+                state_file=state_file,
                 micro_tokens=args.micro_tokens,
                 eval_minutes=args.eval_minutes,
                 half=args.half,

@@ -28,8 +28,8 @@ def find_templates(dataset: str, label_names: list[str], path: Path = TEMPLATES)
     """Return the templates of a data set, or those of "any" for an unknown data set.
 
     The file reads {"sst": [{"name": ..., "template": ..., "labels": [[...], ...]}, ...], ...}.
-    Without `labels` a label's only string is its name. All data sets in the file are film reviews:
-    their first template is the assignment's question.
+    Without `labels` a label's only string is its name. The first template of a known data set, all
+    of which are film reviews, is the assignment's question.
     """
     try:
         sets = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -57,7 +57,8 @@ def _parse(entry: dict[str, Any], label_names: list[str], place: str) -> Templat
             '"{sentence} It was"'
         )
     labels = entry.get("labels", [[name.strip()] for name in label_names])
-    if len(labels) != len(label_names) or not all(isinstance(group, list) for group in labels):
+    is_complete = all(isinstance(group, list) and group for group in labels)
+    if len(labels) != len(label_names) or not is_complete:
         raise InputError(
             f"{place}: labels {labels}; the data has {len(label_names)} labels, so write one list "
             "of strings for each, or leave `labels` out to use the labels' names"

@@ -45,8 +45,8 @@ def continue_pretraining(
     repeated, and an interrupted one continues.
     """
     model = load_pretrained(checkpoint, attention="causal").to(device)
-    documents = encode_documents(tokenizer, sentences)
-    recipe = _recipe(sum(map(len, documents)), model.config.max_seq_len, epochs, lr, seed, bf16)
+    texts = encode_documents(tokenizer, sentences)
+    recipe = _recipe(sum(map(len, texts)), model.config.max_seq_len, epochs, lr, seed, bf16)
     settings = {**asdict(recipe), "text_sha256": digest_of(sentences), "device": device.type}
     settings["model_sha256"] = sha256_of(checkpoint)
     settings["tokenizer_sha256"] = sha256_of(tokenizer.model_path)
@@ -59,7 +59,7 @@ def continue_pretraining(
             seed_everything(seed)
             train_language_model(
                 model,
-                documents,
+                texts,
                 [HeldOut.texts("held out", heldout, tokenizer, recipe.seq_len)],
                 folder,
                 recipe,

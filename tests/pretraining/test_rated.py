@@ -16,6 +16,7 @@ from pretraining.rated import (
     ask,
     draw_passages,
     encode_examples,
+    is_binary,
     label_of,
     passage,
     treebank_spelling,
@@ -31,6 +32,7 @@ from training.templates import TEMPLATES
         ("Don\u2019t miss Mr. Lee\u2019s 1,000 films!", "Do n't miss Mr. Lee 's 1,000 films !"),
         ("The boys' club--a dud... OK?", "The boys ' club -- a dud ... OK ?"),
         ("Good. Bad, no: so-so; 3.5 stars", "Good . Bad , no : so-so ; 3.5 stars"),
+        ("At 5:50 he left (\u201cno.\u201d)", "At 5:50 he left -LRB- `` no . '' -RRB-"),
         ("Too  long.\n\nReally.", "Too long . Really ."),
     ],
 )
@@ -81,7 +83,7 @@ def test_what_was_rated_as_one_of_two_is_asked_for_that_alone(rating, answer):
 
 
 @pytest.mark.parametrize(("n_average", "odds"), [(200, 1.0), (50, 4 * 50 / 500)])
-def test_labels_are_drawn_equally_often_but_no_review_four_times_as_often(n_average, odds):
+def test_labels_are_drawn_equally_often_but_no_review_weighs_more_than_four(n_average, odds):
     reviews = [Document(f"bad {i}.", 0.3) for i in range(1000 - n_average)]
     reviews += [Document(f"average {i}.", 0.5) for i in range(n_average)]
     passages = draw_passages(reviews, 40_000, random.Random(0))
@@ -94,30 +96,33 @@ def test_labels_are_drawn_equally_often_but_no_review_four_times_as_often(n_aver
 
 def test_every_review_is_asked_about_half_of_them_in_the_treebanks_spelling():
     reviews = [Document(f"Film {i}.", i / 999) for i in range(1000)]
-    examples = ask(reviews, "movie", random.Random(0))
+    examples = ask(reviews, "movie", False, random.Random(0))
     for review, example in zip(reviews, examples, strict=True):
         assert example.text.startswith((f"{review.text} ", f"{review.text[:-1]} . "))
     assert sum(" . " in example.text for example in examples) == pytest.approx(500, abs=50)
-    assert examples == ask(reviews, "movie", random.Random(0))
-    assert examples != ask(reviews, "movie", random.Random(1))
+    assert examples == ask(reviews, "movie", False, random.Random(0))
+    assert examples != ask(reviews, "movie", False, random.Random(1))
 
 
 def test_reviews_of_two_ratings_are_binary():
     reviews = [Document("a", 0.0), Document("b", 1.0)]
+    assert is_binary(reviews) and not is_binary([*reviews, Document("c", 0.5)])
     question = "Is this film bad or good? This film is"
-    examples = ask(reviews, "film", random.Random(0))
+    examples = ask(reviews, "film", True, random.Random(0))
     assert examples == [(f"a {question}", "bad"), (f"b {question}", "good")]
 
 
 def test_held_out_reviews_become_lines_of_the_assignments_form():
     graded = [Document("A\n B.", 0.0), Document("C ||| D", 0.5), Document("E", 0.95)]
-    assert rated.labelled_lines(graded) == "0 ||| A B.\n2 ||| C ||| D\n4 ||| E\n"
-    assert rated.labelled_lines([Document("A", 1.0), Document("B", 0.0)]) == "1 ||| A\n0 ||| B\n"
+    assert rated.labelled_lines(graded, False) == "0 ||| A B.\n2 ||| C ||| D\n4 ||| E\n"
+    extremes = [Document("A", 1.0), Document("B", 0.0)]
+    assert rated.labelled_lines(extremes, True) == "1 ||| A\n0 ||| B\n"
+    assert rated.labelled_lines(extremes, False) == "4 ||| A\n0 ||| B\n"  # of a graded file
 
 
 def test_the_answer_begins_where_a_prompt_ends(tokenizer):
     example = rated.Example("the story was good. Rating:", "3/5")
-    (ids,), (n_answer,) = encode_examples(tokenizer, [example])
+    ((ids, n_answer),) = encode_examples(tokenizer, [example])
     prompt = tokenizer.encode(example.text, bos=True, eos=False)
     answer = tokenizer.encode("3/5", bos=False, eos=False)
     assert ids.tolist() == prompt + answer and n_answer == len(answer)
