@@ -78,13 +78,16 @@ def diagnose(
             "random weights: loading the checkpoint twice gives two models, so part of it is lost"
         )
 
-    # Both rows begin with the same two tokens. Without a mask the rest of the row tells them apart.
-    first, second = (ours["hidden_states"][row, :2] for row in (0, 1))
-    alike = torch.allclose(first, second, atol=1e-4 * first.abs().max().item())
+    changed = token_ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % model.config.vocab_size
+    first = ours["hidden_states"][:, 0]
+    alike = torch.allclose(
+        compute(model, changed)["hidden_states"][:, 0], first, atol=1e-4 * first.abs().max().item()
+    )
     if mode == "full" and alike:
-        return "a causal mask: equal beginnings have equal states, but the reference has no mask"
+        return "a causal mask: the last token does not change the first state, in full mode it must"
     if mode == "causal" and not alike:
-        return "no causal mask: equal beginnings have unequal states, so a token sees later ones"
+        return "no causal mask: the last token changes the first state, which must not see it"
 
     pair_halves(model)
     if agrees(compute(model, token_ids), reference):

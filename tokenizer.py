@@ -76,14 +76,20 @@ def _load(path: str) -> SentencePieceProcessor:
 
 
 def find_tokenizer_model(checkpoint: str | os.PathLike) -> Path:
-    """Return `tokenizer.model` or the only `*.model` beside a checkpoint, else the project's."""
+    """Return `tokenizer.model` or the only `*.model` beside a checkpoint, else the project's.
+
+    Raises InputError if there are several others, of which one may be the checkpoint's.
+    """
     beside = sorted(
         path for path in Path(checkpoint).absolute().parent.glob("*.model") if path.is_file()
     )
     named = [path for path in beside if path.name == "tokenizer.model"]
     if named:
         return named[0]
-    return beside[0] if len(beside) == 1 else TOKENIZER_MODEL
+    if len(beside) > 1:
+        names = ", ".join(path.name for path in beside)
+        raise InputError(f"{checkpoint}: beside it are {names}; name one with --tokenizer_path")
+    return beside[0] if beside else TOKENIZER_MODEL
 
 
 def open_tokenizer(

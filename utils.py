@@ -30,8 +30,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         spelled = {option.replace("-", "_"): option for option in self._option_string_actions}
         for word in message.split():  # --pretrained_model_path for --pretrained-model-path
-            meant = spelled.get(word.split("=")[0].replace("-", "_"), word)
-            if meant != word.split("=")[0] and message.startswith("unrecognized"):
+            name = word.split("=")[0]
+            meant = spelled.get(name.replace("-", "_"), name)
+            if meant != name and message.startswith("unrecognized"):
                 message = f"unknown option {word}; did you mean {meant}?"
                 break
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

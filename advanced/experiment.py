@@ -25,10 +25,11 @@ from training.evaluation import Evaluation, evaluate
 from training.labelled import read_label_names, read_sentences
 from training.loop import Recipe
 from training.options import dataset_name
-from training.templates import TEMPLATES, Template, choose_template, find_templates
+from training.templates import Template, choose_template, find_templates
 from utils import InputError, real_path, sha256_of
 
 Rows = list[tuple[str, int]]  # sentence, label
+HEAD_SEED = 0  # all runs begin with one head, so that soups may average them
 SETTINGS = (  # that decide the results of every method; `compose.OPTIONS` has the methods' own
     *("attention", "pooling", "epochs", "batch_size", "hidden_dropout_prob", "backbone_dropout"),
     *("max_sentence_len", *(f.name for f in fields(Recipe) if f.name != "running_train_acc")),
@@ -77,7 +78,6 @@ class Experiment:
         choose_threads(llama, USUAL_LENGTH * self.settings.batch_size)
         self.templates: list[Template] = []
         if {"prompt", "zero_shot"} & set(self.methods):
-            files["templates"] = str(TEMPLATES)
             self.templates = find_templates(self.dataset, self.label_names)
             choose_template(self.templates, self.settings.template)  # fail now if it is unknown
         self.digests = {f"{key}_sha256": sha256_of(path) for key, path in files.items()}
@@ -87,6 +87,12 @@ class Experiment:
         averages = average.split("+") if average else []
         names = (*SETTINGS, *compose.options_of([*self.methods, *averages]))
         settings = {key: getattr(self.settings, key) for key in names if key not in self.grid}
+        settings |= {"device": self.device.type, "head_seed": HEAD_SEED}
+        if self.templates:
+            templates = self.templates
+            if "zero_shot" not in self.methods:
+                templates = [choose_template(templates, self.settings.template)]
+            settings["templates"] = [template._asdict() for template in templates]
         return {
             "dataset": self.dataset,
             "method": self._name(average),
@@ -96,7 +102,7 @@ class Experiment:
             "train_share": self.train_share,
             "folds": self.folds,
             "grid": self.grid,
-            "settings": {**settings, "device": self.device.type},
+            "settings": settings,
             "files": self.digests,
         }
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from advanced import compose
-from advanced.experiment import Experiment
+from advanced.experiment import HEAD_SEED, Experiment
 from advanced.methods import prompting, wise_ft
 from advanced.methods.freezing import count_parameters
 from advanced.record import Run, flattened
@@ -29,8 +29,6 @@ from training.options import recipe_of
 from training.state import StateFile, require_space, state_path
 from training.templates import Template
 from utils import seed_everything
-
-HEAD_SEED = 0  # all runs begin with one head, so that soups may average them
 
 # ---------------------------------------------------------------- training
 

@@ -116,10 +116,11 @@ def _grid(parser: ArgumentParser, args: argparse.Namespace) -> dict[str, list[An
 def _require_consistent(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage error for options that have no effect or exclude each other."""
     used = options_of(args.method)
-    for method, rows in OPTIONS.items():
+    for rows in OPTIONS.values():
         for name, (_, default, _) in rows.items():
             if name not in used and getattr(args, name) != default:
-                parser.error(f"--{name} is an option of --method {method}")
+                owners = " or ".join(m for m, rows in OPTIONS.items() if name in rows)
+                parser.error(f"--{name} is an option of --method {owners}")
     if args.name is not None and not re.fullmatch(r"[a-z0-9_+]{1,40}", args.name):
         parser.error(f"--name {args.name!r}: use only a-z, digits, _ and +")
     for split in ("dev", "test"):
@@ -140,6 +141,9 @@ def _require_consistent(parser: ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--folds cannot be combined with {option}")
     if "zero_shot" in args.method and (args.grid or args.train_share < 1.0):
         parser.error("zero_shot trains nothing; leave out --grid and --train_share")
+    if "soup" in args.method and args.train_share < 1.0:
+        parser.error("each seed draws a share of its own, and a soup would have read all of them; "
+                     "leave out --train_share")  # fmt: skip
 
 
 # ---------------------------------------------------------------- runs

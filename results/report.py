@@ -33,7 +33,7 @@ FOLDER = Path(__file__).resolve().parent
 READMES = ("README.md", "README.zh-TW.md", "data/mini/README.md", "results/README.md")
 
 
-# Name, data set, folds, split, and whether the column gets a test: where dev chose nothing.
+# Name, data set, folds, split, and whether the column gets a test: not dev, which chose the epoch.
 COLUMNS = (
     ("SST dev", "sst", None, "dev", False),
     ("SST test", "sst", None, "test", True),

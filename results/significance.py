@@ -35,9 +35,9 @@ def paired_bootstrap(
     sentences alone.
 
     p is the share of resampled differences d* with |d* - d| >= |d|, with one added to both counts,
-    so that it is never 0. Resampling both factors counts the noise of single answers twice (Owen
-    2007, The pigeonhole bootstrap): p is conservative if sentences vary more than seeds, and too
-    small if a few seeds vary a lot.
+    so that it is never 0. Resampling both factors counts the variance of single answers, beyond
+    that of sentences and of seeds, three times (Owen 2007, The pigeonhole bootstrap), so p is
+    conservative; it is too small if a few seeds vary a lot.
     """
     n_sentences = a.shape[1]
     both = np.concatenate([a, b]).T.astype(np.float32)  # (N, n_seeds_a + n_seeds_b)

@@ -120,11 +120,12 @@ def compare_with_plain(group: list[Study], split: str) -> dict[str, Comparison]:
 
 
 def _compare(study: Study, plain: Study, split: str) -> Comparison:
-    if gold_counts(study, split) != gold_counts(plain, split):
-        raise InputError(
-            f"{study['file']} and {plain['file']} have different gold labels on {split}; "
-            "run both methods on the same files"
-        )
+    for name in ("train", "dev") if study["folds"] else (split,):
+        if study["files"][f"{name}_sha256"] != plain["files"][f"{name}_sha256"]:
+            raise InputError(
+                f"{study['file']} and {plain['file']} are of different {name} files; run both "
+                "methods on the same files"
+            )
     a, b = correct_answers(study, split), correct_answers(plain, split)
     comparison = paired_bootstrap(a, b)
     return comparison._replace(p=mcnemar(a[0], b[0])) if len(a) == len(b) == 1 else comparison

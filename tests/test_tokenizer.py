@@ -185,13 +185,19 @@ def test_a_vocabulary_of_another_size_is_refused_naming_both(tokenizer, tokenize
         assert "--tokenizer_path" in message
 
 
+def test_of_several_tokenizers_beside_a_checkpoint_none_is_guessed(tmp_path):
+    for name in ("z.model", "a.model"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"beside it are a.model, z.model; .* --tokenizer_path"):
+        find_tokenizer_model(tmp_path / "model.pt")
+
+
 @pytest.mark.parametrize(
     ("beside", "found"),
     [
         (["tokenizer.model"], "tokenizer.model"),
         (["tok512.model"], "tok512.model"),
         (["a.model", "tokenizer.model", "z.model"], "tokenizer.model"),
-        (["a.model", "z.model"], None),
         (["tokenizer.model.bak", "tokenizer.txt"], None),
         ([], None),
     ],

@@ -91,6 +91,7 @@ def test_the_return_value_is_the_exit_code():
     [
         (["--data-file"], "argument --data-file: expected one argument"),
         (["--nothing-like-it"], "unrecognized arguments: --nothing-like-it"),
+        (["--nothing=1"], "unrecognized arguments: --nothing=1"),
         (["--data_file", "x"], "unknown option --data_file; did you mean --data-file?"),
         (["--data_file=x"], "did you mean --data-file?"),
         (["--max-epochs", "3"], "did you mean --max_epochs?"),

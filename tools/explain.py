@@ -238,7 +238,8 @@ def main(argv: list[str] | None = None) -> None:
         require_outputs([args.out], [args.checkpoint, args.errors, args.tokenizer_path])
     if args.checkpoint is not None:
         predictor = load_predictor(args.checkpoint, args.tokenizer_path, pick_device(args.use_gpu))
-        label = args.label and label_index(args.label, predictor.label_names)
+        if args.label is not None:
+            label = label_index(args.label, predictor.label_names)
     if args.errors is not None:
         items = read_mistakes(args.errors, args.top)
     else:

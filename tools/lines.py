@@ -97,16 +97,21 @@ def read_column(file: BinaryIO, name: str, column: str) -> Iterator[Line]:
             listed = printable(", ".join(columns)) or "none, the file is empty"
             raise InputError(f"{name}: has no column {brief(column)}; its columns are {listed}")
         for row in reader:
-            sentence = " ".join((row[column] or "").split())
+            sentence = one_line(row[column] or "")
             if sentence:
                 yield Line(reader.line_num, sentence, None)
     except csv.Error as error:
         raise InputError(f"{name}:{reader.reader.line_num}: is not CSV: {error}") from error
 
 
+def one_line(text: str) -> str:
+    """Join the lines of a text; blanks inside a line stay, as in a file of sentences."""
+    return " ".join(filter(None, (line.strip() for line in text.splitlines())))
+
+
 def read_arguments(sentences: list[str], label_names: list[str]) -> list[Line]:
     """Return the sentences of a command line; they may all read `label ||| sentence`."""
-    content = "\n".join(" ".join(sentence.split()) for sentence in sentences)
+    content = "\n".join(map(one_line, sentences))
     lines = read_lines(io.BytesIO(os.fsencode(content)), "sentence", label_names)
     return [line for line in lines if line is not None]
 

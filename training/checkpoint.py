@@ -8,7 +8,7 @@ from classifier import LlamaEmbeddingClassifier
 from config import LlamaConfig
 from formats.torch_file import load_torch_file, save_torch_file
 from tokenizer import Tokenizer
-from utils import InputError, sha256_of
+from utils import InputError, brief, sha256_of
 
 
 def provenance(
@@ -61,6 +61,9 @@ def load_classifier(path: str | os.PathLike) -> tuple[LlamaEmbeddingClassifier, 
         raise InputError(f"{path}: has parts of --method {methods}, which only advanced.run reads")
     if absent:
         raise InputError(f"{path}: is not a finetuned classifier: it has no {', '.join(absent)}")
+    names = saved.get("label_names") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: its label_names are {brief(names)}, not a list of words")
     config = SimpleNamespace(**saved["model_config"])
     try:
         llama_config = LlamaConfig(**saved["model_args"])

@@ -51,6 +51,7 @@ def predict_probs(
 ) -> torch.Tensor:
     """Return probabilities (N, n_labels), float32 on the CPU, in the order of `data`.
 
+    They are the softmax over the labels of what the model returns, log-probabilities or scores.
     Puts the model in eval mode. Batches hold similar lengths if the model masks padding; otherwise
     a prediction depends on its batch, and batches follow the data. Of several processes each
     computes a share. Without a `description` there is no progress bar.
@@ -63,7 +64,7 @@ def predict_probs(
     bar = tqdm(own, description, disable=is_silent, leave=False)  # None: without a terminal
     for indices in bar:
         batch = data.collate_fn([data[i] for i in indices])
-        probs[indices] = forward_pass(model, batch, device, bf16).float().exp().cpu()
+        probs[indices] = forward_pass(model, batch, device, bf16).float().softmax(dim=1).cpu()
     return distributed.all_sum(probs)
 
 

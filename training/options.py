@@ -236,8 +236,8 @@ def _found(path: str) -> str:
 
 def dataset_name(path: str, split: str = "train") -> str:
     """data/sst-train.txt or sst/train.txt -> sst"""
-    real = real_path(path)
-    name = real.parent.name if real.stem == split else real.stem.removesuffix(f"-{split}")
+    whole = Path(os.path.abspath(path))  # noqa: PTH100, a link keeps its own name
+    name = whole.parent.name if whole.stem == split else whole.stem.removesuffix(f"-{split}")
     return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name)  # characters that Windows refuses
 
 

@@ -41,7 +41,7 @@ UNHASHED_FILES = ("prepare_submit.py", "sanity_check.py", "optimizer_test.py", "
 
 def state_path(checkpoint: str | os.PathLike) -> Path:
     """finetune-sst-5-2e-05.pt -> finetune-sst-5-2e-05.state.pt"""
-    return Path(checkpoint).with_suffix(".state.pt")
+    return Path(f"{os.fspath(checkpoint).removesuffix('.pt')}.state.pt")
 
 
 class StateFile:

@@ -22,7 +22,7 @@ from llama import load_pretrained
 from pretraining.corpus import digest_of, encode_documents
 from pretraining.loop import HeldOut, Recipe, train_language_model
 from tokenizer import Tokenizer
-from training.state import StateFile, only_writer
+from training.state import StateFile, only_writer, source_digest
 from utils import seed_everything, sha256_of
 
 
@@ -50,6 +50,7 @@ def continue_pretraining(
     settings = {**asdict(recipe), "text_sha256": digest_of(sentences), "device": device.type}
     settings["model_sha256"] = sha256_of(checkpoint)
     settings["tokenizer_sha256"] = sha256_of(tokenizer.model_path)
+    settings["source"] = source_digest()
     digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:12]
     folder = folder.with_name(f"{folder.name}-{digest}")
     folder.mkdir(parents=True, exist_ok=True)

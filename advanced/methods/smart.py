@@ -19,6 +19,7 @@ Differences from the paper:
   | 0.02 | 0.004 |
   | 0.1 (also in bfloat16) | 0.09 |
 
+- The search divides the gradient by its largest entry in the sentence.
 - Dropout. All passes of the two terms are in eval mode; otherwise l would measure the masks (a
   head's dropout of 0.3 alone makes it 0.3). So the training pass cannot serve as f(x).
 - The momentum stays 0.99; the paper raises it to 0.999 after a tenth of the training.

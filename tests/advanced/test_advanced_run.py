@@ -537,6 +537,8 @@ def test_the_list_explains_each_method_in_a_line(advanced):
         (["--name", "A name"], "only a-z"),
         (["--method", "lora", "--lora_rank", "999"], "rank"),
         (["--lora_rank", "2"], "--lora_rank is an option of --method lora"),
+        (["--template", "x"], "--template is an option of --method zero_shot or prompt"),
+        (["--method", "soup", "--train_share", "0.5"], "each seed draws a share of its own"),
         (["--method", "last_epochs", "--last", "3"], "--last 3: there are only 2 epochs"),
         (["--r_drop", "1", "--hidden_dropout_prob", "0"], "or --hidden_dropout_prob"),
         (["--method", "prompt", "--r_drop", "1"], "add --backbone_dropout\n"),

@@ -15,6 +15,7 @@ from advanced.experiment import Experiment
 from advanced.record import Record, metrics_of
 from conftest import ROOT
 from training.evaluation import Evaluation, scores
+from training.templates import find_templates
 from utils import InputError
 
 IDENTITY = {"dataset": "toy", "settings": {"epochs": 2, "targets": ["w1"]}, "files": {}}
@@ -118,7 +119,16 @@ def test_each_bundled_record_is_found_by_its_own_command():
             name=args.name or "+".join(trained or ("plain",)),
             model_name=content["model"],
             digests=content["files"],
+            templates=[],
         )
+        if {"prompt", "zero_shot"} & set(trained):
+            names = json.loads((ROOT / args.label_names).read_text(encoding="utf-8"))
+            experiment.templates = find_templates(content["dataset"], names)
         average = "+".join(name for name in content["methods"] if name in AVERAGES)
         assert experiment.results_path(average) == path
-        assert Record(path, experiment.identity(average), content["command"]).runs
+        identity = experiment.identity(average)
+        if "head_seed" in content["settings"]:
+            assert Record(path, identity, content["command"]).runs
+        else:  # its seeds drew heads of their own
+            with pytest.raises(InputError, match="head_seed: saved None, now 0"):
+                Record(path, identity, content["command"])

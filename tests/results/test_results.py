@@ -54,6 +54,7 @@ def study(dataset, method, dev, test=None, folds=None, model="toy", train_share=
         "folds": folds,
         "command": f"python -m advanced.run --method {method}",
         "settings": {"device": "cpu"},
+        "files": {f"{split}_sha256": f"{split} of {dataset}" for split in ("train", "dev", "test")},
         "search": [{"lr": 3e-4}, {"lr": 6e-4}],
         "chosen": {"lr": 3e-4},
         "runs": runs,
@@ -138,12 +139,12 @@ def test_one_run_against_plain_is_mcnemar_corrected_by_holm():
     assert rows["toy, mean (std) over seeds"][3] == "SST test, minus plain (p)"
 
 
-def test_answers_to_different_gold_labels_are_not_compared():
-    members = [
-        study("cfimdb", "plain", ["1111", "1111"]),
-        study("cfimdb", "lora", ["11111", "11111"]),
-    ]
-    with pytest.raises(InputError, match=r"cfimdb-lora-toy\.json and cfimdb-plain-toy\.json have"):
+@pytest.mark.parametrize(("folds", "split"), [(None, "dev"), (2, "train")])
+def test_answers_about_different_files_are_not_compared(folds, split):
+    members = [study("cfimdb", name, ["1111", "1111"], folds=folds) for name in ("plain", "lora")]
+    assert set(studies.compare_with_plain(members, "dev")) == {"lora"}
+    members[1]["files"][f"{split}_sha256"] = "another"
+    with pytest.raises(InputError, match=rf"lora-toy\.json and .* are of different {split} files"):
         studies.compare_with_plain(members, "dev")
 
 

@@ -284,6 +284,7 @@ def test_a_file_that_predict_did_not_write_is_one_line(command, workplace, conte
         (["bad", "--checkpoint", "c.pt", "--out", "o.png"], "o.png: must end in .html"),
         (["bad", "--checkpoint", "c.pt", "--out", "gone/o.html"], "its folder does not exist"),
         (["bad", "--checkpoint", "c.pt", "--label", "fine"], "labels are bad, good"),
+        (["bad", "--checkpoint", "c.pt", "--label", ""], "labels are bad, good"),
         (["bad", "--checkpoint", "gone.pt"], "gone.pt"),
         (["  ", "--checkpoint", "c.pt"], "no sentence has a word"),
         (["--errors", "gone.jsonl"], "gone.jsonl: No such file"),

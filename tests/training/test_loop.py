@@ -278,7 +278,17 @@ def test_the_assignments_mode_reads_batches_in_the_order_of_the_data():
     for start in (0, 4, 8):
         batch = data.collate_fn(data.examples[start : start + 4])
         expected.append(model.eval()(batch["token_ids"]).exp())
-    assert torch.equal(predict_probs(model, data, 4, CPU), torch.cat(expected))
+    torch.testing.assert_close(predict_probs(model, data, 4, CPU), torch.cat(expected).detach())
+
+
+def test_scores_whose_exponentials_are_0_still_have_a_largest():
+    """As of labels of many tokens, whose log-probabilities are sums (LlamaZeroShotClassifier)."""
+    model = classifier()
+    model.num_labels = 3
+    model.forward = lambda ids, lengths: torch.tensor([[-300.0, -200.0, -201.0]])
+    result = evaluate(model, random_data(1), 1, CPU)
+    assert result.predictions == [1]
+    assert result.confidences == pytest.approx([1 / (1 + math.exp(-1))])
 
 
 def test_accuracy_and_f1_are_scikit_learns_over_the_examples_with_gold_labels():

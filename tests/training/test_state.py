@@ -255,6 +255,7 @@ def test_a_state_that_lacks_something_is_called_damaged(tmp_path, lost):
 def test_the_state_lies_beside_its_checkpoint():
     assert state_path("a b/finetune-sst-5-2e-05.pt") == Path("a b/finetune-sst-5-2e-05.state.pt")
     assert state_path("finetune-sst-5-0.0005.pt") == Path("finetune-sst-5-0.0005.state.pt")
+    assert state_path("run-0.5") == Path("run-0.5.state.pt")
 
 
 # ---------------------------------------------------------------- the command as a process
