@@ -30,7 +30,7 @@ from results.studies import (
 from utils import ArgumentParser, atomic_write, run_script
 
 FOLDER = Path(__file__).resolve().parent
-READMES = ("README.md", "README.zh-TW.md", "data/mini/README.md", "results/README.md")
+READMES = ("README.md", "README.zh-TW.md", "results/README.md")
 
 
 # Name, data set, folds, split, and whether the column gets a test: not dev, which chose the epoch.

