@@ -138,6 +138,8 @@ class Overlap:
 
     def found_in(self, text: str) -> str | None:
         """Return the first words that the text shares, or None."""
+        if not self.known:  # nothing to compare with
+            return None
         n = self.n_words
         runs = chain(ngrams(words_of(text), n), sentence_runs(text, n))
         return next((" ".join(run) for run in runs if run in self.known), None)

@@ -239,15 +239,16 @@ def read_corpus(
         heldout_lines={},
         heldout_examples={},
     )
+    binary = {path: is_binary(train[path] + heldout[path]) for path in dict.fromkeys(paths)}
     rng = random.Random(seed)
     for subject, path in rated:
-        binary = is_binary(train[path] + heldout[path])
         reviews = [*train[path], *draw_passages(train[path], passages * len(train[path]), rng)]
-        corpus.examples += ask(reviews, subject, binary, rng)
+        corpus.examples += ask(reviews, subject, binary[path], rng)
+    for subject, path in dict.fromkeys(rated):  # a file that is read twice is measured once
         fixed = random.Random(0)  # the same held-out questions in every run
         chosen = draw_passages(heldout[path], n_heldout, fixed)
-        corpus.heldout_examples[name_of(path)] = ask(chosen, subject, binary, fixed)
-        corpus.heldout_lines[heldout_file(path)] = labelled_lines(heldout[path], binary)
+        corpus.heldout_examples[name_of(path)] = ask(chosen, subject, binary[path], fixed)
+        corpus.heldout_lines[heldout_file(path)] = labelled_lines(heldout[path], binary[path])
     return corpus
 
 
