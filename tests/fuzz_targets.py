@@ -24,6 +24,7 @@ from formats.torch_file import load_torch_file
 from fuzz import Inputs, Target
 from llama import load_pretrained
 from tokenizer import Tokenizer
+from training.checkpoint import load_classifier, save_classifier
 from training.dataset import Example, SentenceDataset, encode_examples
 from training.labelled import read_label_names, read_sentences
 from training.loop import train_classifier
@@ -50,7 +51,7 @@ ODD_TENSORS = (
 )
 ODD_VALUES = st.one_of(
     st.sampled_from([*ODD_INTS, 2**62, 10**100, *ODD_FLOATS, None, True, "full", "a" * 10**5]),
-    st.sampled_from(["\ud800", [1], {"a": 1}, (1, 2), [], {}]),
+    st.sampled_from(["\ud800", [1], {"a": 1}, (1, 2), [], {}]).map(copy.copy),  # may be edited
     st.sampled_from(ODD_TENSORS).map(lambda make: make()),
 )
 ODD_KEYS = st.sampled_from(
@@ -182,6 +183,22 @@ def read_model() -> None:
     model = load_pretrained("model.pt")
     if model.config.vocab_size > 3:
         model.generate(torch.tensor([[1, 2, 3]]), 2, temperature=1.0)
+
+
+@cache
+def classifier() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        config = SimpleNamespace(num_labels=2, option="finetune", hidden_dropout_prob=0.3)
+        model = LlamaEmbeddingClassifier(config, random_llama(**TINY))
+        save_classifier(Path(folder, "model.pt"), model, config, label_names=["bad", "good"])
+        return load_torch_file(Path(folder, "model.pt"))
+
+
+def read_classifier() -> None:
+    model, saved = load_classifier("model.pt")
+    if model.llama.config.vocab_size > 3:
+        best = model(torch.tensor([[1, 2, 3]]), lengths=torch.tensor([3])).argmax().item()
+        (saved.get("label_names") or range(model.num_labels))[best]
 
 
 @st.composite
@@ -333,6 +350,7 @@ TARGETS = {
     for target in (
         _target("model", MODELS, read_model, "model.pt", words=("logits",), share=4),
         _target("bin", bin_files(), read_model, "model.pt", words=("logits",), share=2),
+        _target("classifier", changed(classifier), read_classifier, "model.pt", words=("label",)),
         _target(
             "state", changed(state, depth=1), train, "run.state.pt", words=("infinite", "loss")
         ),

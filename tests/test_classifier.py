@@ -106,18 +106,39 @@ def test_saved_classifier_comes_back_without_the_pretrained_file(tmp_path, tied)
     if not tied:
         model.llama.output.weight = torch.nn.Parameter(model.llama.output.weight.detach() * 2)
     path = tmp_path / "classifier.pt"
-    save_classifier(path, model, embedding_config(pooling="mean"), label_names=["a"])
+    save_classifier(path, model, embedding_config(pooling="mean"), label_names=list("abcde"))
     loaded, saved = load_classifier(path)
     assert loaded.pooling == "mean"
     assert not loaded.training
     assert torch.equal(loaded(TOKENS, lengths=LENGTHS), model(TOKENS, lengths=LENGTHS))
     assert torch.equal(loaded.llama(TOKENS)[0], model.llama(TOKENS)[0])
-    assert saved["label_names"] == ["a"]
+    assert saved["label_names"] == list("abcde")
 
 
 def test_loading_something_else_as_a_classifier_names_the_file(tmp_path):
     path = save_llama(random_llama(), tmp_path / "model.pt")
     with pytest.raises(InputError, match=r"model\.pt: is not a finetuned classifier"):
+        load_classifier(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "error"),
+    [
+        ("model", [], "it has no model"),
+        ("model", {"llama.norm.weight": 1.0}, "is not a named tensor"),
+        ("model_args", 5, "it has no model_args"),
+        ("model_args", {7: 1}, "has no string for a key"),
+        ("model_config", [], "it has no model_config"),
+        ("model_config", {7: 1}, "has no num_labels"),
+        ("label_names", torch.ones(2), "not a list of words"),
+        ("label_names", ["a"], "1 label names for 5 labels"),
+    ],
+)
+def test_a_damaged_classifier_is_one_line_that_names_the_file(tmp_path, part, value, error):
+    path = tmp_path / "classifier.pt"
+    save_classifier(path, embedding_classifier("causal"), embedding_config())
+    torch.save({**torch.load(path, weights_only=True), part: value}, path)
+    with pytest.raises(InputError, match=f"classifier.pt: .*{error}"):
         load_classifier(path)
 
 

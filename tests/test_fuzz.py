@@ -12,7 +12,10 @@ import fuzz
 from fuzz import Target, examine
 from fuzz_targets import TARGETS
 
-CASES = {"model": 300, "bin": 150, "state": 60, "data": 200, "labels": 150, "tokenizer": 150}
+CASES = {
+    **{"model": 300, "classifier": 150, "bin": 150, "state": 60},
+    **{"data": 200, "labels": 150, "tokenizer": 150},
+}
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, on the strange tensors that are drawn

@@ -81,8 +81,6 @@ def load_predictor(
     tokenizer = open_tokenizer(checkpoint, saved, tokenizer_path)
     tokenizer.require_vocab_size(model.llama.config.vocab_size)
     names = saved.get("label_names") or [str(label) for label in range(model.num_labels)]
-    if len(names) != model.num_labels:
-        raise InputError(f"{checkpoint}: {len(names)} label names for {model.num_labels} labels")
     return Predictor(model.to(device), tokenizer, names, saved.get("max_sentence_len"), device)
 
 
@@ -100,7 +98,7 @@ def writer(style: str, names: list[str]) -> Callable[[Line, int, list[float]], N
 
     def write(line: Line, label: int, probs: list[float]) -> None:
         predicted, probability = names[label], probs[label]
-        gold = None if line.gold in (None, NO_GOLD_LABEL) else names[line.gold]
+        gold = None if line.gold is None else names[line.gold]
         by_name = dict(zip(names, probs, strict=True))
         if style == "csv":
             table.writerow([line.number, predicted, probability, *probs, gold, line.sentence])
@@ -133,7 +131,7 @@ def print_predictions(
             write = write or writer(style, names)
             for line, label, row in zip(block, labels, rounded.tolist(), strict=True):
                 write(line, label, row)
-                if line.gold not in (None, NO_GOLD_LABEL):
+                if line.gold is not None:
                     confusion[line.gold, label] += 1
             sys.stdout.flush()
             n_lines, n_truncated = n_lines + len(block), n_truncated + n

@@ -6,6 +6,7 @@ from typing import Any
 
 from classifier import LlamaEmbeddingClassifier
 from config import LlamaConfig
+from formats.checkpoint import parse_checkpoint
 from formats.torch_file import load_torch_file, save_torch_file
 from tokenizer import Tokenizer
 from utils import InputError, brief, sha256_of
@@ -55,19 +56,23 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
 def load_classifier(path: str | os.PathLike) -> tuple[LlamaEmbeddingClassifier, dict[str, Any]]:
     """Read what `save_classifier` wrote: the classifier, on the CPU in eval mode, and the rest."""
     saved = load_torch_file(path)
-    absent = [key for key in ("model", "model_args", "model_config") if key not in saved]
-    if absent and saved.get("methods"):
-        methods = ", ".join(saved["methods"])
+    parts = ("model", "model_args", "model_config")
+    absent = [key for key in parts if not isinstance(saved.get(key), dict)]
+    if absent and isinstance(saved.get("methods"), list):
+        methods = ", ".join(map(str, saved["methods"]))
         raise InputError(f"{path}: has parts of --method {methods}, which only advanced.run reads")
     if absent:
         raise InputError(f"{path}: is not a finetuned classifier: it has no {', '.join(absent)}")
-    names = saved.get("label_names") or []
+    names = saved.get("label_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: its label_names are {brief(names)}, not a list of words")
-    config = SimpleNamespace(**saved["model_config"])
+    config = SimpleNamespace(**{str(key): v for key, v in saved["model_config"].items()})
+    model_args, weights = parse_checkpoint(path, saved)
+    del saved["model"]
     try:
-        llama_config = LlamaConfig(**saved["model_args"])
-        model = LlamaEmbeddingClassifier.from_weights(config, llama_config, saved.pop("model"))
+        model = LlamaEmbeddingClassifier.from_weights(config, LlamaConfig(**model_args), weights)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    if len(names) not in (0, model.num_labels):
+        raise InputError(f"{path}: {len(names)} label names for {model.num_labels} labels")
     return model, saved
