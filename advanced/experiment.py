@@ -32,7 +32,7 @@ Rows = list[tuple[str, int]]  # sentence, label
 HEAD_SEED = 0  # all runs begin with one head, so that soups may average them
 SETTINGS = (  # that decide the results of every method; `compose.OPTIONS` has the methods' own
     *("attention", "pooling", "epochs", "batch_size", "hidden_dropout_prob", "backbone_dropout"),
-    *("max_sentence_len", *(f.name for f in fields(Recipe) if f.name != "running_train_acc")),
+    *("max_sentence_len", *(f.name for f in fields(Recipe) if f.name != "train_acc")),
 )
 
 
@@ -193,6 +193,7 @@ class Experiment:
             lr=settings.pretrain_lr,
             device=self.device,
             bf16=settings.bf16,
+            save_minutes=self.save_minutes,
         )
         return str(path), round(seconds, 1)
 

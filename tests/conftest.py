@@ -35,7 +35,7 @@ def copy_project(folder: Path) -> Path:
     """A copy without what setup.sh downloads: the code, the demo data, the bundled model."""
     rooms = ("", "training/", "formats/", "fast/", "pretraining/", "tools/", "advanced/", "data/")
     patterns = [f"{room}*.py" for room in (*rooms, "advanced/methods/")]
-    patterns += ["advanced/methods/*.json", "data/demo-*", "data/mini/*", "data/*.json"]
+    patterns += ["training/*.json", "data/demo-*", "data/mini/*", "data/*.json"]
     for pattern in patterns:
         for path in ROOT.glob(pattern):
             target = folder / path.relative_to(ROOT)

@@ -37,8 +37,8 @@ class Recipe:
     `warmup` is the share of all steps over which the learning rate rises; with `lr_decay`, "linear"
     or "cosine", it then falls to 0. `layer_decay` is described at `parameter_groups`.
     `max_grad_norm` clips gradients. `bf16` computes in bfloat16 and keeps float32 weights.
-    `running_train_acc` counts the train accuracy during the training passes, dropout included,
-    instead of in a further pass. `patience` ends the training after that many epochs in a row
+    `train_acc` "running" counts the train accuracy during the training passes, dropout included,
+    "extra" in a further pass. `patience` ends the training after that many epochs in a row
     without a new best dev accuracy.
 
     `label_smoothing` mixes that share of the uniform distribution into the labels (Szegedy et al.
@@ -52,7 +52,7 @@ class Recipe:
     lr_decay: str | None = None
     max_grad_norm: float | None = None
     bf16: bool = False
-    running_train_acc: bool = False
+    train_acc: str = "extra"
     layer_decay: float = 1.0
     label_smoothing: float = 0.0
     patience: int | None = None
@@ -129,7 +129,13 @@ def train_classifier(
     def save() -> None:
         require_finite_weights(model)
         if state_file is not None:
-            _save(state_file, state, model, optimizer, regularizer)
+            state_file.save(
+                progress=asdict(state),
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                regularizer={} if regularizer is None else regularizer.state_dict(),
+                random=random_state(),
+            )
 
     with stop_requests() as stop:
         while state.epoch < epochs and not _has_stalled(state.history, recipe.patience):
@@ -140,16 +146,17 @@ def train_classifier(
             for batch in _remaining(loader, state):
                 rate_factor = _rate_factor(state, len(loader), epochs, recipe)
                 loss, n_correct = batch_loss(
-                    ddp_model, model, batch, batch_size, device, recipe, regularizer
+                    ddp_model, batch, batch_size, device, recipe, regularizer
                 )
-                total_loss, n_correct = _total(loss, n_correct)
+                sums = torch.tensor([loss.item(), n_correct], dtype=torch.float64)
+                total_loss, n_correct = distributed.all_sum(sums).tolist()
                 if not math.isfinite(total_loss):
                     raise _diverged(state, loader, rate_factor * lr, total_loss, batch["sents"][0])
                 # The loss is a sum over the processes, but their gradients are averaged.
                 (loss * distributed.world_size()).backward()
                 take_step([optimizer], rate_factor, recipe.max_grad_norm)
                 state.loss_sum += total_loss
-                state.n_correct += n_correct
+                state.n_correct += int(n_correct)
                 state.n_batches += 1
                 is_due = state_file is not None and state_file.is_due()
                 stop.handle(save, state_file, is_due)
@@ -181,7 +188,6 @@ def _remaining(loader: DataLoader, state: TrainState) -> Iterable[dict[str, Any]
 
 def batch_loss(
     ddp_model: nn.Module,
-    model: nn.Module,
     batch: dict[str, Any],
     batch_size: int,
     device: torch.device,
@@ -192,7 +198,7 @@ def batch_loss(
 
     `ddp_model` is the model as `distributed.wrap` returned it.
     """
-    rows, weight = distributed.own_rows(batch, model.reads_lengths)
+    rows, weight = distributed.own_rows(batch, ddp_model.reads_lengths)
     labels = rows["labels"].to(device)
 
     def forward(module: nn.Module) -> torch.Tensor:
@@ -211,7 +217,7 @@ def batch_loss(
         divergence = symmetric_kl(log_probs, second) * len(labels) / batch_size
         loss = (loss + nll(second)) / 2 + recipe.r_drop / 4 * divergence
     if regularizer is not None:
-        loss = loss + regularizer(model, log_probs, forward)
+        loss = loss + regularizer(ddp_model, log_probs, forward)
     n_correct = (log_probs.argmax(dim=1) == labels).sum().item()
     return weight * loss, weight * n_correct
 
@@ -224,13 +230,6 @@ def _diverged(
         f"learning rate {lr:.3g}: the loss is {loss} on the batch that begins with "
         f"{sentence[:60]!r}; {REMEDY}"
     )
-
-
-def _total(loss: torch.Tensor, n_correct: int) -> tuple[float, int]:
-    """Return both summed over the processes."""
-    values = torch.tensor([loss.item(), n_correct], dtype=torch.float64)
-    value, n_correct = distributed.all_sum(values).tolist()
-    return value, int(n_correct)
 
 
 def _evaluate(
@@ -249,7 +248,7 @@ def _evaluate(
         return evaluate(model, data, batch_size, device, recipe.bf16, description).accuracy
 
     train_accuracy = state.n_correct / len(loader.dataset)
-    if not recipe.running_train_acc:
+    if recipe.train_acc == "extra":
         train_accuracy = accuracy(loader.dataset, "eval train")
     dev_accuracy = accuracy(dev_data, "eval dev")
     return EpochReport(state.epoch, state.loss_sum / len(loader), train_accuracy, dev_accuracy)
@@ -269,22 +268,6 @@ def _has_stalled(history: list[EpochReport], patience: int | None) -> bool:
     if patience is None or len(accuracies) <= patience:
         return False
     return max(accuracies[-patience:]) <= max(accuracies[:-patience])
-
-
-def _save(
-    state_file: StateFile,
-    state: TrainState,
-    model: nn.Module,
-    optimizer: Optimizer,
-    regularizer: nn.Module | None,
-) -> None:
-    state_file.save(
-        progress=asdict(state),
-        model=model.state_dict(),
-        optimizer=optimizer.state_dict(),
-        regularizer={} if regularizer is None else regularizer.state_dict(),
-        random=random_state(),
-    )
 
 
 def _restore(

@@ -31,8 +31,9 @@ DATA, DEMO_DATA = (
 # Files of the project that no output may replace. Outputs may lie in any of its folders.
 OWN_FILES = (
     *("*.py", "*.sh", "*.toml", "requirements*.txt", "LICENSE"),
-    *("README*.md", "structure.md", "CHANGELOG.md", "docs/*", "advanced/methods/*.json"),
-    *("data/*.json", "data/mini/*", "data/*-train.txt", "data/*-dev.txt", "data/*-test.txt"),
+    *("README*.md", "structure.md", "CHANGELOG.md", "docs/*"),
+    *("training/*.json", "benchmarks/*.json", "data/*.json"),
+    *("data/mini/*", "data/*-train.txt", "data/*-dev.txt", "data/*-test.txt"),
 )
 
 
@@ -147,8 +148,7 @@ def add_state_options(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return the recipe; an option that `args` lacks has its default."""
-    given = {field.name: getattr(args, field.name, field.default) for field in fields(Recipe)}
-    return Recipe(**{**given, "running_train_acc": getattr(args, "train_acc", None) == "running"})
+    return Recipe(**{f.name: getattr(args, f.name, f.default) for f in fields(Recipe)})
 
 
 def state_mode(args: argparse.Namespace) -> str:

@@ -22,8 +22,10 @@ from llama import load_pretrained
 from pretraining.corpus import digest_of, encode_documents
 from pretraining.loop import HeldOut, Recipe, train_language_model
 from tokenizer import Tokenizer
-from training.state import StateFile, only_writer, source_digest
+from training.state import StateFile, only_writer
 from utils import seed_everything, sha256_of
+
+SEED = 0  # all runs of a study share the continued model
 
 
 def continue_pretraining(
@@ -37,7 +39,7 @@ def continue_pretraining(
     lr: float,
     device: torch.device,
     bf16: bool = False,
-    seed: int = 0,
+    save_minutes: float = 5.0,
 ) -> tuple[Path, float]:
     """Train on the sentences; return (path of the model, seconds). `heldout` is only measured.
 
@@ -46,34 +48,31 @@ def continue_pretraining(
     """
     model = load_pretrained(checkpoint, attention="causal").to(device)
     texts = encode_documents(tokenizer, sentences)
-    recipe = _recipe(sum(map(len, texts)), model.config.max_seq_len, epochs, lr, seed, bf16)
+    recipe = _recipe(sum(map(len, texts)), model.config.max_seq_len, epochs, lr, bf16)
     settings = {**asdict(recipe), "text_sha256": digest_of(sentences), "device": device.type}
     settings["model_sha256"] = sha256_of(checkpoint)
     settings["tokenizer_sha256"] = sha256_of(tokenizer.model_path)
-    settings["source"] = source_digest()
     digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:12]
     folder = folder.with_name(f"{folder.name}-{digest}")
     folder.mkdir(parents=True, exist_ok=True)
     path, history = folder / "model.pt", folder / "history.csv"
     with only_writer(path):
         if not path.exists() or (folder / "state.pt").exists():
-            seed_everything(seed)
+            seed_everything(SEED)
             train_language_model(
                 model,
                 texts,
                 [HeldOut.texts("held out", heldout, tokenizer, recipe.seq_len)],
                 folder,
                 recipe,
-                state_file=StateFile(folder / "state.pt", settings),
+                state_file=StateFile(folder / "state.pt", settings, minutes=save_minutes),
                 eval_minutes=math.inf,
             )
     with history.open(encoding="utf-8") as file:
         return path, 60 * float(list(csv.DictReader(file))[-1]["minutes"])
 
 
-def _recipe(
-    n_tokens: int, max_seq_len: int, epochs: int, lr: float, seed: int, bf16: bool
-) -> Recipe:
+def _recipe(n_tokens: int, max_seq_len: int, epochs: int, lr: float, bf16: bool) -> Recipe:
     """Return the recipe for `epochs` passes over a text, of which a few sentences are a window."""
     seq_len = min(128, max_seq_len, n_tokens - 1)
     n_rows = min(16, (n_tokens - 1) // seq_len)
@@ -85,6 +84,6 @@ def _recipe(
         lr=lr,
         warmup=min(20, n_steps // 10),
         decay_from=0.0,
-        seed=seed,
+        seed=SEED,
         bf16=bf16,
     )

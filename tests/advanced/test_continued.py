@@ -7,6 +7,7 @@ import torch
 
 from advanced.methods import continued
 from tokenizer import Tokenizer
+from training import state
 from training.schedule import learning_rate_factor
 
 
@@ -38,6 +39,21 @@ def test_it_reads_causally_and_only_measures_the_held_out_text(workplace, monkey
     (heldout,) = seen["heldout"]
     n_bytes = len("warm") + 1  # and its end
     assert heldout.divisors["bits/byte"] == pytest.approx(math.log(2) * n_bytes)
+
+
+def test_a_finished_run_is_not_repeated_when_the_code_changes(workplace, monkeypatch):
+    read(workplace, monkeypatch, 20)
+    (folder,) = workplace.glob("read-*")
+    (folder / "model.pt").touch()
+    for module in (state, continued):
+        monkeypatch.setattr(module, "source_digest", lambda: "other", raising=False)
+    monkeypatch.setattr(continued, "train_language_model", None)  # would be a TypeError
+    continued.continue_pretraining(
+        ["a film her heart the story"] * 20, ["warm"], "model.pt",
+        Tokenizer(tokenizer_model="tokenizer.model"), workplace / "read",
+        epochs=3, lr=1e-3, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert list(workplace.glob("read-*")) == [folder]
 
 
 def test_the_rate_reaches_its_peak_also_in_a_few_steps(workplace, monkeypatch):

@@ -99,7 +99,7 @@ def test_r_drop_is_half_of_its_equation_and_learns_by_both_passes(monkeypatch, s
 
     expected, loss = by_hand(random_data(), objective)
     monkeypatch.setattr(loop, "forward_pass", shifted)
-    recipe = Recipe(r_drop=1.5, label_smoothing=smoothing, running_train_acc=True)
+    recipe = Recipe(r_drop=1.5, label_smoothing=smoothing, train_acc="running")
     weights, train_loss = trained(random_data(), recipe=recipe)
     assert train_loss == pytest.approx(loss, rel=1e-9)
     assert_same_weights(weights, expected, atol=1e-9)
