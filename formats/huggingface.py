@@ -71,11 +71,11 @@ def write_model(
     model.save_pretrained(folder)
 
 
-def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return model_args, causal, and float32 weights under CMU names.
+def read_model(folder: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
+    """Return the config, causal, and float32 weights under CMU names.
 
-    Reads safetensors only, runs no code of the folder, and asks no network. Raises InputError for
-    a model that ours cannot compute.
+    Reads safetensors only, runs no code of the folder, and asks no network. Raises InputError,
+    without the folder's name, for a model that ours cannot compute.
     """
     require_package("transformers")
     import transformers
@@ -87,11 +87,11 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         )
     except Exception as error:  # OSError, ValueError, TypeError, ArithmeticError and others
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{folder}: its config.json cannot be read: {reason[:300]}") from error
-    _require_computable(folder, config)
+        raise InputError(f"its config.json cannot be read: {reason[:300]}") from error
+    _require_computable(config)
     if config.num_hidden_layers > len(weights):  # too many to list their names
         n_layers = config.num_hidden_layers
-        raise InputError(f"{folder}: {n_layers} layers, but only {len(weights)} tensors")
+        raise InputError(f"{n_layers} layers, but only {len(weights)} tensors")
     names = {theirs: ours for ours, theirs in _names(config.num_hidden_layers).items()}
     if config.tie_word_embeddings and "lm_head.weight" not in weights:
         del names["lm_head.weight"]
@@ -99,13 +99,13 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     unexpected = [name for name in weights if name not in names]
     if missing or unexpected:
         raise InputError(
-            f"{folder}: is no plain LlamaForCausalLM; missing: {listed(missing) or 'nothing'}; "
+            f"is no plain LlamaForCausalLM; missing: {listed(missing) or 'nothing'}; "
             f"unexpected: {listed(unexpected) or 'nothing'}"
         )
     args = {ours: getattr(config, theirs) for ours, theirs in _ARGS.items()}
     c = LlamaConfig(**args, attention="causal")
     ours = {names[name]: tensor.float() for name, tensor in weights.items()}
-    return c.to_dict(), {name: _permuted(c, name, w, (2, -1)) for name, w in ours.items()}
+    return c, {name: _permuted(c, name, w, (2, -1)) for name, w in ours.items()}
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> bool:
@@ -214,24 +214,24 @@ def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*.safetensors"))
     if not files and list(folder.glob("pytorch_model*.bin")):
         raise InputError(
-            f"{folder}: has only pytorch_model.bin, a pickle, which is not read; load it in "
-            "transformers and call `save_pretrained`, which writes model.safetensors"
+            "has only pytorch_model.bin, a pickle, which is not read; load it in transformers and "
+            "call `save_pretrained`, which writes model.safetensors"
         )
     if not files:
-        raise InputError(f"{folder}: has no model.safetensors")
+        raise InputError("has no model.safetensors")
     weights = {}
     for file in files:
         try:
             weights |= load_file(file)
         except SafetensorError as error:
-            raise InputError(f"{file}: is no safetensors file, or damaged: {error}") from error
+            raise InputError(f"{file.name}: is no safetensors file, or damaged: {error}") from error
     return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _require_computable(folder: Path, config: Any) -> None:
+def _require_computable(config: Any) -> None:
     """Raise InputError that lists all of a config that our Llama cannot compute."""
     if config.model_type != "llama":
-        raise InputError(f"{folder}: its model_type is {brief(config.model_type)}, not 'llama'")
+        raise InputError(f"its model_type is {brief(config.model_type)}, not 'llama'")
     found = {
         "hidden_act": (config.hidden_act, "silu"),
         "attention_bias": (config.attention_bias, False),
@@ -242,4 +242,4 @@ def _require_computable(folder: Path, config: Any) -> None:
     }
     faults = [f"{k}={brief(v)} (only {brief(w)})" for k, (v, w) in found.items() if v != w]
     if faults:
-        raise InputError(f"{folder}: config.json wants what ours cannot compute: {listed(faults)}")
+        raise InputError(f"config.json wants what ours cannot compute: {listed(faults)}")

@@ -31,7 +31,6 @@ from tools.predict import Predictor, load_predictor
 from tools.rendering import Explanation, page, table
 from training.dataset import Example, SentenceDataset
 from training.evaluation import forward_pass
-from training.labelled import NO_GOLD_LABEL
 from training.options import positive_int, require_outputs
 from utils import (
     ArgumentParser,
@@ -219,10 +218,7 @@ def read_labelled(sentences: list[str], names: list[str]) -> list[tuple[str, str
     lines = read_arguments(sentences, names)
     if not lines:
         raise InputError("no sentence has a word; write one in quotation marks")
-    return [
-        ("", line.sentence, None if line.gold in (None, NO_GOLD_LABEL) else names[line.gold])
-        for line in lines
-    ]
+    return [("", line.sentence, None if line.gold is None else names[line.gold]) for line in lines]
 
 
 def wants_color() -> bool:

@@ -76,7 +76,7 @@ def read_ours(
     notes = []
     if any(name.startswith("llama.") for name in weights):  # a finetuned classifier
         dropped = [name for name in weights if not name.startswith("llama.")]
-        weights = {name[6:]: tensor for name, tensor in weights.items() if name not in dropped}
+        weights = {n.removeprefix("llama."): w for n, w in weights.items() if n not in dropped}
         labels = listed(saved.get("label_names", ["not recorded"]))
         notes.append(
             f"{checkpoint}: {reader} gets the Llama without {listed(dropped)} (labels: {labels})"
@@ -157,9 +157,8 @@ def import_hf(folder: Path, out: Path, tokenizer_path: str | None) -> list[str]:
     """Write a causal checkpoint from a transformers folder, and its tokenizer.model beside it."""
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder; --from hf reads one with config.json")
-    model_args, weights = huggingface.read_model(folder)
     try:
-        model = Llama.from_weights(LlamaConfig(**model_args), weights)
+        model = Llama.from_weights(*huggingface.read_model(folder))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     tokenizer_model = Path(tokenizer_path or folder / "tokenizer.model")

@@ -9,7 +9,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from training.labelled import NO_GOLD_LABEL, SEPARATOR, decode, has_placeholder_labels, parse_line
+from training.labelled import (
+    NO_GOLD_LABEL,
+    PLACEHOLDER_SIZE,
+    SEPARATOR,
+    decode,
+    has_placeholder_labels,
+    parse_line,
+)
 from utils import InputError, brief, printable
 
 READ_SIZE = 2**16
@@ -19,7 +26,7 @@ LONGEST_LINE = 2**20
 class Line(NamedTuple):
     number: int  # in its file, from 1
     sentence: str
-    gold: int | None  # None if the file has no labels, NO_GOLD_LABEL if this label is unknown
+    gold: int | None  # None if it is unknown
 
 
 def arriving_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str] | None]:
@@ -60,7 +67,8 @@ def read_lines(
         is_labelled = has_label if is_labelled is None else is_labelled
         if is_labelled:
             sentence, gold = parse_labelled(text, place, label_names)
-            yield Line(number, sentence, NO_GOLD_LABEL if has_placeholders else gold)
+            is_known = gold != NO_GOLD_LABEL and not has_placeholders
+            yield Line(number, sentence, gold if is_known else None)
         elif not has_label:
             yield Line(number, text.strip(), None)
         else:
@@ -143,7 +151,7 @@ def read_input(path: str, column: str | None, label_names: list[str]) -> Iterato
         if column is not None:
             yield from read_column(file, file.name, column)
             return
-        is_small = path != "-" and 0 < Path(path).stat().st_size < LONGEST_LINE
+        is_small = path != "-" and 0 < Path(path).stat().st_size <= PLACEHOLDER_SIZE  # 0: a pipe
         has_placeholders = is_small and has_placeholder_labels(Path(path).read_bytes())
         yield from read_lines(file, file.name, label_names, has_placeholders)
 

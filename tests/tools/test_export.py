@@ -404,6 +404,7 @@ def test_we_compute_what_transformers_computes_of_its_folder(
         ({"num_hidden_layers": 2**40}, "1099511627776 layers, but only"),
         ({"num_hidden_layers": 3}, "missing: model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, "unexpected: model.layers.1"),
+        ({"num_key_value_heads": 3}, "theirs: n_heads=4 is not divisible by n_kv_heads=3"),
         ({"num_key_value_heads": 4}, "misshapen: layers.0.attention.compute_key.weight"),
         ({"intermediate_size": 20}, "misshapen: layers.0.feed_forward.w1.weight"),
     ],
