@@ -144,9 +144,8 @@ class LlamaEmbeddingClassifier(_Classifier):
     """
 
     def __init__(self, config: Any, llama: Llama | None = None):
+        require_classifier_config(config)
         super().__init__(config, llama)
-        if config.option not in ("pretrain", "finetune"):
-            raise InputError(f"option={config.option!r} is neither 'pretrain' nor 'finetune'")
         self.llama.requires_grad_(config.option == "finetune")
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier_head = nn.Linear(self.llama.config.dim, self.num_labels)
@@ -156,7 +155,6 @@ class LlamaEmbeddingClassifier(_Classifier):
         cls, config: Any, llama_config: LlamaConfig, weights: dict[str, torch.Tensor]
     ) -> "LlamaEmbeddingClassifier":
         """Return a classifier in eval mode with exactly these weights, of Llama and head."""
-        require_classifier_config(config)
         prefix = "llama."
         of_llama = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
         llama = Llama.from_weights(llama_config, of_llama)

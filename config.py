@@ -99,7 +99,7 @@ class LlamaConfig:
 
 
 def require_classifier_config(config: Any) -> None:
-    """Raise InputError for a missing or impossible value in a stored classifier's config."""
+    """Raise InputError for a missing or impossible value in a classifier's config."""
     for key in ("num_labels", "hidden_dropout_prob", "option"):
         if not hasattr(config, key):
             raise InputError(f"the classifier's config has no {key}")

@@ -23,7 +23,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 DATA = Path(__file__).resolve().parent / "data"  # splits and label mappings to compare with
@@ -313,7 +313,8 @@ def follow_imports(roots: list[str], sources: dict[str, bytes]) -> tuple[set[str
             continue
         for line, module, members in imports(importer, tree):
             path = module.replace(".", "/")
-            paths = [path, *parents(path), *(f"{path}/{member}" for member in members)]
+            paths = [path, *map(str, PurePosixPath(path).parents)]
+            paths += [f"{path}/{member}" for member in members]
             files = [f"{p}{end}" for p in paths for end in (".py", "/__init__.py")]
             queue += [file for file in files if file in sources and file not in queue]
             problems += [
@@ -364,11 +365,6 @@ def imports(importer: str, tree: ast.Module) -> Iterator[tuple[int, str, list[st
                 yield node.lineno, module, members
             else:  # from . import a, at the top
                 yield from ((node.lineno, member, []) for member in members)
-
-
-def parents(path: str) -> Iterator[str]:
-    while path := path.rpartition("/")[0]:
-        yield path
 
 
 # --- output files ---

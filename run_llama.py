@@ -268,9 +268,7 @@ def finetune(args: argparse.Namespace) -> None:
     The state stays until both outputs are written, so that the same command continues there.
     """
     keep_freed_memory()
-    torch.backends.cuda.matmul.fp32_precision = (
-        "tf32"  # 10-bit mantissas, see `plain_gpu` in results
-    )
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # 10-bit mantissas, see results/LOG.md
     _require_output_names(args, "finetuning")
     _read_dev_and_test(args, read_label_names(args.label_names))  # before the work, not after
     history = train(args, keep_state=True)

@@ -170,15 +170,11 @@ def prepare(methods: Sequence[str], model: nn.Module, settings: SimpleNamespace)
             batch_size=settings.batch_size,
         )
         terms.append(smart)
-    return Sum(*terms) if terms else None
+    return Sum(terms) if terms else None
 
 
-class Sum(nn.Module):
+class Sum(nn.ModuleList):
     """The sum of several regularizers."""
 
-    def __init__(self, *terms: nn.Module):
-        super().__init__()
-        self.terms = nn.ModuleList(terms)
-
     def forward(self, *inputs: Any) -> torch.Tensor:
-        return torch.stack([term(*inputs) for term in self.terms]).sum()
+        return torch.stack([term(*inputs) for term in self]).sum()

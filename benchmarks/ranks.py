@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds: dict[str, list[list[float]]] = {way: [] for way in ways}
         losses: dict[str, list[float]] = {way: [] for way in ways}
         for turn, way in itertools.product(range(1 + args.repeats), ways):
-            distributed.all_sum(torch.zeros(1))  # all begin together
+            distributed.barrier()  # all begin together
             (step, threads), loss = ways[way], 0.0
             torch.set_num_threads(threads)
             if distributed.is_main() or way == "ranks":

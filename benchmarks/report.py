@@ -157,13 +157,13 @@ def seconds_of(row: Measured, way: str, parts: Sequence[int] = (0, 1, 2)) -> flo
 
 def ranks_table(rows: list[Measured]) -> str:
     """Return what several ranks gain; one process with all their threads beside it."""
-    head = ["shape", "step", "device", "tokens/s, one rank", "two ranks", "two ranks / one"]
+    head = ["shape", "step", "device", "tokens/s, one rank", "all ranks", "all ranks / one"]
     lines = []
     for row in rows:
         n_tokens, alone = row["n_rows"] * row["tokens_of_row"], seconds_of(row, "one rank")
         device = f"{row['device']}{', bf16' * row['bf16']}"
         cells = [row["shape"], row["row"], device, f"{n_tokens / alone:,.0f}", "", "", ""]
-        if row["n_ranks"] == 2:
+        if "ranks" in row["seconds"]:
             together = seconds_of(row, "ranks")
             all_threads = seconds_of(row, "one rank, all threads")
             cells[4:] = [f"{n_tokens / together:,.0f}", f"{alone / together:.2f}"]

@@ -61,7 +61,6 @@ class _Int8Weight(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        self.out_features, self.in_features = weight.shape
 
 
 class Int8Linear(_Int8Weight):
@@ -88,12 +87,12 @@ def quantize_model(model: nn.Module) -> None:
         raise InputError(
             "int8: this PyTorch has no INT8 product; install the version in requirements.txt"
         )
-    done: dict[int, tuple[torch.Tensor, ...]] = {}  # int8, scale, and the weight, by its id
+    done: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = {}  # weight -> int8, scale
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, (nn.Linear, nn.Embedding)):
-                weight = child.weight
-                *int8, _ = done.setdefault(id(weight), (*quantize_rows(weight), weight))
+                if child.weight not in done:  # a tied one once
+                    done[child.weight] = quantize_rows(child.weight)
                 kind = Int8Linear if isinstance(child, nn.Linear) else Int8Embedding
-                setattr(parent, name, kind(*int8))
+                setattr(parent, name, kind(*done[child.weight]))
     model.requires_grad_(False)

@@ -216,20 +216,31 @@ def train_language_model(
     micro_tokens = micro_tokens or recipe.batch_tokens
     network = distributed.wrap(model)
     model.train()
-    if progress.step == 0:
-        _say(f"before: {_in_words(measure(model, heldout, micro_tokens))}")
-        _save(state_file, model, optimizers, progress)  # a kill from here on leaves a state
 
     def save() -> None:
-        _save(state_file, model, optimizers, progress)
+        require_finite_weights(model)
+        state_file.save(
+            model=model.state_dict(),
+            model_args=model.config.to_dict(),  # so that the state is itself a checkpoint
+            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            random=random_state(),
+            progress=vars(progress),
+        )
 
+    if progress.step == 0:
+        _say(f"before: {_in_words(measure(model, heldout, micro_tokens))}")
+        save()  # a kill from here on leaves a state
     started, evaluated_at = time.monotonic() - progress.seconds, progress.seconds
     with stop_requests() as stop, _progress_bar(recipe.n_steps, progress.step) as bar:
         while (done := progress.share(recipe)) < 1.0:
             lr_factor = learning_rate_factor(progress.step, done, recipe.warmup, recipe.decay_from)
             rows = batches.batch(progress.step)
             loss = add_gradients(network, rows, micro_tokens, recipe.bf16)
-            _require_finite(loss, progress.step, lr_factor)
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"step {progress.step + 1}, at {lr_factor:.3g} of the peak learning rate: "
+                    f"the loss is {loss}; {REMEDY}"
+                )
             take_step(optimizers, lr_factor, recipe.max_grad_norm)
             progress.add_step(loss, _seconds_since(started))
             bar.update()
@@ -277,14 +288,6 @@ def _seconds_since(started: float) -> float:
     return distributed.all_sum(torch.tensor(seconds, dtype=torch.float64)).item()
 
 
-def _require_finite(loss: float, step: int, lr_factor: float) -> None:
-    if not math.isfinite(loss):
-        raise DivergedError(
-            f"step {step + 1}, at {lr_factor:.3g} of the peak learning rate: the loss is {loss}; "
-            f"{REMEDY}"
-        )
-
-
 def _restore(
     state_file: StateFile, model: Llama, optimizers: list[Optimizer], seed: int
 ) -> Progress:
@@ -303,19 +306,6 @@ def _restore(
     if not distributed.is_main():  # each rank draws its own dropout masks
         torch.manual_seed(seed + progress.step + 1_000_003 * distributed.rank())
     return progress
-
-
-def _save(
-    state_file: StateFile, model: Llama, optimizers: list[Optimizer], progress: Progress
-) -> None:
-    require_finite_weights(model)
-    state_file.save(
-        model=model.state_dict(),
-        model_args=model.config.to_dict(),  # so that the state is itself a checkpoint
-        optimizers=[optimizer.state_dict() for optimizer in optimizers],
-        random=random_state(),
-        progress=vars(progress),
-    )
 
 
 def _write_outputs(folder: Path, model: Llama, history: list[dict[str, float]], half: bool) -> None:

@@ -220,18 +220,11 @@ class Corpus:
         return {f"{name}_sha256": digest_of(part) for name, part in parts.items()}
 
 
-def read_corpus(
-    texts: list[str],
-    rated: list[tuple[str, str]],
-    passages: int,
-    n_heldout: int,
-    exclude: list[str],
-    exclude_words: int,
-    seed: int,
-) -> Corpus:
-    """Read files of texts and of (subject, rated reviews); for `passages` see `draw_passages`."""
+def read_corpus(args: argparse.Namespace) -> Corpus:
+    """Read --text and --rated; for --passages see `draw_passages`."""
+    texts, rated = args.text, args.rated
     paths = [path for _, path in rated]
-    train, heldout = load_corpus(texts, paths, n_heldout, exclude, exclude_words)
+    train, heldout = load_corpus(texts, paths, args.heldout, args.exclude, args.exclude_words)
     corpus = Corpus(
         texts=[document.text for path in texts for document in train[path]],
         examples=[],
@@ -240,13 +233,14 @@ def read_corpus(
         heldout_examples={},
     )
     binary = {path: is_binary(train[path] + heldout[path]) for path in dict.fromkeys(paths)}
-    rng = random.Random(seed)
+    rng = random.Random(args.seed)
     for subject, path in rated:
-        reviews = [*train[path], *draw_passages(train[path], passages * len(train[path]), rng)]
+        n_passages = args.passages * len(train[path])
+        reviews = [*train[path], *draw_passages(train[path], n_passages, rng)]
         corpus.examples += ask(reviews, subject, binary[path], rng)
     for subject, path in dict.fromkeys(rated):  # a file that is read twice is measured once
         fixed = random.Random(0)  # the same held-out questions in every run
-        chosen = draw_passages(heldout[path], n_heldout, fixed)
+        chosen = draw_passages(heldout[path], args.heldout, fixed)
         corpus.heldout_examples[name_of(path)] = ask(chosen, subject, binary[path], fixed)
         corpus.heldout_lines[heldout_file(path)] = labelled_lines(heldout[path], binary[path])
     return corpus
@@ -339,15 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.restart:
             require_unused(folder, names)
         with only_writer(folder / "state.pt"):
-            corpus = read_corpus(
-                args.text,
-                args.rated,
-                args.passages,
-                args.heldout,
-                args.exclude,
-                args.exclude_words,
-                args.seed,
-            )
+            corpus = read_corpus(args)
             settings = {
                 **asdict(recipe),
                 **{f"model_{key}": value for key, value in model.config.to_dict().items()},

@@ -76,26 +76,21 @@ def correct_answers(study: Study, split: str) -> np.ndarray:
     return np.array([[int(c) for run in runs for c in run[split]["right"]] for runs in seeds])
 
 
-def gold_counts(study: Study, split: str) -> list[int]:
-    """Return the number of sentences of each class: (n_labels,)."""
-    runs = next(iter(finished_seeds(study).values()))
-    return np.sum([np.sum(run[split]["confusion"], axis=1) for run in runs], axis=0).tolist()
-
-
 def majority_share(group: list[Study], split: str) -> float | None:
     """Return the share of the largest class, from any study of the group with gold labels."""
     for study in group:
         if scores(study, split):
-            counts = gold_counts(study, split)
-            return max(counts) / sum(counts)
+            runs = next(iter(finished_seeds(study).values()))
+            counts = np.sum([run[split]["confusion"] for run in runs], axis=(0, 2))  # of each class
+            return float(counts.max() / counts.sum())
     return None
 
 
-def ranked(studies: list[Study], split: str = "dev") -> list[Study]:
-    """Return BASELINES in their order, then the other studies, the best on `split` first."""
+def ranked(studies: list[Study]) -> list[Study]:
+    """Return BASELINES in their order, then the other studies, the best on dev first."""
 
     def rank(study: Study) -> tuple:
-        method, values = study["method"], scores(study, split)
+        method, values = study["method"], scores(study, "dev")
         if method in BASELINES:
             return (0, BASELINES.index(method), "")
         return (1, -np.mean(values), method) if values else (2, 0, method)

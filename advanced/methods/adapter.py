@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama import RMSNorm
+from advanced.methods.freezing import train_only
 from utils import InputError
 
 
@@ -48,10 +48,7 @@ def add_adapters(model: nn.Module, size: int) -> None:
     dim = model.llama.config.dim
     if not 1 <= size <= dim:
         raise InputError(f"--adapter_size {size}: a bottleneck has a size in 1..{dim}")
-    model.llama.requires_grad_(False)
-    for module in model.llama.modules():
-        if isinstance(module, RMSNorm):
-            module.requires_grad_(True)
+    train_only(model, "norms")
     for layer in model.llama.layers:
         for sub_layer in (layer.attention, layer.feed_forward):
             sub_layer.adapter = Adapter(dim, size, like=model.llama.norm.weight)

@@ -6,7 +6,7 @@ Equation 3 adds B A to a frozen pretrained weight W, with B (out, rank) and A (r
     W' = W + (alpha / rank) B A
 
 `add_lora` computes W' by a parametrization of `weight`, so the layers themselves do not change.
-Removing the parametrization (`merge`) writes W' into the weights and leaves a plain model.
+Reading `weight` gives W', and that is what a checkpoint keeps: a plain model (`EpochFiles.offer`).
 
 Differences from the paper:
 
@@ -39,7 +39,7 @@ class LowRankUpdate(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        # Autocast would round the product, and `merge` would leave other weights than were trained.
+        # Autocast would round the product, and other weights would be saved than were trained.
         with torch.autocast(weight.device.type, enabled=False):
             return weight + self.scale * (self.B @ self.A)
 
@@ -69,11 +69,3 @@ def add_lora(
     for linear in linears:
         update = LowRankUpdate(linear.weight, rank, alpha)
         parametrize.register_parametrization(linear, "weight", update)
-
-
-def merge(model: nn.Module) -> None:
-    """Write W + (alpha / rank) B A into the weights and make the Llama trainable again."""
-    for module in model.llama.layers.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
-    model.llama.requires_grad_(True)

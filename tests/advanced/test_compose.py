@@ -66,10 +66,10 @@ def test_mixout_adapters_l2sp_and_smart_get_their_numbers():
     model, _ = prepared("adapter", "--adapter_size", "5")
     assert model.llama.layers[1].feed_forward.adapter.down.weight.shape == (5, 32)
     _, penalty = prepared("l2sp", "--l2sp_weight", "0.25", "--l2sp_head_weight", "0.75")
-    assert (penalty.terms[0].alpha, penalty.terms[0].beta) == (0.25, 0.75)
+    assert (penalty[0].alpha, penalty[0].beta) == (0.25, 0.75)
     options = ["--smart_weight", "2", "--smart_radius", "0.5", "--proximal_weight", "3"]
     model, penalty = prepared("smart", *options, "--batch_size", "4")
-    term, rms = penalty.terms[0], model.llama.tok_embeddings.weight.square().mean().sqrt().item()
+    term, rms = penalty[0], model.llama.tok_embeddings.weight.square().mean().sqrt().item()
     assert (term.weight, term.proximal_weight, term.batch_size) == (2, 3, 4)
     assert term.radius == pytest.approx(0.5 * rms)
     assert (term.n_steps, term.momentum) == (1, 0.99)
@@ -107,4 +107,4 @@ def test_regularizers_together_are_their_sum():
         def forward(self, model, log_probs, forward):
             return torch.tensor(self.value)
 
-    assert Sum(Term(1.5), Term(2.0))(None, None, None) == 3.5
+    assert Sum([Term(1.5), Term(2.0)])(None, None, None) == 3.5
