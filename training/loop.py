@@ -149,14 +149,14 @@ def train_classifier(
                     ddp_model, batch, batch_size, device, recipe, regularizer
                 )
                 sums = torch.tensor([loss.item(), n_correct], dtype=torch.float64)
-                total_loss, n_correct = distributed.all_sum(sums).tolist()
+                total_loss, total_correct = distributed.all_sum(sums).tolist()
                 if not math.isfinite(total_loss):
                     raise _diverged(state, loader, rate_factor * lr, total_loss, batch["sents"][0])
                 # The loss is a sum over the processes, but their gradients are averaged.
                 (loss * distributed.world_size()).backward()
                 take_step([optimizer], rate_factor, recipe.max_grad_norm)
                 state.loss_sum += total_loss
-                state.n_correct += int(n_correct)
+                state.n_correct += int(total_correct)
                 state.n_batches += 1
                 is_due = state_file is not None and state_file.is_due()
                 stop.handle(save, state_file, is_due)

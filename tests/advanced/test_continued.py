@@ -12,7 +12,7 @@ from training.schedule import learning_rate_factor
 
 
 def read(workplace, monkeypatch, n_sentences: int) -> dict:
-    """Return the arguments that the training gets."""
+    """Return the arguments that the training gets, none if it is not begun."""
     seen = {}
 
     def note(model, documents, heldout, folder, recipe, **options):
@@ -47,12 +47,7 @@ def test_a_finished_run_is_not_repeated_when_the_code_changes(workplace, monkeyp
     (folder / "model.pt").touch()
     for module in (state, continued):
         monkeypatch.setattr(module, "source_digest", lambda: "other", raising=False)
-    monkeypatch.setattr(continued, "train_language_model", None)  # would be a TypeError
-    continued.continue_pretraining(
-        ["a film her heart the story"] * 20, ["warm"], "model.pt",
-        Tokenizer(tokenizer_model="tokenizer.model"), workplace / "read",
-        epochs=3, lr=1e-3, device=torch.device("cpu"),
-    )  # fmt: skip
+    assert read(workplace, monkeypatch, 20) == {}
     assert list(workplace.glob("read-*")) == [folder]
 
 
