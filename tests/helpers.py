@@ -38,7 +38,7 @@ def classifier(
     config = SimpleNamespace(
         num_labels=n_labels, option="finetune", hidden_dropout_prob=dropout, pooling=pooling
     )
-    llama = random_llama(scale=1.0, **shape)
+    llama = random_llama(**{"scale": 1.0, **shape})
     torch.manual_seed(0)
     return LlamaEmbeddingClassifier(config, llama)
 
@@ -53,6 +53,13 @@ def train(
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def move(model: torch.nn.Module, by: float = 0.1) -> None:
+    """Some steps of training, as it were: every weight leaves its pretrained value."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
 
 
 def assert_same_weights(ours: dict, theirs: dict, atol: float = 0.0) -> None:

@@ -9,8 +9,6 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 # A module may import from its own floor's room and from the floors below.
 FLOORS = [
@@ -76,38 +74,37 @@ def test_every_module_is_on_a_floor():
     assert rooms == set(LEVEL) | SELF_CONTAINED
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_imports_point_down(path):
-    room = path.parts[0].removesuffix(".py")
-    for name in imports(tree_of(path)):
-        if room_of(name) in LEVEL:
-            assert room not in SELF_CONTAINED, f"{path} imports {name}"
-            is_own_room = room_of(name) == room and len(path.parts) > 1
-            assert is_own_room or LEVEL[room_of(name)] < LEVEL[room], f"{path} imports {name}"
-        else:
-            allowed = RUNTIME_PACKAGES | EXTRAS | sys.stdlib_module_names
-            assert room_of(name) in allowed, f"{path} imports {name}"
+def test_imports_point_down():
+    for path in MODULES:
+        room = path.parts[0].removesuffix(".py")
+        for name in imports(tree_of(path)):
+            if room_of(name) in LEVEL:
+                assert room not in SELF_CONTAINED, f"{path} imports {name}"
+                is_own_room = room_of(name) == room and len(path.parts) > 1
+                assert is_own_room or LEVEL[room_of(name)] < LEVEL[room], f"{path} imports {name}"
+            else:
+                allowed = RUNTIME_PACKAGES | EXTRAS | sys.stdlib_module_names
+                assert room_of(name) in allowed, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_development_extras_are_imported_inside_functions(path):
-    for node in tree_of(path).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            assert {room_of(name) for name in imports(node)}.isdisjoint(EXTRAS), path
+def test_development_extras_are_imported_inside_functions():
+    for path in MODULES:
+        for node in tree_of(path).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert {room_of(name) for name in imports(node)}.isdisjoint(EXTRAS), path
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_only_fetch_uses_the_network_and_nothing_unpickles_objects(path):
-    tree = tree_of(path)
-    rooms = {room_of(name) for name in imports(tree)}
-    assert rooms.isdisjoint({"pickle", "dill", "joblib"})
+def test_only_fetch_uses_the_network_and_nothing_unpickles_objects():
     network = {"urllib", "http", "socket", "ssl", "ftplib", "requests"}
-    assert path == Path("data/fetch.py") or rooms.isdisjoint(network)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    for call in calls:
-        if ast.unparse(call.func) == "torch.load":
-            safe = [keyword.value for keyword in call.keywords if keyword.arg == "weights_only"]
-            assert [ast.unparse(value) for value in safe] == ["True"]
+    for path in MODULES:
+        tree = tree_of(path)
+        rooms = {room_of(name) for name in imports(tree)}
+        assert rooms.isdisjoint({"pickle", "dill", "joblib"}), path
+        assert path == Path("data/fetch.py") or rooms.isdisjoint(network), path
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) == "torch.load":
+                safe = [keyword.value for keyword in call.keywords if keyword.arg == "weights_only"]
+                assert [ast.unparse(value) for value in safe] == ["True"], path
 
 
 def test_the_model_loads_nothing_that_trains():

@@ -88,8 +88,7 @@ def test_neither_the_folders_letters_nor_the_locale_change_what_is_written(
         assert [line.split(" ||| ")[1] for line in lines] == sentences
 
 
-@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, ASCII_LOCALE])
-def test_a_letter_that_the_terminal_lacks_is_escaped_on_both_streams(environment):
+def test_a_letter_that_the_terminal_lacks_is_escaped_on_both_streams():
     program = """
 from utils import InputError, run_script
 def main():
@@ -97,7 +96,7 @@ def main():
     raise InputError("\\u6211")
 run_script(main)
 """
-    ended = python("-c", program, **environment)
+    ended = python("-c", program, **ASCII_LOCALE)
     assert (ended.returncode, ended.stdout) == (2, "\\u6211\n")
     assert ended.stderr == "-c: error: \\u6211\n"
 
@@ -128,9 +127,8 @@ def test_the_rule_for_names_is_windows_own():
 @pytest.mark.parametrize(
     "train",
     [
-        *("aux-train.txt", "nul.txt", "con/train.txt", "-train.txt", "/train.txt", "мои-train.txt"),
-        *("a:b-train.txt", 'a"b<c>d|e?f*g-train.txt', "a\\b-train.txt", "a\tb-train.txt"),
-        *("dot.-train.txt", "space -train.txt", "what?/train.txt", "what. /train.txt"),
+        *("con/train.txt", "a:b-train.txt", 'a"b<c>d|e?f*g-train.txt', "a\\b-train.txt"),
+        *("a\tb-train.txt", "what?/train.txt"),
     ],
 )
 def test_a_checkpoints_name_is_one_that_windows_can_have(train):
@@ -195,20 +193,20 @@ def leaves_the_encoding_open(owner: str, verb: str, call: ast.Call) -> bool:
     return any("t" in m for m in text) if is_packed else bool(text)
 
 
-@pytest.mark.parametrize(
-    ("source", "is_open"),
-    [
-        *((call, True) for call in ("open(p)", "open(p, 'w')", "open(p, mode='r+')", "p.open()")),
-        *((call, True) for call in ("p.open('w')", "lzma.open(p, 'rt')", "p.read_text()")),
-        *((call, True) for call in ("p.write_text(s)", "subprocess.run(c, text=True)")),
-        *((call, False) for call in ("open(p, 'rb')", "open(p, 'ab' if more else 'wb')")),
-        *((call, False) for call in ("p.open('rb')", "lzma.open(p)", "zip.open(member)")),
-        *((call, False) for call in ("p.read_text('utf-8')", "open(p, encoding='utf-8')")),
-        *((call, False) for call in ("subprocess.run(c)", "os.open(p, flags)")),
-    ],
-)
-def test_an_encoding_left_to_the_system_is_seen(source, is_open):
-    assert [leaves_the_encoding_open(*call) for call in calls(source)] == [is_open]
+SOURCES = [
+    *((call, True) for call in ("open(p)", "open(p, 'w')", "open(p, mode='r+')", "p.open()")),
+    *((call, True) for call in ("p.open('w')", "lzma.open(p, 'rt')", "p.read_text()")),
+    *((call, True) for call in ("p.write_text(s)", "subprocess.run(c, text=True)")),
+    *((call, False) for call in ("open(p, 'rb')", "open(p, 'ab' if more else 'wb')")),
+    *((call, False) for call in ("p.open('rb')", "lzma.open(p)", "zip.open(member)")),
+    *((call, False) for call in ("p.read_text('utf-8')", "open(p, encoding='utf-8')")),
+    *((call, False) for call in ("subprocess.run(c)", "os.open(p, flags)")),
+]
+
+
+def test_an_encoding_left_to_the_system_is_seen():
+    for source, is_open in SOURCES:
+        assert [leaves_the_encoding_open(*call) for call in calls(source)] == [is_open], source
 
 
 def test_every_text_names_its_encoding():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import classifier
 
 from advanced.methods.adapter import Adapter, add_adapters
 from conftest import TOKENS, log_probs, random_llama, randomize
+from helpers import classifier
 from utils import InputError
 
 

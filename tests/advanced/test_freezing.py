@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from toys import classifier, random_data, states, train
 
 from advanced.methods.freezing import PARTS, count_parameters, train_only
+from helpers import classifier, random_data, train, weights_of
 
 DIM, N_LAYERS, N_LABELS = 32, 2, 2
 HEAD = (DIM + 1) * N_LABELS
@@ -25,7 +25,7 @@ def test_counts_are_the_closed_forms_with_the_tied_weight_once():
 @pytest.mark.parametrize("part", PARTS)
 def test_training_moves_the_part_and_no_bit_of_the_rest(part):
     model = classifier()
-    before = states(model)
+    before = weights_of(model)
     model.requires_grad_(False)  # what was trainable before does not matter
     train_only(model, part)
     layers = [f"llama.layers.{i}." for i in range(N_LAYERS)]

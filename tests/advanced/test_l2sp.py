@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from toys import classifier, move, random_data, train
 
 from advanced.methods.l2sp import L2SP
+from helpers import classifier, move, random_data, train
 
 ALPHA, BETA = 0.3, 0.07
 

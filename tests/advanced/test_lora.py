@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
-from toys import classifier, states
 
 from advanced.methods.lora import add_lora
 from conftest import TOKENS, log_probs, random_llama, randomize
+from helpers import classifier, weights_of
 from utils import InputError
 
 ALL = ("compute_query", "compute_key", "compute_value", "compute_output", "w1", "w2", "w3")
@@ -29,7 +29,7 @@ def merge(model: nn.Module) -> None:
 
 def test_fresh_updates_change_nothing_and_merge_into_the_same_bits():
     model = classifier()
-    before, plain = log_probs(model), states(model)
+    before, plain = log_probs(model), weights_of(model)
     add_lora(model, 3, 16.0, ALL)
     assert torch.equal(log_probs(model), before)
     merge(model)
@@ -40,10 +40,10 @@ def test_fresh_updates_change_nothing_and_merge_into_the_same_bits():
 @pytest.mark.parametrize("targets", [("compute_query", "compute_value"), ALL, ["w2"]])
 def test_merged_weights_are_the_sum_of_equation_3_and_keep_the_outputs(targets):
     model, rank, alpha = classifier(), 3, 12.0
-    plain = states(model)
+    plain = weights_of(model)
     add_lora(model, rank, alpha, targets)
     randomized(model)
-    factors, unmerged = states(model), log_probs(model)
+    factors, unmerged = weights_of(model), log_probs(model)
     merge(model)
     torch.testing.assert_close(log_probs(model), unmerged, rtol=0.0, atol=1e-5)
     n_updated = 0

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch.nn.utils import parametrize
-from toys import classifier, move, random_data, states, train
 
 from advanced.methods.mixout import Mixout, add_mixout
 from conftest import LENGTHS, TOKENS
+from helpers import classifier, move, random_data, train, weights_of
 
 
 def log_probs(model: torch.nn.Module) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_every_matrix_of_the_layers_is_mixed_and_the_pretrained_ones_are_not_sav
 
 def test_training_moves_the_parameters_that_remain_when_it_is_undone():
     model = classifier()
-    before, parameters = states(model), dict(model.named_parameters())
+    before, parameters = weights_of(model), dict(model.named_parameters())
     add_mixout(model, 0.5)
     history = train(model, random_data(8), lr=1e-2)
     assert history[1].train_loss < history[0].train_loss

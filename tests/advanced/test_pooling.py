@@ -5,13 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from toys import random_data, states, train
 
 import oracle
 from advanced.methods.pooling import POOLINGS
 from classifier import LlamaEmbeddingClassifier
 from conftest import LENGTHS, TOKENS, random_llama
+from helpers import random_data, train, weights_of
 from utils import InputError
 
 NAMES = sorted(POOLINGS)
@@ -78,19 +77,6 @@ def test_rows_of_a_padded_batch_are_the_float64_sentences_alone(name, attention)
         np.testing.assert_allclose(said[row], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_padding_never_changes_a_result(name):
-    model = pooling(name)
-    randomize(model, name)
-    other = TOKENS.clone()
-    for row, length in enumerate(LENGTHS.tolist()):
-        other[row, length:] = 7
-    before = model(TOKENS, lengths=LENGTHS)
-    torch.testing.assert_close(model(other, lengths=LENGTHS), before, rtol=0.0, atol=1e-6)
-    longer = F.pad(other, (0, 5), value=9)
-    torch.testing.assert_close(model(longer, lengths=LENGTHS), before, rtol=1e-5, atol=1e-5)
-
-
 def test_attention_begins_as_the_mean():
     model = pooling("attention_pool")
     expected = with_the_head_of(model)(TOKENS, lengths=LENGTHS)
@@ -120,7 +106,7 @@ def test_layer_mix_leaves_no_hook_behind_even_where_a_pass_fails():
 @pytest.mark.parametrize("name", NAMES)
 def test_over_a_frozen_llama_their_own_weights_learn(name):
     model = pooling(name, num_labels=2, option="pretrain")
-    before = states(model)
+    before = weights_of(model)
     train(model, random_data(), epochs=3, lr=1e-2)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]) == key.startswith("llama."), key

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from toys import train
 
 from advanced.methods.prompting import (
     SCORINGS,
@@ -15,6 +14,7 @@ from advanced.methods.prompting import (
     unbiased_probs,
 )
 from conftest import random_llama
+from helpers import train
 from training.dataset import Example, SentenceDataset
 from training.templates import Template, render
 from utils import InputError

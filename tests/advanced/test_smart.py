@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from toys import classifier as small_classifier
-from toys import move, random_data, train
 
 from advanced.methods.smart import Smart, perturbed
 from classifier import LlamaEmbeddingClassifier
+from helpers import classifier as small_classifier
+from helpers import move, random_data, train
 from training.schedule import symmetric_kl
 
 TOKENS = torch.randint(3, 320, (3, 5), generator=torch.Generator().manual_seed(2))
@@ -17,7 +17,7 @@ TINY = {"dim": 8, "n_heads": 2, "n_kv_heads": 1}
 
 
 def classifier(scale: float = 5.0, **options) -> LlamaEmbeddingClassifier:
-    return small_classifier(scale=scale, num_labels=3, **options).train()
+    return small_classifier(scale=scale, n_labels=3, **options).train()
 
 
 def forward(module: torch.nn.Module) -> torch.Tensor:

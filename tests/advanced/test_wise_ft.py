@@ -5,9 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from toys import classifier, random_data, train
 
-from advanced.methods.wise_ft import ALPHAS, average, greedy_soup, interpolate
+from advanced.methods.wise_ft import average, greedy_soup, interpolate
 
 
 def random_state(seed: int, **dtypes: torch.dtype) -> dict[str, torch.Tensor]:
@@ -20,7 +19,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("alpha", [0.1, 0.7])
 def test_interpolation_is_equation_1_and_the_new_head_is_the_finetuned(alpha):
     pretrained, finetuned = random_state(0), random_state(1)
     finetuned["head"] = torch.ones(3)
@@ -43,19 +42,6 @@ def test_the_ends_are_the_two_states_bit_for_bit_in_memory_of_their_own():
     assert finetuned["a"].count_nonzero() == pretrained["a"].count_nonzero() + 1 == 35
 
 
-def test_interpolated_classifier_loads_with_its_weights_still_tied():
-    model, finetuned = classifier(), classifier()
-    train(finetuned, random_data(), epochs=1)
-    backbone = {
-        name: tensor for name, tensor in model.state_dict().items() if name.startswith("llama.")
-    }
-    mixed = interpolate(backbone, finetuned.state_dict(), 0.3)
-    model.load_state_dict(mixed, strict=True)
-    assert torch.equal(model.llama.tok_embeddings.weight, model.llama.output.weight)
-    assert torch.equal(model.classifier_head.weight, finetuned.classifier_head.weight)
-    assert not model.llama.norm.weight.equal(finetuned.llama.norm.weight)
-
-
 def test_names_that_were_not_finetuned_are_an_error():
     state = random_state(0)
     with pytest.raises(ValueError, match=r"not finetuned: \['b'\]"):
@@ -65,7 +51,7 @@ def test_names_that_were_not_finetuned_are_an_error():
             average(others)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [1, 7])
 def test_average_is_the_float64_mean_rounded_once(n):
     states = [random_state(seed, b=torch.bfloat16) for seed in range(n)]
     mean = average(iter(states))
@@ -87,7 +73,11 @@ def minus_square(state: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize(
     ("values", "chosen", "mean"),
     [
-        ([2.0, 1.0, -1.5], [1, 2], -0.25),  # with 2.0 as well the mean were 0.5, and farther off
+        (
+            [2.0, 1.0, -1.5],
+            [1, 2],
+            -0.25,
+        ),  # adding 2.0 would make the mean 0.5, which is farther off
         ([1.0, 3.0], [0], 1.0),  # all on one side: the best alone
         ([3.0, -1.0, 2.0], [1, 2], 0.5),
         ([3.0, -1.0, -2.0], [1, 0], 1.0),  # -2.0 makes it worse, 3.0 behind it does not
@@ -95,7 +85,7 @@ def minus_square(state: dict[str, torch.Tensor]) -> float:
         ([5.0], [0], 5.0),
     ],
 )
-def test_greedy_soup_takes_down_the_scores_what_makes_it_no_worse(values, chosen, mean):
+def test_greedy_soup_adds_a_run_unless_the_score_falls(values, chosen, mean):
     soup, indices = greedy_soup(points(*values), minus_square)
     assert indices == chosen
     assert soup["x"].item() == mean

@@ -74,9 +74,16 @@ def path(tmp_path) -> Path:
 # ---------------------------------------------------------------- names, ties, types
 
 
-@pytest.mark.parametrize("rename", [str, llama2c_name])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("prefix", "rename", "zipped"),
+    [
+        ("", str, True),
+        ("", llama2c_name, False),
+        ("_orig_mod.", llama2c_name, True),
+        ("module.", str, True),
+        ("module._orig_mod.", llama2c_name, True),
+    ],
+)
 def test_every_naming_scheme_and_both_torch_formats_load_the_same_model(
     path, rename, prefix, zipped
 ):

@@ -42,9 +42,15 @@ LONG = "".join(f"story {i} is of a cat with {i * 37 % 91} tails\n" for i in rang
 # ---------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize("suffix", PACK)
-@pytest.mark.parametrize(("newline", "end"), [("\n", "\n"), ("\r\n", "\r\n"), ("\n", "")])
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    ("suffix", "newline", "end", "mark"),
+    [
+        (".txt", "\n", "\n", ""),
+        (".txt", "\r\n", "\r\n", "\ufeff"),
+        (".xz", "\n", "", "\ufeff"),
+        (".gz", "\r\n", "\r\n", ""),
+    ],
+)
 def test_a_file_gives_its_documents_however_it_is_packed(tmp_path, suffix, newline, end, mark):
     path = tmp_path / f"text{suffix}"
     path.write_bytes(PACK[suffix]((mark + newline.join(LINES) + end).encode()))

@@ -90,8 +90,8 @@ def test_labels_are_drawn_equally_often_but_no_review_weighs_more_than_four(n_av
     assert set(passages) <= set(reviews) and len(passages) == 40_000
     n_drawn = sum(passage.rating == 0.5 for passage in passages)
     assert n_drawn / (40_000 - n_drawn) == pytest.approx(odds, rel=0.05)
-    assert passages == draw_passages(reviews, 40_000, random.Random(0))
-    assert passages != draw_passages(reviews, 40_000, random.Random(1))
+    few = [draw_passages(reviews, 99, random.Random(seed)) for seed in (0, 0, 1)]
+    assert few[0] == few[1] != few[2]
 
 
 def test_every_review_is_asked_about_half_of_them_in_the_treebanks_spelling():

@@ -49,9 +49,10 @@ def refusal(read, path, *args, **kwargs) -> str:
 # ---------------------------------------------------------------- read_sentences
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(
+    ("end", "mark", "last"),
+    [("\n", "", True), ("\r\n", "\ufeff", True), ("\r", "\ufeff", False), ("\r\n", "", False)],
+)
 def test_line_ends_blank_lines_and_a_byte_order_mark_change_nothing(write, end, mark, last):
     text = mark + f"1 ||| Amélie, 東京 物語 🎬{end} \t {end}0 |||  a  bad film " + end * last
     assert read_sentences(write(text)) == [("Amélie, 東京 物語 🎬", 1), ("a  bad film", 0)]
@@ -95,14 +96,18 @@ def test_any_other_line_is_refused_with_its_number_value_and_remedy(write, line,
     assert refusal(read_sentences, path, n_labels=2, label_names=names) == message
 
 
-@pytest.mark.parametrize("label", ["1_0", "²", "", "+1", "1 0", "0x1", "--1", "1e0", "nan", "True"])
+@pytest.mark.parametrize("label", ["1_0", "²", "", "+1"])
 def test_a_label_is_ascii_digits(write, label):
     message = refusal(read_sentences, write(f"{label} ||| b\n"))
     assert message == f"1: label {label!r} is not an integer; labels are 0, 1, 2, ..."
     assert read_sentences(write("700 ||| a\n")) == [("a", 700)]
 
 
-@given(st.text(alphabet=st.sampled_from("0123-+ |\t\u3000a\u0661é"), max_size=12))
+CHARACTERS = st.sampled_from("0123-+ |\t\u3000a\u0661é")
+TEXT = st.text(CHARACTERS, max_size=6)
+
+
+@given(TEXT | st.builds("{} ||| {}".format, st.text(CHARACTERS, max_size=3), TEXT))
 def test_every_line_is_read_or_refused_in_one_line(line):
     fields = re.fullmatch(r"\s*(-1|[01])\s* \|\|\| (.*)", line)
     try:
@@ -116,7 +121,7 @@ def test_every_line_is_read_or_refused_in_one_line(line):
         assert int(line.partition(" ||| ")[0]) == label
 
 
-@pytest.mark.parametrize("content", ["", "\n", " \r\n\t\n", "\ufeff", "\ufeff\n"])
+@pytest.mark.parametrize("content", ["", "\ufeff \r\n\t\n"])
 def test_a_file_without_sentences_is_refused(write, content):
     assert "has no sentences; write 'label ||| sentence'" in refusal(read_sentences, write(content))
 

