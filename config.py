@@ -7,7 +7,7 @@ from utils import InputError, brief
 ATTENTION_MODES = ("full", "causal")
 POOLINGS = ("position", "last", "mean")  # how a classifier pools hidden states
 MAX_LABELS = 10_000
-MAX_LAYERS = 1_000  # building more would only take long before weights are found missing
+MAX_LAYERS = 1_000  # building more takes long, before missing weights are found
 MAX_SIZE = 2**28  # the product of any two sizes fits PyTorch's 64-bit indices
 MAX_ANGLES = 2**24  # max_seq_len * head size; the rotary table takes up to 16 bytes for each
 

@@ -1,7 +1,8 @@
 """Pack a submission folder into ID.zip, or check a zip.
 
-    python prepare_submit.py DIR ID
-    python prepare_submit.py FILE.zip ID
+    python prepare_submit.py . ID         # pack the current folder into ID.zip
+    python prepare_submit.py DIR ID       # pack another folder
+    python prepare_submit.py FILE.zip ID  # check a zip
 
 This file needs Python 3.10 or newer and nothing else: copy it anywhere. With the assignment's
 `data/` beside it, or in DIR, the output files are compared with the splits line by line.
@@ -66,7 +67,7 @@ OLDEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 class InputError(ValueError):
-    """An ID, a path or a file that the caller can mend: one line and exit code 2."""
+    """An ID, a path or a file that the caller can fix: one line and exit code 2."""
 
 
 class ContentError(Exception):
@@ -440,7 +441,7 @@ def check_output(
     for number, ours, theirs in zip_longest(numbers, sentences, expected):
         if ours != theirs:
             raise ContentError(
-                f"{name}:{number or 'end'}: {excerpt(ours, theirs)} stands where {own} has "
+                f"{name}:{number or 'end'}: {excerpt(ours, theirs)} found, {own} has "
                 f"{excerpt(theirs, ours)} ({len(rows):,} sentences, {own} has {len(expected):,})"
             )
 
@@ -503,8 +504,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def script() -> int:
-    parser = ArgumentParser(description="Pack a submission folder into ID.zip, or check a zip.")
-    parser.add_argument("path", metavar="DIR|FILE.zip", help="the folder to pack or zip to check")
+    description, examples, *_ = __doc__.split("\n\n")
+    parser = ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="DIR|FILE.zip", help="folder to pack, or zip to check")
     parser.add_argument("id", metavar="ID", help="your Andrew ID, which names the zip's top folder")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show

@@ -48,12 +48,11 @@ def apply_rotary_emb(
     head_dim: int,
     max_seq_len: int,
     theta: float = THETA,
-    start_pos: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate query (B, T, H, D) and key (B, T, K, D) by their positions start_pos + 0 ... T-1.
+    """Rotate query (B, T, H, D) and key (B, T, K, D) by their positions 0 ... T-1.
 
     Computes in float32 (float64 stays float64) and returns each input's dtype. Raises InputError if
-    a position reaches `max_seq_len`, or the head size is odd or differs from `head_dim`.
+    T exceeds `max_seq_len`, or the head size is odd or differs from `head_dim`.
     """
     seqlen = query.shape[1]
     if head_dim % 2 or query.shape[-1] != head_dim or key.shape[-1] != head_dim:
@@ -61,13 +60,10 @@ def apply_rotary_emb(
             f"head_dim={head_dim} must be even and the last size of query "
             f"{tuple(query.shape)} and key {tuple(key.shape)}"
         )
-    if start_pos < 0 or start_pos + seqlen > max_seq_len:
-        raise InputError(
-            f"positions {start_pos}..{start_pos + seqlen - 1} do not fit max_seq_len={max_seq_len}"
-        )
+    if seqlen > max_seq_len:
+        raise InputError(f"{seqlen} positions do not fit max_seq_len={max_seq_len}")
     dtype = torch.promote_types(query.dtype, torch.float32)
-    freqs_cis = rotary_table(max_seq_len, head_dim, float(theta), query.device, dtype)
-    freqs_cis = freqs_cis[start_pos : start_pos + seqlen]
+    freqs_cis = rotary_table(max_seq_len, head_dim, float(theta), query.device, dtype)[:seqlen]
     return rotate(query, freqs_cis), rotate(key, freqs_cis)
 
 

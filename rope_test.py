@@ -1,5 +1,7 @@
-"""The assignment's RoPE check, on inputs that are not constant and against the closed form:
-position m multiplies the complex number x_2i + j x_2i+1 by exp(j m theta^(-2i / D))."""
+"""Check RoPE against its closed form, on random inputs.
+
+Position m multiplies the complex number x_2i + j x_2i+1 by exp(j m theta^(-2i / D)).
+"""
 
 import torch
 
@@ -21,7 +23,7 @@ def closed_form(x: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
 
 
 def largest_difference(head_dim: int) -> float:
-    """Over a query of 4 heads and a key of 2, both of 20 random positions."""
+    """Return it over a query of 4 heads and a key of 2 heads, at 20 positions of random numbers."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 20, 4, head_dim, generator=generator)
     key = torch.randn(2, 20, 2, head_dim, generator=generator)

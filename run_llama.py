@@ -1,7 +1,11 @@
-"""The assignment's command line: generate text, classify by prompting, finetune a classifier.
+"""Generate text, classify by prompting, or finetune a classifier.
 
-Functions with the assignment's names keep its signatures, so its scripts still run. An option
-missing from `args` takes its default.
+    python run_llama.py --option generate --attention causal
+    python run_llama.py --option prompt --batch_size 10
+    python run_llama.py --option finetune --train FILE --dev FILE --test FILE --label-names FILE
+
+This is the assignment's command line. Functions with the assignment's names keep its signatures,
+so its scripts still run. An option missing from `args` takes its default.
 """
 
 import fast  # noqa: F401, before PyTorch
@@ -51,34 +55,29 @@ SPLITS_READ_BY = {
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the options, fill in the default files, and print all of them."""
-    parser = ArgumentParser(
-        description="Generate text, classify by prompting, or finetune a classifier.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n"
-        "  python run_llama.py --option generate\n"
-        "  python run_llama.py --option prompt --dev data/sst-dev.txt --test data/sst-test.txt "
-        "--label-names data/sst-label-mapping.json\n"
-        "  python run_llama.py --option finetune --epochs 5 --lr 2e-5",
-    )
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("--option", choices=tuple(SPLITS_READ_BY), default="generate",
-        help="prompt asks the frozen model, finetune trains it (default: generate)")
+        help="generate continues the assignment's prefix, prompt asks the frozen model for a "
+        "label, finetune trains a classifier (default: generate)")
     options.add_data_options(parser)
     options.add_training_options(parser)
-    add("--seed", type=options.seed_int, default=1337, help="of all random numbers (default: 1337)")
+    add("--seed", type=options.seed_int, default=1337, metavar="N",
+        help="seed of all random numbers, below 2**32 (default: %(default)s)")
     for name, temperature in (("low", 0), ("high", 1)):
-        add(f"--generated_sentence_{name}_temp_out",
+        add(f"--generated_sentence_{name}_temp_out", metavar="FILE",
             default=f"generated-sentence-temp-{temperature}.txt",
-            help=f"text generated at temperature {temperature} (default: %(default)s)")
+            help=f"file for the text of temperature {temperature} (default: %(default)s)")
     for split in ("dev", "test"):
-        add(f"--{split}_out",
-            help=f"predictions (default: DATASET-{split}-prompting-output.txt or -finetuning-)")
+        add(f"--{split}_out", metavar="FILE", help=f"file for the {split} predictions (default: "
+            f"DATASET-{split}-prompting-output.txt or DATASET-{split}-finetuning-output.txt)")
     # fmt: on
     options.add_recipe_options(parser)
     options.add_state_options(parser)
     parser.add_argument("--quantize", choices=("int8",),
-        help="store the matrices as int8 to generate or prompt (default: float32)")  # fmt: skip
+        help="round the weight matrices to int8, only to generate or prompt (default: "
+        "float32)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.quantize and args.option == "finetune":
         parser.error("--quantize is for inference alone, not for --option finetune")
@@ -459,8 +458,8 @@ def _warn_of_unused_labels(
     unused = sorted(set(range(len(label_names))) - {label for _, label in rows})
     if unused:
         distributed.say(
-            f"warning: {args.label_names} names {len(label_names)} labels, but "
-            f"{', '.join(map(str, unused))} never occur in {args.train}"
+            f"warning: {args.label_names} names {len(label_names)} labels; never seen in "
+            f"{args.train}: {', '.join(map(str, unused))}"
         )
 
 

@@ -1,5 +1,9 @@
 """Compare our Llama with reference outputs, on stories42M.pt and on the bundled model.
 
+    python sanity_check.py
+    python sanity_check.py --checkpoint CHECKPOINT.pt
+    python sanity_check.py --checkpoint data/mini/model.pt --reference data/mini/sanity_check.data
+
 The assignment's reference file holds logits (2, 1, V) and hidden states (2, 8, dim) of its model
 without a mask. The bundled model's reference was computed in float64 NumPy, for both attention
 modes. Exit codes: 0 all agree, 1 some do not (with a diagnosis), 2 a file is missing.
@@ -20,7 +24,7 @@ TOKEN_IDS = [
     [101, 7592, 2088, 102, 0, 0, 0, 0],
     [101, 7592, 15756, 2897, 2005, 17953, 2361, 102],
 ]
-# Relative to the largest value. Against float64, float32 rounding makes 1e-6 to 3e-6 on random
+# Relative to the largest value. Against float64, float32 rounding gives 1e-6 to 3e-6 on random
 # models of stories42M's shape and on stories260K; RMSNorm's eps off by a factor of ten, the
 # smallest mistake tried, makes 3e-5 and more.
 TOLERANCE = 2e-5
@@ -151,9 +155,11 @@ def _check_mode(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(description="Compare the model with reference outputs.")
-    parser.add_argument("--checkpoint", help=f"default: {PUBLISHED[0]} if present, and {MINI[0]}")
-    parser.add_argument("--reference", help=f"default: {PUBLISHED[1]}")
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--checkpoint", metavar="FILE", help="checkpoint to check (default: "
+                        f"{PUBLISHED[0]} if present, and {MINI[0]})")  # fmt: skip
+    parser.add_argument("--reference", metavar="FILE", help="reference outputs of --checkpoint "
+                        f"(default: {PUBLISHED[1]})")  # fmt: skip
     args = parser.parse_args(argv)
     if args.checkpoint or args.reference:
         pairs = [(args.checkpoint or PUBLISHED[0], args.reference or PUBLISHED[1])]
@@ -177,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     verdicts = [check(*pair) for pair in pairs]
     if not all(verdicts):
         return 1
-    print("tolerance: rounding makes 1e-06 to 3e-06 of the largest value, a small mistake 3e-05")
+    print("tolerance: rounding gives 1e-06 to 3e-06 of the largest value, a small mistake 3e-05")
     print("Your Llama implementation is correct!")
     return 0
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with the pinned packages, then let data/fetch.py place the data and the weights.
-# Exit codes: 0 ready, even if files are missing for want of a network; 1 a step failed; 2 usage.
+# Exit codes: 0 ready, even if files are missing because there was no network; 1 a step failed; 2 usage.
 set -euo pipefail
 
 usage() {

@@ -25,7 +25,19 @@ class InputError(ValueError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with one-line usage errors."""
+    """argparse with one-line usage errors and a help text from the script's docstring.
+
+    The first paragraph of `doc` describes the command; the second one holds example commands.
+    """
+
+    def __init__(self, doc: str, prog: str | None = None):
+        description, examples, *_ = doc.split("\n\n")
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines of examples
+        )
 
     def error(self, message: str) -> NoReturn:
         spelled = {option.replace("-", "_"): option for option in self._option_string_actions}
@@ -46,7 +58,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     error; `python -X dev script.py` shows their tracebacks, too.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started this
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a letter of generated text
         sys.stdout.reconfigure(errors="backslashreplace")

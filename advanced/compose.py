@@ -26,19 +26,19 @@ from utils import InputError
 
 METHODS = {  # in the order in which they act
     "plain": "finetune all weights under a new head, as `run_llama.py --option finetune` does",
-    "zero_shot": "no training: choose template and calibration on the train split",
+    "zero_shot": "train nothing; choose template and calibration on the train split",
     "pretrain": "first continue next-token training on the train split's own sentences",
-    "prompt": "finetune the language model to say the label's word behind a template",
+    "prompt": "finetune the language model to predict the label's word after a template",
     "attention_pool": "the head reads a learned weighting of the states",
-    "last_mean": "the head reads the last state beside the mean of all",
+    "last_mean": "the head reads the last state concatenated with the mean of all",
     "layer_mix": "the head reads a learned mixture of all layers",
-    "lora": "train low-rank updates of the matrices, merged in the end, and the head",
-    "adapter": "train small networks behind attention and feed-forward, the norms and the head",
+    "lora": "train low-rank updates of the matrices, merged after training, and the head",
+    "adapter": "train small networks after attention and feed-forward, the norms and the head",
     "norms": "train the gains of the norms and the head (BitFit, for a model without biases)",
     "head": "train the head alone",
-    "mixout": "replace numbers of the matrices by the pretrained ones at random in training",
+    "mixout": "replace weights by the pretrained ones at random in training",
     "l2sp": "a quadratic penalty on the distance from the pretrained weights",
-    "smart": "a penalty on what small changes of the embeddings, and of a step, do to the output",
+    "smart": "penalize how much small changes of the embeddings, and a step, change the output",
     "last_epochs": "the mean of the weights of the last epochs instead of the best epoch's",
     "wise_ft": "interpolate pretrained and finetuned weights, with the share chosen on dev",
     "soup": "the mean of the weights of the seeds that together raise dev accuracy, or of all",
@@ -46,33 +46,41 @@ METHODS = {  # in the order in which they act
 MATRICES = ("compute_query", "compute_key", "compute_value", "compute_output", "w1", "w2", "w3")
 
 
-# Of each method: its hyperparameters by option, with argparse type or choices, default, and help.
-_TEMPLATE = {"template": (str, None, "name in templates.json (default: the first; zero_shot: all)")}
+# The options of each method: {name: (type or choices, default, help)}.
+_TEMPLATE = {
+    "template": (str, None, "name in templates.json (default: the first; zero_shot tries all)")
+}
 OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
     "pretrain": {
         "pretrain_epochs": (positive_int, 3, "passes over the train split"),
-        "pretrain_lr": (positive_float, 3e-4, "learning rate of pretrain"),
+        "pretrain_lr": (positive_float, 3e-4, "peak learning rate of pretrain"),
     },
     "zero_shot": _TEMPLATE,
     "prompt": _TEMPLATE,
     "lora": {
-        "lora_rank": (positive_int, 8, "rank of B A"),
-        "lora_alpha": (positive_float, 16.0, "alpha / rank scales B A"),
-        "lora_targets": (MATRICES, ["compute_query", "compute_value"], "updated matrices"),
+        "lora_rank": (positive_int, 8, "rank of the update B A"),
+        "lora_alpha": (positive_float, 16.0, "alpha; the update B A is scaled by alpha / rank"),
+        "lora_targets": (MATRICES, ["compute_query", "compute_value"], "matrices to update"),
     },
-    "adapter": {"adapter_size": (positive_int, 16, "width of the bottleneck")},
-    "mixout": {"mixout_p": (probability_below_one, 0.5, "share of replaced numbers")},
+    "adapter": {"adapter_size": (positive_int, 16, "units in an adapter's bottleneck")},
+    "mixout": {"mixout_p": (probability_below_one, 0.5, "probability that a weight is replaced")},
     "l2sp": {
-        "l2sp_weight": (non_negative_float, 0.01, "L2-SP's alpha, for the Llama"),
-        "l2sp_head_weight": (non_negative_float, 0.01, "L2-SP's beta, for the head"),
+        "l2sp_weight": (non_negative_float, 0.01, "L2-SP's alpha, its weight on the Llama"),
+        "l2sp_head_weight": (non_negative_float, 0.01, "L2-SP's beta, its weight on the head"),
     },
     "smart": {
-        "smart_weight": (non_negative_float, 1.0, "weight of SMART's first term"),
-        "smart_radius": (positive_float, 0.1, "radius / RMS of the embeddings"),
-        "proximal_weight": (non_negative_float, 1.0, "weight of SMART's second term"),
+        "smart_weight": (non_negative_float, 1.0, "weight of SMART's smoothness term"),
+        "smart_radius": (positive_float, 0.1, "radius in units of the embeddings' RMS"),
+        "proximal_weight": (non_negative_float, 1.0, "weight of SMART's proximal term"),
     },
-    "last_epochs": {"last": (positive_int, 2, "epochs that last_epochs averages")},
-    "soup": {"soup": (("greedy", "uniform"), "greedy", "add a seed if dev does not fall, or all")},
+    "last_epochs": {"last": (positive_int, 2, "epochs whose weights are averaged")},
+    "soup": {
+        "soup": (
+            ("greedy", "uniform"),
+            "greedy",
+            "greedy adds a seed if dev accuracy does not fall, uniform averages all seeds",
+        )
+    },
 }
 POOL = ("prompt", *POOLINGS)
 PARTIAL = ("lora", "adapter", "norms", "head")
@@ -119,8 +127,10 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     for name, (kind, default, text) in rows.items():
         values: dict[str, Any] = {"choices" if isinstance(kind, tuple) else "type": kind}
         if isinstance(default, list):
-            values["nargs"] = "+"
-        text += "" if default is None else " (default: %(default)s)"
+            values |= {"nargs": "+", "metavar": "NAME"}
+            text += f" among {', '.join(kind)} (default: {' '.join(default)})"
+        elif default is not None:
+            text += " (default: %(default)s)"
         group.add_argument(f"--{name}", default=default, help=text, **values)
 
 

@@ -1,4 +1,4 @@
-"""How a run comes about: by training, by choosing a prompt, or by averaging finished runs.
+"""Produce a run by training, by choosing a prompt, or by averaging finished runs.
 
 The methods act in this order: continue pretraining; build a model with its pooling; choose what is
 trained; add penalties; train; average epochs; measure. Nothing is chosen by the test split.
@@ -237,7 +237,7 @@ def _try_scorings(
 def interpolated(experiment: Experiment, runs: list[Run], after: str) -> Run:
     """Average one run's weights with the pretrained ones (WiSE-FT), at the best alpha on dev.
 
-    Of equal alphas the one nearer to the finetuned weights counts.
+    Ties go to the alpha nearer to the finetuned weights.
     """
     (run,) = runs
     settings = experiment.settings_with(run["hyperparameters"])

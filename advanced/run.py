@@ -1,11 +1,13 @@
-"""Finetune by the methods of this folder, alone or composed, over seeds.
+"""Finetune by one of the methods in advanced/methods/, or by several combined, over seeds.
 
-    python -m advanced.run --method pretrain --method lora --seeds 1,2,3,4,5 --grid lr=1e-3,2e-3
+    python -m advanced.run --list
+    python -m advanced.run --method pretrain --method lora --seeds 1,2,3 --grid lr=1e-3,2e-3
+    python -m advanced.run --method norms --folds 5 --seeds 1 --results_dir DIR --runs_dir DIR
 
-Finished runs are recorded in results/records/<data set>-<method>-<model>.json and not repeated; an
-interrupted command continues when it is given again. Weights and states are in runs/. With --grid
-the first seed tries every combination, and all seeds use the one with the best dev accuracy. The
-test split is evaluated after all training.
+A finished run is recorded in results/records/<data set>-<method>-<model>.json and not repeated. The
+same command resumes an interrupted run. Weights and states are in runs/. With --grid the first seed
+tries every combination, and all seeds use the one with the best dev accuracy. The test split is
+evaluated after all training.
 """
 
 import argparse
@@ -41,31 +43,32 @@ FILES = ("train", "dev", "test", "label_names", "pretrained_model_path", "tokeni
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the options; `args.grid` becomes {option: values}, always with "lr"."""
-    here = ", ".join(f"--{option} {value}" for option, value in DEFAULTS.items())
-    parser = ArgumentParser(
-        prog="advanced.run",
-        description=__doc__.split("\n")[0],
-        epilog=f"Different from other commands, the defaults here are {here}.",
-    )
+    parser = ArgumentParser(__doc__, prog="python -m advanced.run")
     add = parser.add_argument
-    add("--list", action="store_true", help="list what each method does, and exit")
+    add("--list", action="store_true",
+        help="print each method and its description, and exit (default: off)")  # fmt: skip
     add("--method", action="append", choices=tuple(METHODS), metavar="NAME",
-        help="see --list; repeat it to combine methods (default: plain)")  # fmt: skip
+        help="method of --list; repeat the option to combine methods (default: plain)")  # fmt: skip
     add("--name", help="name in the results, such as r_drop (default: the methods' names)")
-    add("--seeds", type=_seeds, default=[1, 2, 3, 4, 5], help="default: 1,2,3,4,5")
+    add("--seeds", type=_seeds, default=[1, 2, 3, 4, 5], metavar="A,B",
+        help="seeds, one run for each (default: 1,2,3,4,5)")  # fmt: skip
     add("--grid", nargs="+", action="extend", default=[], metavar="OPTION=A,B",
-        help="values to choose by the dev accuracy of the first seed (default: none)")  # fmt: skip
-    add("--folds", type=_folds, help="cross-validate over train and dev together (default: off)")
-    add("--train_share", type=options.share, default=1.0,
-        help="share of each label's training sentences (default: 1)")  # fmt: skip
+        help="values to try with the first seed; the best dev accuracy chooses (default: no "
+        "search)")  # fmt: skip
+    add("--folds", type=_folds, metavar="N",
+        help="folds of a cross-validation over train and dev together (default: none)")  # fmt: skip
+    add("--train_share", type=options.share, default=1.0, metavar="SHARE",
+        help="share of each label's training sentences to use (default: 1)")  # fmt: skip
     for split in ("dev", "test"):
-        add(f"--{split}_out", help="predictions of the seed with the best dev accuracy, such as "
-            f"sst-{split}-advanced-output.txt (default: none)")  # fmt: skip
-    add("--results_dir", default="results/records", help="for records (default: %(default)s)")
-    add("--runs_dir", default="runs", help="for weights and states (default: %(default)s)")
-    add("--save_minutes", type=options.non_negative_float, default=5.0,
-        help="save the state this often, and after each epoch (default: 5)")  # fmt: skip
-    options.add_data_options(parser)
+        add(f"--{split}_out", metavar="FILE", help=f"file for the {split} predictions of the seed "
+            f"with the best dev accuracy, such as sst-{split}-advanced-output.txt (default: "
+            "none)")  # fmt: skip
+    add("--results_dir", default="results/records", metavar="DIR",
+        help="folder of the records (default: %(default)s)")  # fmt: skip
+    add("--runs_dir", default="runs", metavar="DIR",
+        help="folder of weights and states (default: %(default)s)")  # fmt: skip
+    options.add_save_minutes(parser)
+    options.add_data_options(parser, DEFAULTS["attention"], DEFAULTS["pooling"])
     options.add_training_options(parser)
     options.add_recipe_options(parser)
     add_method_options(parser)

@@ -1,1 +1,1 @@
-"""How fast this project is, beside a plain solution and beside transformers."""
+"""Measure the speed of this project, of a plain solution and of transformers."""

@@ -1,4 +1,4 @@
-"""Build what the benchmark compares: models, optimizers and data of real sizes and random content.
+"""Build models, optimizers and data of real sizes and random content for the benchmark.
 
 Naive and ours start from the same weights. transformers draws its own weights of the same shape.
 """
@@ -121,7 +121,7 @@ def make_zero_shot(contender: str, shape: str) -> nn.Module:
     if contender == "transformers":
         return TransformersClassifier(llama)
     if contender == "naive":
-        return naive.NaiveZeroShot(llama, LABEL_IDS, masked=True)
+        return naive.NaiveZeroShot(llama, LABEL_IDS)
     tokenizer = SimpleNamespace(
         pad_id=PAD,
         require_vocab_size=lambda vocab_size: None,
@@ -140,7 +140,7 @@ def make_optimizer(contender: str, parameters: Iterable[nn.Parameter]) -> torch.
 
 
 def make_data(dataset: str, n: int, shape: str, longer_by: int = 0) -> SentenceDataset:
-    """Return n sentences of random tokens, `longer_by` tokens longer than those of `dataset`."""
+    """Return n sentences of random tokens, with the lengths of `dataset` plus `longer_by`."""
     config = config_of(shape)
     generator = torch.Generator().manual_seed(SEED)
     examples = []

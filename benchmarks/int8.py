@@ -1,9 +1,11 @@
 """Compare a model with float32 and with INT8 weights: perplexity, accuracy and file size.
 
-    python -m benchmarks.int8 [--text FILE] [--data FILE --label-names FILE] [--classifier FILE]
+    python -m benchmarks.int8
+    python -m benchmarks.int8 --model data/mini/model.pt --documents 50
+    python -m benchmarks.int8 --data FILE --label-names FILE --classifier CHECKPOINT.pt
 
-Prints a Markdown table. Perplexity has two rows, because fast/int8.py has two products: one of many
-rows, and one of few, which generation uses and which rounds activations to bfloat16.
+The output is a Markdown table. Perplexity has two rows, because fast/int8.py has two products: one
+for many rows, and one for few rows, which generation uses and which rounds activations to bfloat16.
 """
 
 import argparse
@@ -14,12 +16,11 @@ from unittest import mock
 
 import torch
 
-from classifier import LlamaZeroShotClassifier
+from classifier import LlamaZeroShotClassifier, prompt_suffix
 from fast import int8
 from llama import load_pretrained
 from pretraining.corpus import read_documents, split_heldout
 from pretraining.loop import HeldOut
-from run_llama import prompt_suffix
 from tokenizer import Tokenizer, find_tokenizer_model
 from tools.export import weights_of
 from tools.predict import load_predictor
@@ -75,14 +76,19 @@ def measure_classifier(args: argparse.Namespace, quantize: str | None) -> dict[s
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="benchmarks.int8", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__, prog="python -m benchmarks.int8")
     add, demo = parser.add_argument, {key: str(ROOT / path) for key, path in DEMO_DATA.items()}
-    add("--model", dest="pretrained_model_path", help="default: stories42M.pt, or the bundled one")
-    add("--text", default=demo["test"], help="one document a line (default: the demo reviews)")
-    add("--documents", type=positive_int, default=200, help="of --text (default: %(default)s)")
-    add("--data", default=demo["test"], help="`label ||| sentence` lines (default: the demo's)")
-    add("--label-names", default=demo["label_names"], help="JSON list (default: the demo's)")
-    add("--classifier", help="a finetuned checkpoint (default: none)")
+    add("--model", dest="pretrained_model_path", metavar="FILE",
+        help="pretrained checkpoint (default: stories42M.pt, else data/mini/model.pt)")  # fmt: skip
+    add("--text", default=demo["test"], metavar="FILE", help="text for the perplexity, a document "
+        f"on each line (default: {DEMO_DATA['test']})")  # fmt: skip
+    add("--documents", type=positive_int, default=200, metavar="N",
+        help="documents of --text to read (default: %(default)s)")  # fmt: skip
+    add("--data", default=demo["test"], metavar="FILE", help="`label ||| sentence` on each line, "
+        f"for the accuracies (default: {DEMO_DATA['test']})")  # fmt: skip
+    add("--label-names", default=demo["label_names"], metavar="FILE",
+        help=f"JSON list of the label names (default: {DEMO_DATA['label_names']})")  # fmt: skip
+    add("--classifier", metavar="FILE", help="finetuned checkpoint to measure (default: none)")
     args = parser.parse_args(argv)
     fill_model(args)
     columns = [measure_model(args, quantize) for quantize in (None, "int8")]

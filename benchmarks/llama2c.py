@@ -1,8 +1,8 @@
 """Time run.c and runq.c of github.com/karpathy/llama2.c on the weights that ours have.
 
-They print their own rate, which counts every position after the first: those of the prompt, which
-ours reads in one pass, as much as the new ones. So the comparison flatters them. Nor does their
-rate count the start of the process.
+The programs print their own rate. It counts every position after the first, also the positions of
+the prompt, which ours reads in one pass, and leaves out the start of the process. So the comparison
+favors the programs.
 """
 
 import os
@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ GROUP = 64  # weights that share a scale, halved until it divides dim and hidden
 
 
 def compile_programs(source: Path, folder: Path) -> None:
-    """Compile both programs of a checkout of llama2.c into `folder`; nothing changes in it."""
+    """Compile both programs of a checkout of llama2.c into `folder`; the checkout is unchanged."""
     compiler = os.environ.get("CC", "gcc")
     if shutil.which(compiler) is None:
         raise InputError(f"--llama2c: there is no compiler {compiler}; install it or set CC")
@@ -42,7 +43,7 @@ def compile_programs(source: Path, folder: Path) -> None:
 def write_q8(path: Path, sizes: dict[str, int], weights: dict[str, torch.Tensor]) -> None:
     """Write tied weights as a "version 2" file: matrices in Q8_0, norms in float32.
 
-    Of each matrix come all int8 numbers, then a float32 scale per group: weight = number * scale.
+    Each matrix is its int8 numbers, then a float32 scale for each group: weight = number * scale.
     """
     group = GROUP
     while sizes["dim"] % group or sizes["hidden_dim"] % group:
@@ -63,13 +64,15 @@ def write_q8(path: Path, sizes: dict[str, int], weights: dict[str, torch.Tensor]
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:
-    """Write a tokenizer.bin whose tokens are their numbers: the programs refuse to run without."""
+    """Write a tokenizer.bin whose tokens are numbers; the programs need such a file."""
     tokens = [f"<{i}>".encode() for i in range(vocab_size)]
     entries = [struct.pack("<fi", 0.0, len(token)) + token for token in tokens]
     path.write_bytes(struct.pack("<i", max(map(len, tokens))) + b"".join(entries))
 
 
-def seconds_per_token(program: str, shape: str, folder: Path, n_positions: int):
+def seconds_per_token(
+    program: str, shape: str, folder: Path, n_positions: int
+) -> Callable[[], float]:
     """Return a function that runs a compiled program and returns the seconds of a token."""
     llama = make_llama("ours", shape, "causal")
     weights = weights_of(llama)

@@ -1,8 +1,8 @@
-"""Print what many devices would give, estimated from one device's measured step, as Markdown.
+"""Estimate the speed-up of many devices from one device's measured step, as a Markdown table.
 
     python -m benchmarks.many_devices
 
-docs/performance.md explains the formula and its assumptions. Nothing is timed here.
+docs/performance.md explains the formula and its assumptions. This command times nothing.
 """
 
 import json
@@ -24,7 +24,7 @@ CASES = (
 
 
 def exchange_seconds(n: int, n_bytes: int, bytes_per_s: float, latency: float) -> float:
-    """Seconds to sum gradients over n devices by recursive halving and doubling.
+    """Return the seconds to sum gradients over n devices by recursive halving and doubling.
 
     Thakur, Rabenseifner and Gropp 2005, Int. J. High Perform. Comput. Appl. 19: each byte is sent
     2 (n - 1) / n times, each bucket in 2 log2(n) messages.
@@ -34,7 +34,7 @@ def exchange_seconds(n: int, n_bytes: int, bytes_per_s: float, latency: float) -
 
 
 def speedup(n: int, row: Measured, bytes_per_s: float, latency: float, own_batch: bool) -> float:
-    """Rows per second of n devices over those of one; no exchange is hidden."""
+    """Return the speed-up of n devices over one; no exchange overlaps with computation."""
     passes, update = (seconds_of(row, "one rank", parts) for parts in ((0, 1), (2,)))
     n_rows = row["n_rows"]
     share = n_rows if own_batch else math.ceil(n_rows / n)  # rows of the busiest device

@@ -1,9 +1,13 @@
-"""The assignment solved plainly: what `benchmarks.run` compares ours with, not a model to use.
+"""Solve the assignment plainly, as the measuring stick of `benchmarks.run`; not a model to use.
 
-Every formula is written out where it is needed: attention as two products around a softmax, a new
-rotary table in each layer, keys and values always repeated, the whole sequence again for each new
-token, AdamW tensor by tensor with a new tensor per operation, evaluation that keeps the graph. It
-loads the state dict of our model and computes the same (tests/benchmarks/test_naive.py).
+Every formula is written out where it is needed:
+
+- attention is two products around a softmax, with a new rotary table in each layer;
+- keys and values are always repeated, and each new token computes the whole sequence again;
+- AdamW goes tensor by tensor, with a new tensor for each operation;
+- evaluation keeps the graph.
+
+The model loads the state dict of ours and computes the same (tests/benchmarks/test_naive.py).
 
 Shapes: B batch, T sequence, H query heads, K key/value heads, D head size, F feed-forward size.
 """
@@ -158,7 +162,7 @@ class NaiveLlama(nn.Module):
 class NaiveClassifier(nn.Module):
     """Classify by the last column, or with `masked` by each row's last real token."""
 
-    def __init__(self, llama: NaiveLlama, n_labels: int, dropout: float, masked: bool = False):
+    def __init__(self, llama: NaiveLlama, n_labels: int, dropout: float, masked: bool):
         super().__init__()
         self.llama = llama
         self.masked = masked
@@ -178,14 +182,13 @@ class NaiveClassifier(nn.Module):
 class NaiveZeroShot(nn.Module):
     """Return log p of labels of one token each."""
 
-    def __init__(self, llama: NaiveLlama, label_ids: list[int], masked: bool = False):
+    def __init__(self, llama: NaiveLlama, label_ids: list[int]):
         super().__init__()
         self.llama = llama.requires_grad_(False)
         self.label_ids = label_ids
-        self.masked = masked
 
     def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        logits, _ = self.llama(tokens, lengths if self.masked else None)
+        logits, _ = self.llama(tokens, lengths)
         log_probs = F.log_softmax(logits, dim=-1)  # (B, 1, V)
         return torch.stack([log_probs[:, -1, i] for i in self.label_ids], dim=1)
 

@@ -1,4 +1,4 @@
-"""Name the processor that a measurement is of, and the file that keeps it."""
+"""Name the processor of a measurement, and the file that keeps the measurement."""
 
 import platform
 import re
@@ -13,7 +13,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def processor_name() -> str:
-    """Return what the system calls this processor, or at least its architecture."""
+    """Return the system's name for this processor, or at least its architecture."""
     name, cpuinfo = "", Path("/proc/cpuinfo")
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]

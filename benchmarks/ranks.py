@@ -1,8 +1,11 @@
 """Time a finetuning step on one rank and on several, and keep it in the file of this processor.
 
-    torchrun --nproc-per-node 2 -m benchmarks.ranks [--shape mini] [--use_gpu]
+    torchrun --nproc-per-node 2 -m benchmarks.ranks
+    torchrun --nproc-per-node 2 -m benchmarks.ranks --shape mini --repeats 3
+    torchrun --nproc-per-node 2 -m benchmarks.ranks --use_gpu --out OUT.json
 
-The ways take turns in one group of processes. A rank is a process of one thread, or of one GPU.
+One rank and all ranks take turns in one group of processes. A rank is a process with one thread, or
+with one GPU.
 """
 
 import itertools
@@ -30,7 +33,8 @@ def make_step(
 ) -> tuple[Callable[[], tuple[list[float], float]], int, int]:
     """Return a step in full mode without dropout, tokens of a row, and bytes of the gradients.
 
-    A step returns the seconds forward, backward and of the update, and the loss of its rows.
+    A step returns the seconds of the forward pass, the backward pass and the update, and the loss
+    of its rows.
     """
     (batch,) = batches_of(make_data("sst", N_ROWS, shape), N_ROWS)
     rows = list(range(N_ROWS)) if is_alone else distributed.share(range(N_ROWS))
@@ -61,11 +65,15 @@ def make_step(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="benchmarks.ranks", description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", default="stories42M", choices=SHAPES)
-    parser.add_argument("--repeats", type=positive_int, default=5, help="turns (default: 5)")
-    parser.add_argument("--use_gpu", action="store_true", help="one GPU for each rank")
-    parser.add_argument("--out", type=Path, help="default: results/speed-<this processor>.json")
+    parser = ArgumentParser(__doc__, prog="python -m benchmarks.ranks")
+    add = parser.add_argument
+    add("--shape", default="stories42M", choices=SHAPES,
+        help="model to time, with random weights (default: %(default)s)")  # fmt: skip
+    add("--repeats", type=positive_int, default=5, metavar="N",
+        help="turns of one rank and of all (default: %(default)s)")  # fmt: skip
+    add("--use_gpu", action="store_true", help="use a GPU for each rank (default: the CPU)")
+    add("--out", type=Path, metavar="FILE",
+        help="file to add the times to (default: results/speed-<this processor>.json)")  # fmt: skip
     args = parser.parse_args(argv)
     keep_freed_memory()
     with distributed.joined(args.use_gpu):

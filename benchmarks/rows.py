@@ -1,7 +1,7 @@
-"""The rows of the speed table. Each function builds the work of one contender for one shape.
+"""Define the rows of the speed table; each function builds one contender's work for one shape.
 
-A limit counts what no solution can avoid if it computes every layer at every position: the
-operations of the layers' products, or the bytes to read and write.
+A limit counts the operations of the layers' products, or the bytes to read and write, that no
+solution can avoid if it computes every layer at every position.
 """
 
 import os
@@ -45,7 +45,7 @@ class Work(NamedTuple):
     amount: float = 1  # units of one run
     operations: float = 0  # that one run cannot avoid
     bytes: float = 0
-    times_itself: bool = False  # `run` returns seconds, as a program says that prints its own rate
+    times_itself: bool = False  # `run` returns seconds, from the rate that a program prints
 
 
 class Row(NamedTuple):
@@ -115,7 +115,7 @@ def finetune(contender: str, shape: str, dataset: str, batch_size: int, n_batche
 
 
 def epoch(contender: str, shape: str, dataset: str, batch_size: int, n_batches: int) -> Work:
-    """Train one epoch in causal mode, then take train accuracy and, on one batch, dev accuracy."""
+    """Train one epoch in causal mode; measure train accuracy, and dev accuracy on one batch."""
     data = make_data(dataset, n_batches * batch_size, shape)
     dev_data = SentenceDataset(data.examples[:batch_size], PAD)
     model = make_classifier(contender, shape, "causal")
@@ -158,8 +158,9 @@ def prompt(contender: str, shape: str, dataset: str, batch_size: int, n_batches:
 def adamw(contender: str, shape: str, is_late: bool = False) -> Work:
     """Update all parameters once; three tokens of four have no gradient, as if never seen.
 
-    `is_late` starts where m of these tokens has shrunk to a denormal number, with which processors
-    compute slowly: after about 700 steps of a factor 0.9. v shrinks by 0.999 only and is normal.
+    `is_late` starts after about 700 steps. The m of these tokens, multiplied by 0.9 in each step,
+    is then a denormal number, and processors compute slowly with those. Their v, multiplied by
+    0.999, is still a normal number.
     """
     model = make_llama("ours", shape, "causal")
     for parameter in model.parameters():
@@ -183,7 +184,6 @@ ids = torch.ones(1, 32, dtype=torch.long)
 """
 # "naive" imports what the assignment's script imports.
 _FIRST_TOKEN = {
-    "import torch": "import torch",
     "ours": f"""
 import run_llama, torch
 from llama import load_pretrained
@@ -228,7 +228,7 @@ def start_up(contender: str, shape: str, folder: str) -> Work:
 
 
 def machine(contender: str, shape: str) -> Work:
-    """What this processor does at best: add up 256 MB, multiply matrices of 2048 x 2048."""
+    """Measure the best of this processor: add up 256 MB, or multiply 2048 x 2048 matrices."""
     if contender == "read 256 MB":
         numbers = torch.randn(2**26)
         return Work(lambda: numbers.sum().item(), bytes=2**28)
@@ -245,7 +245,10 @@ ALONE_AND_BESIDE = tuple(name + end for name in ("ours", "transformers") for end
 
 
 def all_rows(folder: str, programs: tuple[str, ...] = ()) -> list[Row]:
-    """`folder` has the compiled `programs` and receives the files that they and start-up read."""
+    """Return every row.
+
+    `folder` has the compiled `programs` and receives the files that they and start-up read.
+    """
     generating = ("naive", "ours", "transformers", "ours int8", *programs)
     beside = "beside a busy process, "
     return [

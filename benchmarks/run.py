@@ -1,14 +1,16 @@
-"""Time naive, ours and transformers side by side, and how far each is from the machine's limit.
+"""Time naive, ours and transformers side by side, and compare ours with the machine's limit.
 
-    python -m benchmarks.run [--shapes mini] [--rows finetune] [--llama2c FOLDER]
+    python -m benchmarks.run
+    python -m benchmarks.run --shapes mini --rows finetune --repeats 3
+    python -m benchmarks.run --llama2c FOLDER --out OUT.json
 
 The contenders of a row take turns, each in a process of its own, after a first run that does not
-count. So they share no memory, and a drift of the machine's speed meets all. Needs a quiet machine
-and the development packages. Each processor has a file, results/speed-<processor>.json.
-`python -m benchmarks.report` prints and draws what was measured.
+count. So they share no memory, and a drift of the machine's speed affects all of them. The
+benchmark needs a quiet machine and the development packages. Each processor has a file,
+results/speed-<processor>.json, which `python -m benchmarks.report` prints and draws.
 
-In a row "beside a busy process" contenders also run while as many processes loop as there are
-cores but one.
+In a row "beside a busy process" each contender also runs beside looping processes, one for each
+core except one.
 """
 
 import contextlib
@@ -51,7 +53,7 @@ from training.options import positive_int
 from utils import ArgumentParser, InputError, require_package, run_script, seed_everything
 
 SHORTEST = 0.3  # s of work in a turn; shorter work is repeated, and the mean counts
-PAUSE = 0.1  # s before a turn: the threads of the process before wait for work by spinning
+PAUSE = 0.1  # s before a turn: the threads of the last process spin while they wait for work
 TRAINING = (finetune, epoch, adamw)
 
 _work: Work  # of this worker process
@@ -72,7 +74,7 @@ def _build(row: Row, contender: str, shape: str, threads: int) -> None:
 
 
 def _start_as_commands_do(row: Row, contender: str, shape: str) -> None:
-    """Do what run_llama.py does before its work, in a worker of ours."""
+    """Prepare a worker of ours as run_llama.py prepares its process."""
     seed_everything(SEED)
     if row.build in TRAINING:
         keep_freed_memory()
@@ -105,7 +107,7 @@ def _peak_mb() -> float | None:
 
 
 def _choices() -> dict[str, Any]:
-    """Return what a worker of ours chose: threads, and which library multiplies matrices."""
+    """Return the choices of a worker of ours: threads, and the library that multiplies matrices."""
     library = {"one row": chosen_library(1), "many rows": chosen_library(256)}
     return {"library": library, "ours_threads": torch.get_num_threads()}
 
@@ -138,7 +140,7 @@ def take_turns(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[Any, Work]], dict[str, Any]]:
     """Return by contender: seconds, median and peak memory; first result and counts.
 
-    The third value is what ours chose, see `_choices`.
+    The third value holds the choices of ours, see `_choices`.
     """
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
@@ -185,7 +187,6 @@ def measure_row(
     return {
         "shape": shape,
         "row": row.name,
-        "processor": processor_name(),
         **choices,
         "threads": threads,
         "unit": row.unit,
@@ -209,15 +210,20 @@ def difference(ours: Any, theirs: Any) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="benchmarks.run", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__, prog="python -m benchmarks.run")
     add = parser.add_argument
-    add("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, help="default: all")
-    add("--rows", default="", help="time only rows whose name contains this (default: all)")
-    add("--repeats", type=positive_int, default=5, help="turns of each contender (default: 5)")
-    add("--threads", type=positive_int, default=2, help="of each contender (default: 2)")
-    add("--llama2c", type=Path, metavar="FOLDER", help="a checkout of llama2.c, whose run.c and "
-        "runq.c also generate")  # fmt: skip
-    add("--out", type=Path, help="default: results/speed-<this processor>.json")
+    add("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES,
+        help="models to time, with random weights (default: all)")  # fmt: skip
+    add("--rows", default="", metavar="WORDS",
+        help="text in the names of the rows to time (default: all rows)")  # fmt: skip
+    add("--repeats", type=positive_int, default=5, metavar="N",
+        help="turns of each contender (default: %(default)s)")  # fmt: skip
+    add("--threads", type=positive_int, default=2, metavar="N",
+        help="threads of each contender (default: %(default)s)")  # fmt: skip
+    add("--llama2c", type=Path, metavar="FOLDER", help="checkout of llama2.c, whose run.c and "
+        "runq.c take part in generation (default: none)")  # fmt: skip
+    add("--out", type=Path, metavar="FILE",
+        help="file to add the times to (default: results/speed-<this processor>.json)")  # fmt: skip
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
     command = shlex.join(["python", "-m", "benchmarks.run", *given])

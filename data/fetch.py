@@ -1,8 +1,8 @@
 """Download the files that are not in git, or copy them from a folder, and check each one.
 
-    .venv/bin/python data/fetch.py                          # download every missing file
-    .venv/bin/python data/fetch.py tokenizer.model          # only this file
-    .venv/bin/python data/fetch.py --assets-from ../shared  # copy; use no network
+    .venv/bin/python data/fetch.py                    # download every missing file
+    .venv/bin/python data/fetch.py tokenizer.model    # download this file only
+    .venv/bin/python data/fetch.py --assets-from DIR  # copy from a folder, without a network
 
 data/manifest.json lists the files with their addresses, sizes, checksums and licences. A new file
 gets its name after it passed its check. An existing file is checked and never overwritten. No
@@ -136,11 +136,16 @@ def complain(message: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     files = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))["files"]
     names = [file["name"] for file in files]
+    description, examples, *_ = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        prog="fetch.py", description="Download or copy the files that are not in git; check them."
+        prog="fetch.py",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only these files (default: all)")
-    parser.add_argument("--assets-from", type=Path, metavar="DIR", help="copy; use no network")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="file to fetch (default: all)")
+    parser.add_argument("--assets-from", type=Path, metavar="DIR",
+        help="folder to copy the files from (default: download them)")  # fmt: skip
     args = parser.parse_args(argv)
     for name in set(args.names).difference(names):
         parser.error(f"{name} is not in the manifest, which lists {', '.join(names)}")

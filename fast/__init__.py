@@ -1,7 +1,7 @@
-"""What makes the model fast. Results stay the same up to rounding, but for int8.
+"""Make the model fast. Results stay the same up to rounding, except with int8.
 
-Importing it sets environment variables, where the user has not, that libraries read when they load.
-So commands import it before PyTorch.
+The import sets environment variables that libraries read when they load, unless the user has set
+them. So commands import it before PyTorch.
 """
 
 import os

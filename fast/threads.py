@@ -31,7 +31,7 @@ def choose_threads(model: nn.Module, n_rows: int) -> None:
 
     `n_rows` is the usual number of token positions in a pass. Small products end before a second
     thread has begun, and beside another busy process every product waits for the thread that the
-    system has put aside. The user's OMP_NUM_THREADS wins; other devices keep PyTorch's number.
+    system has suspended. The user's OMP_NUM_THREADS wins; other devices keep PyTorch's number.
 
     It takes twelve passes through the layer, 0.3 s for 256 positions of stories42M, and up to three
     times that before it settles for one thread: the system may have held a thread up.

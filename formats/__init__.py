@@ -1,1 +1,1 @@
-"""Weight files: read and written."""
+"""Read and write weight files."""

@@ -1,9 +1,11 @@
-"""Published checkpoint formats, read into one form: (model_args, weights).
+"""Read the published checkpoint formats into one form: (model_args, weights).
 
-Two formats are read, recognised by their content and not by their name: a torch file with
-{"model": state dict, "model_args": LlamaConfig arguments}, whose attention matrices have llama2.c's
-names (wq, wk, wv, wo) or CMU's (compute_query, ...), and llama2.c's `.bin` (see llama2c.py).
-Matrices of a torch file may be int8 with a scale for each row, as `tools.export --to int8` writes.
+A file's content decides its format, not its name. There are two formats:
+
+- a torch file with {"model": state dict, "model_args": LlamaConfig arguments}. Its attention
+  matrices have llama2.c's names (wq, wk, wv, wo) or CMU's (compute_query, ...). Matrices may be
+  int8 with a scale for each row, as `tools.export --to int8` writes them.
+- llama2.c's `.bin` (see llama2c.py).
 """
 
 import os
@@ -111,8 +113,8 @@ def _dequantize(path: str | os.PathLike, weights: Weights) -> None:
 def load_exactly(module: nn.Module, weights: Weights) -> None:
     """Replace every parameter of `module` by the tensor of its name, in the parameter's dtype.
 
-    The tensors are taken over, not copied, and share no memory afterwards. Raises InputError that
-    lists missing, unexpected and misshapen tensors, or those with NaN or infinity.
+    A tensor is copied only for another dtype, or if it overlaps with others in memory. Raises
+    InputError that lists missing, unexpected and misshapen tensors, or tensors with NaN or inf.
     """
     wanted = module.state_dict()
     _require_names_and_shapes(wanted, weights)
@@ -124,7 +126,7 @@ def load_exactly(module: nn.Module, weights: Weights) -> None:
 def require_finite(
     weights: Weights, remedy: str = "the file is damaged, or its training diverged"
 ) -> None:
-    """Raise InputError that lists every tensor with a NaN or an infinity in it."""
+    """Raise InputError that lists every tensor with a NaN or an infinity."""
     with torch.no_grad():
         faulty = [
             name

@@ -1,7 +1,8 @@
-"""A transformers folder of LlamaForCausalLM, written and read with `transformers` (an extra).
+"""Write and read a transformers folder of LlamaForCausalLM, with `transformers` (an extra).
 
-Rotary embeddings turn pairs of a head's numbers: neighbors (2i, 2i + 1) here, as in Meta's code and
-llama2.c, and (i, i + D/2) in transformers. So the rows of the query and key matrices are permuted.
+Rotary embeddings rotate pairs of a head's numbers. The pairs are neighbors (2i, 2i + 1) here, as in
+Meta's code and llama2.c, and (i, i + D/2) in transformers. So the rows of the query and key
+matrices are permuted.
 
 Shapes: H heads, D head size.
 """
@@ -45,7 +46,10 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor":
 def write_model(
     folder: Path, config: LlamaConfig, weights: dict[str, torch.Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors; no output.weight is tied."""
+    """Write config.json, generation_config.json and model.safetensors.
+
+    Without output.weight in `weights` the output layer is tied to the embedding.
+    """
     require_package("transformers")
     import transformers
 
@@ -72,10 +76,10 @@ def write_model(
 
 
 def read_model(folder: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
-    """Return the config, causal, and float32 weights under CMU names.
+    """Return a causal config, and float32 weights under CMU names.
 
-    Reads safetensors only, runs no code of the folder, and asks no network. Raises InputError,
-    without the folder's name, for a model that ours cannot compute.
+    Reads only safetensors, runs no code of the folder, and uses no network. Raises InputError,
+    without the folder's name, for a model that our Llama cannot compute.
     """
     require_package("transformers")
     import transformers
@@ -99,7 +103,7 @@ def read_model(folder: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
     unexpected = [name for name in weights if name not in names]
     if missing or unexpected:
         raise InputError(
-            f"is no plain LlamaForCausalLM; missing: {listed(missing) or 'nothing'}; "
+            f"is not a plain LlamaForCausalLM; missing: {listed(missing) or 'nothing'}; "
             f"unexpected: {listed(unexpected) or 'nothing'}"
         )
     args = {ours: getattr(config, theirs) for ours, theirs in _ARGS.items()}
@@ -111,7 +115,7 @@ def read_model(folder: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> bool:
     """Write tokenizer.json and tokenizer_config.json, if they split texts as SentencePiece does.
 
-    Returns whether they do, on pieces of the vocabulary in random order. Both run byte-pair
+    Return whether they do, for texts of random pieces of the vocabulary. Both run byte-pair
     encoding (Sennrich et al. 2016, arXiv 1508.07909): SentencePiece merges the pair whose piece has
     the highest score, `tokenizers` the pair that comes first in a list. Unigram models differ.
     """
@@ -202,7 +206,7 @@ def _permuted(
     """
     heads = {"compute_query": config.n_heads, "compute_key": config.n_kv_heads}
     n_heads = heads.get(name.split(".")[-2])
-    if n_heads is None or len(weight) % (2 * n_heads):  # the latter is misshapen, said on loading
+    if n_heads is None or len(weight) % (2 * n_heads):  # a misshapen matrix is reported on loading
         return weight
     return weight.unflatten(0, (n_heads, *pairs)).transpose(1, 2).reshape(weight.shape)
 
@@ -224,12 +228,13 @@ def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
         try:
             weights |= load_file(file)
         except SafetensorError as error:
-            raise InputError(f"{file.name}: is no safetensors file, or damaged: {error}") from error
+            message = f"{file.name}: is not a safetensors file, or is damaged: {error}"
+            raise InputError(message) from error
     return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def _require_computable(config: Any) -> None:
-    """Raise InputError that lists all of a config that our Llama cannot compute."""
+    """Raise InputError that lists every setting of a config that our Llama lacks."""
     if config.model_type != "llama":
         raise InputError(f"its model_type is {brief(config.model_type)}, not 'llama'")
     found = {
@@ -242,4 +247,4 @@ def _require_computable(config: Any) -> None:
     }
     faults = [f"{k}={brief(v)} (only {brief(w)})" for k, (v, w) in found.items() if v != w]
     if faults:
-        raise InputError(f"config.json wants what ours cannot compute: {listed(faults)}")
+        raise InputError(f"config.json has settings that our Llama lacks: {listed(faults)}")

@@ -1,5 +1,7 @@
-"""llama2.c's files: float32 `.bin` of version 0 (legacy) and 1, read; version 0 and the tokenizer,
-written. Layouts: `export.py` and `tokenizer.py` of github.com/karpathy/llama2.c.
+"""Read llama2.c's float32 `.bin` files, and write them and the tokenizer.
+
+`read_bin` reads version 0 (legacy) and 1, `write_bin` writes version 0. The layouts are defined by
+`export.py` and `tokenizer.py` of github.com/karpathy/llama2.c:
 
     version 0   7 int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative if the
                 output matrix is separate), max_seq_len; then weights and rotary tables
@@ -40,7 +42,7 @@ def read_bin(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.T
     size, expected = path.stat().st_size, n_header + 4 * n_numbers
     if size != expected:  # known before anything is allocated
         raise InputError(
-            f"{path}: {_NOT_A_BIN}, or is truncated: its header {tuple(sizes.values())} wants "
+            f"{path}: {_NOT_A_BIN}, or is truncated: its header {tuple(sizes.values())} needs "
             f"{expected:,} bytes, it has {size:,}"
         )
     numbers = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=n_header))
@@ -61,7 +63,10 @@ def sizes_of(config: Any, weights: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def write_bin(path: str | os.PathLike, sizes: dict[str, int], weights: dict) -> None:
-    """Write a version 0 file of float32 weights under CMU names; no output.weight means tied."""
+    """Write a version 0 file of float32 weights under CMU names.
+
+    Without output.weight in `weights` the output layer is tied to the embedding.
+    """
     is_tied = "output.weight" not in weights
     head_dim = sizes["dim"] // sizes["n_heads"]
     frequencies = 1.0 / THETA ** (torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2,)
@@ -111,7 +116,7 @@ def _parse_header(path: Path, head: bytes) -> tuple[int, int, dict[str, int], bo
 
 
 def shapes_of(version: int, sizes: dict[str, int], is_tied: bool) -> dict[str, tuple[int, ...]]:
-    """Return kind -> shape in the order of a file: a kind comes for all layers in a row."""
+    """Return {kind: shape} in the order of a file, which holds a kind of all layers in a row."""
     dim, hidden_dim, _, n_heads, n_kv_heads, vocab_size, length = (sizes[key] for key in SIZES)
     head_dim = dim // n_heads
     shapes: dict[str, tuple[int, ...]] = {

@@ -1,6 +1,7 @@
-"""Torch files of plain data: read without executing anything in them, written whole.
+"""Read and write torch files of plain data; reading executes nothing in a file.
 
-A file is bounded before it is loaded, so a small file cannot take much memory or crash Python.
+A file's limits are checked before it is loaded, so a small file cannot take much memory or crash
+Python.
 """
 
 import io
@@ -25,7 +26,7 @@ _MAX_INSTRUCTIONS, _MAX_TUPLES = 500_000, 50_000
 
 
 def is_torch_file(path: str | os.PathLike) -> bool:
-    """Whether a file begins as a torch file does, whatever its name."""
+    """Return whether a file begins as a torch file does, whatever its name."""
     with open(path, "rb") as file:
         return file.read(len(_LEGACY_MAGIC)).startswith((_ZIP_MAGIC, _LEGACY_MAGIC))
 
@@ -52,7 +53,7 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Write a dict of tensors and plain data, whole or not at all."""
+    """Write a dict of tensors and plain data; after an error `path` is unchanged."""
     with atomic_write(path, "wb") as file:
         try:
             torch.save(content, file)
@@ -63,7 +64,7 @@ def save_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Return names for a message, each cut and at most 50: a file may declare any."""
+    """Return at most 50 names for a message, each shortened: a file may declare any names."""
     parts = [printable(n[:100]) if isinstance(n, str) else brief(n) for n in names]
     more = f" and {len(parts) - 50} more" if len(parts) > 50 else ""
     return ", ".join(parts[:50]) + more
@@ -98,7 +99,7 @@ def _require_short_pickles(file: IO[bytes], n_pickles: int) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return what is wrong with a file; torch's own message advises to switch the safety off."""
+    """Return why a file does not load; torch's own message advises to switch the safety off."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, zipfile.BadZipFile):

@@ -1,11 +1,14 @@
 """Train a Llama on text, from scratch or from a checkpoint.
 
-    python -m pretraining.run --text reviews.txt.xz stories.txt.xz --out DIR --minutes 60
+    python -m pretraining.run --text STORIES.txt REVIEWS.txt.xz --out DIR --minutes 60
+    python -m pretraining.run --text STORIES.txt --rated place=PLACES.tsv --out DIR --tokens 30M
+    python -m pretraining.run --init data/mini/model.pt --text STORIES.txt --out DIR --lr 1e-3
 
-writes DIR/model.pt, DIR/tokenizer.model and DIR/history.csv. `--rated NAME.tsv` adds reviews, and
-DIR/NAME-heldout.txt, reviews to prompt the model with. The same command continues an interrupted
-run from DIR/state.pt. With `--tokens` it ends, on one machine's CPU, in the same bits as an
-uninterrupted run; with `--minutes` the learning rate follows the clock and no run repeats.
+The outputs are DIR/model.pt, DIR/tokenizer.model and DIR/history.csv. `--rated NAME.tsv` adds
+reviews, and writes some of them to DIR/NAME-heldout.txt to prompt the model with. The same command
+resumes an interrupted run from DIR/state.pt. With `--tokens` it ends, on one machine's CPU, in the
+same bits as an uninterrupted run. With `--minutes` the learning rate follows the clock, so no two
+runs are the same.
 """
 
 import argparse
@@ -62,7 +65,7 @@ OUTPUTS = ("model.pt", "tokenizer.model", "history.csv")  # beside state.pt and 
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="pretraining.run", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__, prog="python -m pretraining.run")
     _add_data_options(parser)
     _add_training_options(parser)
     options.add_state_options(parser)
@@ -80,59 +83,74 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _add_data_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--text", nargs="+", default=[], metavar="FILE", help="one document a line, plain, .xz "
-        "or .gz; a file named twice is read twice an epoch")  # fmt: skip
+    add("--text", nargs="+", default=[], metavar="FILE", help="text, plain, .xz or .gz, with a "
+        "document on each line; a file named twice is read twice an epoch (default: none)"
+        )  # fmt: skip
     add("--rated", nargs="+", type=rated_file, default=[], metavar="[SUBJECT=]FILE",
-        help="reviews, `rating TAB text` a line, the rating from 0 to 1; read with questions and "
-        "answers about it, 'Is this SUBJECT bad or good?' (default SUBJECT: movie)")  # fmt: skip
-    add("--passages", type=options.non_negative_int, default=2,
+        help="reviews, `rating TAB text` on each line, ratings from 0 to 1; each review is read "
+        "with questions such as 'Is this SUBJECT bad or good?' and their answers (default: none; "
+        "SUBJECT is movie if not given)")  # fmt: skip
+    add("--passages", type=options.non_negative_int, default=2, metavar="N",
         help="passages of each review of --rated to ask about (default: %(default)s)")  # fmt: skip
-    add("--out", required=True, metavar="DIR", help="folder of the outputs; made if missing")
-    add("--init", metavar="CHECKPOINT",
-        help="start from its weights, shape and tokenizer (default: from scratch)")  # fmt: skip
+    add("--out", required=True, metavar="DIR",
+        help="folder of the outputs, made if missing (required)")  # fmt: skip
+    add("--init", metavar="CHECKPOINT", help="checkpoint whose weights, shape and tokenizer to "
+        "start from (default: none, new weights)")  # fmt: skip
     add("--tokenizer_path", metavar="FILE",
-        help="existing tokenizer (default: the one of --init, else a new one)")  # fmt: skip
-    add("--heldout", type=options.positive_int, default=200,
-        help="documents of each file that are held out (default: %(default)s)")  # fmt: skip
-    add("--exclude", nargs="+", default=[], metavar="FILE",
-        help="drop documents that share a run of words with these (default: none)")  # fmt: skip
-    add("--exclude_words", type=options.positive_int, default=9,
-        help="length of such a run (default: %(default)s)")  # fmt: skip
-    shape = parser.add_argument_group("shape of a new model")
-    for name, default in SHAPE.items():
-        words = "; with --init more than it has, and they repeat its own" * (name == "n_layers")
-        words = f"(default: {default}{words})"
-        shape.add_argument(f"--{name}", type=options.positive_int, help=words)
+        help="SentencePiece model (default: the tokenizer of --init, else a new one)")  # fmt: skip
+    add("--heldout", type=options.positive_int, default=200, metavar="N",
+        help="documents of each file to hold out and evaluate (default: %(default)s)")  # fmt: skip
+    add("--exclude", nargs="+", default=[], metavar="FILE", help="evaluation files; documents that "
+        "share --exclude_words words in a row with them are dropped (default: none)")  # fmt: skip
+    add("--exclude_words", type=options.positive_int, default=9, metavar="N",
+        help="words in a row for --exclude (default: %(default)s)")  # fmt: skip
+    shape = parser.add_argument_group("shape of a new model; --init has its own")
+    for name, words in (
+        ("dim", "width of the residual stream"),
+        ("n_layers", "layers; with --init the checkpoint's layers, repeated if it has fewer"),
+        ("n_heads", "query heads of a layer"),
+        ("n_kv_heads", "key and value heads of a layer"),
+        ("hidden_dim", "width of the feed-forward networks"),
+        ("vocab_size", "tokens in the vocabulary of a new tokenizer"),
+        ("max_seq_len", "positions, the most tokens that the model reads at once"),
+    ):
+        shape.add_argument(f"--{name}", type=options.positive_int, metavar="N",
+            help=f"{words} (default: {SHAPE[name]})")  # fmt: skip
 
 
 def _add_training_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     for name, kind, default, words in (
-        ("tokens", options.count, None, "to read, such as 30M (default: one epoch)"),
-        ("minutes", options.positive_float, None, "after which it ends (default: no limit)"),
-        ("seq_len", options.positive_int, Recipe.seq_len, "tokens of a window, or of a question "
-            "with its text and answer"),
-        ("batch_tokens", options.positive_int, Recipe.batch_tokens, "about how many a step has"),
-        ("micro_tokens", options.positive_int, None, "tokens of a pass (default: all of a step)"),
+        ("tokens", options.count, None, "tokens to read, such as 30M (default: one epoch)"),
+        ("minutes", options.positive_float, None, "minutes after which the run ends (default: no "
+            "limit)"),
+        ("seq_len", options.positive_int, Recipe.seq_len, "tokens in a window, or in a "
+            "question with its text and answer"),
+        ("batch_tokens", options.positive_int, Recipe.batch_tokens, "tokens in a step, about"),
+        ("micro_tokens", options.positive_int, None, "tokens that a process computes at a time "
+            "(default: all of its step)"),
         ("lr", options.positive_float, Recipe.lr, "peak learning rate of AdamW"),
         ("muon_lr", options.positive_float, Recipe.muon_lr, "peak learning rate of Muon"),
-        ("weight_decay", options.non_negative_float, Recipe.weight_decay, "of the matrices"),
-        ("warmup", options.non_negative_int, Recipe.warmup, "steps until the peak rate"),
+        ("weight_decay", options.non_negative_float, Recipe.weight_decay, "weight decay of the "
+            "matrices"),
+        ("warmup", options.non_negative_int, Recipe.warmup, "steps until the peak learning rate"),
         ("decay_from", options.probability_below_one, Recipe.decay_from, "share of the run after "
-            "which the rate falls linearly to 0"),
-        ("max_grad_norm", options.positive_float, Recipe.max_grad_norm, "of a step's gradient"),
-        ("answer_weight", options.positive_float, Recipe.answer_weight, "of an answer's tokens in "
-            "the loss; all others weigh 1"),
-        ("seed", options.seed_int, Recipe.seed, "of initial weights, order and dropout"),
-        ("eval_minutes", options.non_negative_float, 5.0, "between evaluations"),
+            "which the learning rate falls linearly to 0"),
+        ("max_grad_norm", options.positive_float, Recipe.max_grad_norm, "L2 norm to which the "
+            "gradients are clipped"),
+        ("answer_weight", options.positive_float, Recipe.answer_weight, "weight of an answer's "
+            "tokens in the loss; all other tokens have weight 1"),
+        ("seed", options.seed_int, Recipe.seed, "seed of initial weights, order and dropout"),
+        ("eval_minutes", options.non_negative_float, 5.0, "minutes between evaluations"),
     ):  # fmt: skip
         words = words if default is None else f"{words} (default: {default})"
         group.add_argument(f"--{name}", type=kind, default=default, help=words)
     flag = group.add_argument
     flag("--optimizer", choices=("adamw", "muon"), default=Recipe.optimizer,
-        help="muon: for the layers' matrices, AdamW for the rest (default: adamw)")  # fmt: skip
+        help="optimizer of the layers' matrices; AdamW trains all other weights (default: "
+        "%(default)s)")  # fmt: skip
     flag("--bf16", action=argparse.BooleanOptionalAction,
-        help="compute in bfloat16, keep float32 weights (default: on CUDA)")  # fmt: skip
+        help="compute in bfloat16 and keep float32 weights (default: on CUDA only)")  # fmt: skip
     flag("--half", action="store_true", help="write model.pt in float16 (default: float32)")
     flag("--use_gpu", action="store_true", help="use CUDA, else Apple's MPS (default: the CPU)")
 

@@ -1,5 +1,6 @@
 """Feed the readers hostile files and check how they fail.
 
+    python tests/fuzz.py
     python tests/fuzz.py --cases 100000 --seed 0
     python tests/fuzz.py --cases 2000 --target tokenizer
 
@@ -8,7 +9,6 @@ no other file appears, nothing in a file is executed, and 5 seconds and 1 GiB su
 (tests/fuzz_targets.py) runs in a process of its own, so that a crash is a finding, too.
 """
 
-import argparse
 import contextlib
 import os
 import pickle
@@ -177,11 +177,14 @@ def run_cases(target: Target, n_cases: int, first_seed: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     from fuzz_targets import TARGETS
+    from utils import ArgumentParser
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", type=int, default=20_000, help="of all targets (default 20000)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--target", choices=list(TARGETS), help="default: all of them")
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--cases", type=int, default=20_000, metavar="N",
+        help="cases of all targets together (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+        help="seed of the first batch of cases (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--target", choices=list(TARGETS), help="reader to feed (default: all)")
     args = parser.parse_args(argv)
     if args.target:
         return int(run_cases(TARGETS[args.target], args.cases, args.seed) > 0)

@@ -98,7 +98,7 @@ def test_the_return_value_is_the_exit_code():
     ],
 )
 def test_a_usage_error_is_one_line_that_names_the_option_meant(typed, words, capsys):
-    parser = ArgumentParser(prog="script.py")
+    parser = ArgumentParser("Do it.\n\n    python script.py\n", prog="script.py")
     parser.add_argument("--data-file")
     parser.add_argument("--max_epochs", type=int)
     with pytest.raises(SystemExit) as ended:

@@ -1,3 +1,3 @@
-"""What a user does with a model: generate, predict, explain, export."""
+"""Commands for a trained model: generate, predict, explain, export."""
 
 import fast  # noqa: F401, before PyTorch

@@ -1,18 +1,19 @@
 """Show which words carried the prediction of a finetuned classifier.
 
-    python -m tools.explain --checkpoint FILE "a sentence" "another" [--out page.html]
-    python -m tools.explain --errors predictions.jsonl [--checkpoint FILE]
+    python -m tools.explain --checkpoint CHECKPOINT.pt "a warm and funny film"
+    python -m tools.explain --checkpoint CHECKPOINT.pt --label good --out PAGE.html "a dull film"
+    python -m tools.explain --checkpoint CHECKPOINT.pt --errors PREDICTIONS.jsonl --top 5
 
 Two methods give each word, a piece between white space, a value in nats:
 
 - leave-one-out: log p(label | sentence) - log p(label | sentence without the word) (Li, Monroe and
-  Jurafsky 2016, arXiv 1612.08220). Two words with the same meaning cover for each other and both
-  get little.
+  Jurafsky 2016, arXiv 1612.08220). Two words with the same meaning stand in for each other, so both
+  get a small value.
 - gradient x input: the gradient of log p(label | sentence) by a token's embedding, times the
   embedding (Shrikumar et al. 2016, arXiv 1605.01713), summed over the tokens of a word. It takes
   one pass and is rougher: RMSNorm ignores the scale of an embedding, which this method measures.
 
-All values are small if the model is sure: log p is then near 0 with and without any word.
+All values are small if the model is confident: log p is then near 0 with and without any word.
 """
 
 import argparse
@@ -122,7 +123,8 @@ def explain(
 def leave_one_out(predictor: Predictor, reading: Reading, label: int) -> dict[int, float]:
     """Return log p(label | sentence) - log p(label | sentence without the word) by word.
 
-    Without its only word a sentence is bos alone. In a sentence that was cut, later words move up.
+    A sentence without its only word is bos alone. In a truncated sentence, leaving out a word lets
+    the model read later words.
     """
     words = reading.read_words
     shortened = [reading.sentence, *(reading.without(word) for word in words)]
@@ -172,21 +174,22 @@ METHODS = {"leave-one-out": leave_one_out, "gradient x input": gradient_x_input}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="python -m tools.explain", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__, prog="python -m tools.explain")
     add = parser.add_argument
     add("sentences", nargs="*", metavar="SENTENCE",
-        help="a sentence, or 'label ||| sentence' (default: those of --errors)")  # fmt: skip
+        help="sentence, or 'label ||| sentence' (default: the mistakes in --errors)")  # fmt: skip
     add("--checkpoint", metavar="FILE",
-        help="a finetuned checkpoint (default: none, --errors lists mistakes alone)")  # fmt: skip
-    add("--errors", metavar="FILE", help="list and explain the mistakes in the output of "
-        "tools.predict --format jsonl; - reads standard input (default: none)")  # fmt: skip
+        help="finetuned checkpoint (default: none, --errors lists mistakes without explaining "
+        "them)")  # fmt: skip
+    add("--errors", metavar="FILE", help="output of tools.predict --format jsonl, whose mistakes "
+        "to list and explain; - reads standard input (default: none)")  # fmt: skip
     add("--top", type=positive_int, default=10, metavar="N",
-        help="mistakes to list (default: %(default)s)")  # fmt: skip
+        help="mistakes to list, the most confident ones first (default: %(default)s)")  # fmt: skip
     add("--label", metavar="NAME", help="label to explain (default: the predicted one)")
-    add("--out", metavar="FILE.html", help="also write a page (default: none)")
+    add("--out", metavar="FILE.html", help="HTML page to write as well (default: none)")
     add("--tokenizer_path", metavar="FILE",
-        help="default: the tokenizer that the checkpoint records")  # fmt: skip
-    add("--use_gpu", action="store_true", help="use CUDA, else Apple MPS (default: the CPU)")
+        help="SentencePiece model (default: the one that the checkpoint records)")  # fmt: skip
+    add("--use_gpu", action="store_true", help="use CUDA, else Apple's MPS (default: the CPU)")
     args = parser.parse_args(argv)
     if bool(args.sentences) == (args.errors is not None):
         parser.error("give either sentences or --errors FILE")
@@ -222,7 +225,7 @@ def read_labelled(sentences: list[str], names: list[str]) -> list[tuple[str, str
 
 
 def wants_color() -> bool:
-    """Whether standard output is a terminal with colors and no NO_COLOR (https://no-color.org)."""
+    """Return whether standard output is a terminal with colors, without NO_COLOR (no-color.org)."""
     has_colors = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     return has_colors and not os.environ.get("NO_COLOR")
 

@@ -1,12 +1,12 @@
-"""Convert checkpoints to transformers' and llama2.c's formats and to int8; read transformers'.
+"""Convert a checkpoint to transformers, llama2.c or int8, or from transformers.
 
-    python -m tools.export CHECKPOINT --to hf FOLDER
-    python -m tools.export CHECKPOINT --to llama2c OUT.bin
-    python -m tools.export CHECKPOINT --to int8 OUT.pt
+    python -m tools.export CHECKPOINT.pt --to hf FOLDER
+    python -m tools.export data/mini/model.pt --to llama2c OUT.bin
     python -m tools.export FOLDER --from hf OUT.pt
 
-CHECKPOINT is a file that `run_llama.py`, `advanced.run` or llama2.c wrote. Of a finetuned one only
-the Llama is exported; standard error names what a format cannot hold.
+A checkpoint is a file that `run_llama.py`, `advanced.run`, `pretraining.run` or llama2.c wrote.
+Only the Llama of a finetuned checkpoint is exported; standard error names the parts that a format
+cannot hold.
 """
 
 import argparse
@@ -30,18 +30,22 @@ READERS = {"hf": "transformers", "llama2c": "llama2.c", "int8": "the int8 file"}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="tools.export", description=__doc__.split("\n")[0])
-    parser.add_argument("source", metavar="SOURCE", help="a checkpoint, .pt or .bin; with --from "
-                        "hf a folder")  # fmt: skip
+    parser = ArgumentParser(__doc__, prog="python -m tools.export")
+    add = parser.add_argument
+    add("source", metavar="SOURCE",
+        help="checkpoint to read, .pt or .bin; a transformers folder with --from hf")  # fmt: skip
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--to", choices=tuple(READERS), help="the format of OUT")
-    direction.add_argument("--from", dest="origin", choices=("hf",), help="the format of SOURCE")
-    parser.add_argument("out", metavar="OUT", help="must not exist yet: a folder (--to hf), a .bin "
-                        "whose tokenizer is written to OUT.tokenizer.bin (--to llama2c), or a .pt "
-                        "(--to int8, --from hf)")  # fmt: skip
-    parser.add_argument("--tokenizer_path", help="a SentencePiece model (default: the recorded one "
-                        "of a finetuned checkpoint, else the .model file beside SOURCE or in its "
-                        "folder, else the project's)")  # fmt: skip
+    direction.add_argument("--to", choices=tuple(READERS),
+        help="format to write: a transformers folder, a .bin of llama2.c, or a .pt of int8 "
+        "weights (required, unless --from is given)")  # fmt: skip
+    direction.add_argument("--from", dest="origin", choices=("hf",),
+        help="format to read; OUT is then a .pt (required, unless --to is given)")  # fmt: skip
+    add("out", metavar="OUT",
+        help="file or folder to write, which must not exist yet; --to llama2c also writes its "
+        "tokenizer, as NAME.tokenizer.bin for NAME.bin")  # fmt: skip
+    add("--tokenizer_path", metavar="FILE",
+        help="SentencePiece model (default: the one that a finetuned checkpoint records, else the "
+        ".model file beside SOURCE or in its folder, else the project's)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -70,7 +74,7 @@ def require_new(out: Path) -> None:
 def read_ours(
     checkpoint: str, tokenizer_path: str | None, reader: str
 ) -> tuple[Llama, Tokenizer, list[str]]:
-    """Return the Llama of a checkpoint, its tokenizer, and notes of what `reader` lacks of it."""
+    """Return the Llama of a checkpoint, its tokenizer, and notes on parts that `reader` lacks."""
     model_args, weights = read_checkpoint(checkpoint)
     saved = load_torch_file(checkpoint) if is_torch_file(checkpoint) else {}
     notes = []
@@ -85,7 +89,7 @@ def read_ours(
         model = Llama.from_weights(LlamaConfig(**model_args), weights)
     except InputError as error:
         raise InputError(f"{checkpoint}: {error}") from error
-    if model.config.attention != "causal" and reader != READERS["int8"]:  # which records it
+    if model.config.attention != "causal" and reader != READERS["int8"]:  # int8 records the mode
         notes.append(
             f"{checkpoint}: has full attention here; {reader} computes causal attention, as "
             "--attention causal does"
@@ -118,14 +122,14 @@ def export_llama2c(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
     ids = (tokenizer.bos_id, tokenizer.eos_id, sp.piece_to_id("<0x00>"))
     if ids != (1, 2, 3) or sp.normalize(" a  b") != "▁▁a▁▁b":
         notes.append(
-            f"{tokenizer.model_path}: run.c may split texts otherwise: it expects bos, eos and "
+            f"{tokenizer.model_path}: run.c may split texts differently: it expects bos, eos and "
             "<0x00> at 1, 2 and 3, a space before a text, and no removal of spaces"
         )
     return notes
 
 
 def export_int8(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
-    """Write a checkpoint of int8 matrices, one float32 scale a row, and float32 norms."""
+    """Write a checkpoint of int8 matrices, a float32 scale for each row, and float32 norms."""
     quantize_model(model)
     save_torch_file(out, {"model": weights_of(model), "model_args": model.config.to_dict()})
     print(f"wrote {out}")
@@ -136,7 +140,7 @@ def export_int8(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
 
 
 def export_hf(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
-    """Write a folder for AutoModelForCausalLM and AutoTokenizer, whole or not at all."""
+    """Write a folder for AutoModelForCausalLM and AutoTokenizer; leave nothing after an error."""
     notes = []
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".export-") as temporary:
         folder = Path(temporary, "folder")
@@ -146,7 +150,7 @@ def export_hf(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
         if not huggingface.write_tokenizer(folder, tokenizer, model.config.max_seq_len):
             notes.append(
                 f"{tokenizer.model_path}: transformers' tokenizer.json cannot split texts as it "
-                f"does, so {out} has tokenizer.model alone"
+                f"does, so {out} has only tokenizer.model"
             )
         folder.replace(out)
     print(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
@@ -156,7 +160,7 @@ def export_hf(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
 def import_hf(folder: Path, out: Path, tokenizer_path: str | None) -> list[str]:
     """Write a causal checkpoint from a transformers folder, and its tokenizer.model beside it."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: is no folder; --from hf reads one with config.json")
+        raise InputError(f"{folder}: is not a folder; --from hf reads a folder with config.json")
     try:
         model = Llama.from_weights(*huggingface.read_model(folder))
     except InputError as error:

@@ -1,8 +1,10 @@
 """Continue a text with a pretrained Llama.
 
     python -m tools.generate "Once upon a time" --top_p 0.9 --num_samples 3
+    python -m tools.generate "The film was" --temperature 0 --max_new_tokens 20
+    python -m tools.generate --pretrained-model-path data/mini/model.pt - < PROMPT.txt
 
-Standard output holds the texts alone, divided by lines of hyphens. On a terminal the first text
+Standard output holds only the texts, separated by lines of hyphens. On a terminal the first text
 appears token by token.
 """
 
@@ -121,32 +123,37 @@ def read_prefix(prefix: str) -> str:
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="python -m tools.generate", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__, prog="python -m tools.generate")
     add = parser.add_argument
     add("prefix", nargs="?", default=PREFIX, metavar="PREFIX",
-        help="text to continue; - reads standard input (default: the assignment's)")  # fmt: skip
-    add("--pretrained-model-path", metavar="FILE", help=".pt or llama2.c .bin (default: "
-        "stories42M.pt, or the bundled data/mini/model.pt if that is missing)")  # fmt: skip
-    add("--tokenizer_path", metavar="FILE",
-        help="default: the .model file beside the checkpoint, else tokenizer.model")  # fmt: skip
+        help="text to continue; - reads it from standard input (default: the assignment's "
+        "prefix)")  # fmt: skip
+    add("--pretrained-model-path", metavar="FILE", help="pretrained checkpoint, .pt or llama2.c's "
+        ".bin (default: stories42M.pt, else data/mini/model.pt)")  # fmt: skip
+    add("--tokenizer_path", metavar="FILE", help="SentencePiece model (default: the .model file "
+        "beside the checkpoint, else tokenizer.model)")  # fmt: skip
     add("--attention", choices=ATTENTION_MODES,
-        help="default: what the checkpoint records, else full, which has no mask")  # fmt: skip
+        help="tokens that a token reads; full: all, causal: itself and earlier ones (default: the "
+        "mode in the checkpoint, else full)")  # fmt: skip
     add("--max_new_tokens", type=non_negative_int, default=75, metavar="N",
-        help="length of the continuation (default: %(default)s)")  # fmt: skip
+        help="tokens to generate (default: %(default)s)")  # fmt: skip
     add("--temperature", type=non_negative_float, default=1.0, metavar="T",
-        help="divides the logits; 0 takes the likeliest token (default: %(default)s)")  # fmt: skip
+        help="number by which the logits are divided; 0 takes the likeliest token (default: "
+        "%(default)s)")  # fmt: skip
     add("--top_k", type=positive_int, metavar="K",
-        help="sample among the K likeliest tokens (default: all)")  # fmt: skip
+        help="sample from the K likeliest tokens (default: all)")  # fmt: skip
     add("--top_p", type=share, metavar="P",
-        help="sample among the likeliest tokens that sum to P (default: all)")  # fmt: skip
+        help="sample from the likeliest tokens whose probabilities sum to at least P (default: "
+        "all)")  # fmt: skip
     add("--num_samples", type=positive_int, default=1, metavar="N",
-        help="number of texts (default: %(default)s)")  # fmt: skip
+        help="texts to generate (default: %(default)s)")  # fmt: skip
     add("--stop_at_eos", action="store_true",
-        help="end a text where the model ends it (default: at --max_new_tokens)")  # fmt: skip
-    add("--seed", type=seed_int, default=1337, help="default: %(default)s")
+        help="end a text at its first eos or bos (default: after --max_new_tokens)")  # fmt: skip
+    add("--seed", type=seed_int, default=1337, metavar="N",
+        help="seed of the random numbers (default: %(default)s)")  # fmt: skip
     add("--quantize", choices=("int8",),
-        help="store the matrices as int8 (default: float32)")  # fmt: skip
-    add("--use_gpu", action="store_true", help="use CUDA, else Apple MPS (default: the CPU)")
+        help="round the weight matrices to int8 (default: float32)")  # fmt: skip
+    add("--use_gpu", action="store_true", help="use CUDA, else Apple's MPS (default: the CPU)")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Sentences from files, pipes, CSV columns and the command line, as they arrive."""
+"""Read sentences from files, pipes, CSV columns and the command line, as they arrive."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ class Line(NamedTuple):
 
 
 def arriving_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str] | None]:
-    """Yield (number, line) without line ends; None says that the next line may have to wait."""
+    """Yield (number, line) without line ends; None says that reading the next line may block."""
     first, rest = 1, b""
     while block := file.read1(READ_SIZE):
         complete, newline, rest = (rest + block).rpartition(b"\n")
@@ -51,7 +51,7 @@ def read_lines(
 ) -> Iterator[Line | None]:
     """Yield the lines that are not blank. Either every line reads `label ||| sentence` or none.
 
-    None says that the next line may have to wait. Placeholder labels are unknown. Raises
+    None says that reading the next line may block. Placeholder labels count as unknown. Raises
     InputError with file, line number and value.
     """
     is_labelled = None
@@ -127,7 +127,7 @@ def read_arguments(sentences: list[str], label_names: list[str]) -> list[Line]:
 def in_blocks(
     lines: Iterable[Line | None], size: int, multiple_of: int = 1
 ) -> Iterator[list[Line]]:
-    """Yield blocks of `size` lines, and shorter ones where the next line may have to wait.
+    """Yield blocks of `size` lines, and a shorter one if reading the next line may block.
 
     All blocks except the last have a multiple of `multiple_of` lines.
     """
@@ -144,7 +144,7 @@ def in_blocks(
 
 
 def read_input(path: str, column: str | None, label_names: list[str]) -> Iterator[Line | None]:
-    """Read a file, or standard input if the path is "-"; `column` is one of a CSV file."""
+    """Read a file, or standard input if the path is "-"; `column` names a column of a CSV file."""
     if is_typed(path):
         print("one sentence per line; Ctrl-D ends", file=sys.stderr)
     with open_input(path) as file:
@@ -166,5 +166,5 @@ def open_input(path: str) -> BinaryIO:
 
 
 def is_typed(path: str) -> bool:
-    """Whether `read_input` reads from a keyboard."""
+    """Return whether `read_input` reads from a keyboard."""
     return path == "-" and sys.stdin is not None and sys.stdin.isatty()

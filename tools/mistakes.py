@@ -1,4 +1,4 @@
-"""The most confident mistakes in what `python -m tools.predict --format jsonl` wrote."""
+"""Find the most confident mistakes in the output of `python -m tools.predict --format jsonl`."""
 
 import heapq
 import json
@@ -20,7 +20,8 @@ class Mistake(NamedTuple):
 def find_mistakes(lines: Iterable[bytes], name: str, top: int) -> tuple[list[Mistake], int, int]:
     """Return the `top` most confident mistakes, and the numbers of mistakes and of gold labels.
 
-    Ties keep the file's order. Memory holds no other predictions. Raises InputError.
+    Ties keep the file's order. Memory holds no other predictions. Raises InputError for a line that
+    is not a prediction, and for a file without gold labels.
     """
     n_gold = n_mistakes = 0
 
@@ -47,12 +48,12 @@ def parse_prediction(text: str, place: str) -> Mistake | None:
         row = json.loads(text)
         predicted, gold, sentence = (row[key] for key in ("label", "gold", "sentence"))
         line, probability = int(row["line"]), float(row["probability"])
-        f"{predicted}{sentence}{gold}".encode()  # fails at half a character, which JSON can write
+        f"{predicted}{sentence}{gold}".encode()  # fails at a lone surrogate
         if not (isinstance(predicted, str) and isinstance(sentence, str) and 0 <= probability <= 1):
             raise ValueError("label, sentence or probability")
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{place}: {brief(text)} is not a prediction; write the file by "
+            f"{place}: {brief(text)} is not a prediction; write the file with "
             "`python -m tools.predict --format jsonl`"
         ) from error
     return None if gold is None else Mistake(line, predicted, probability, str(gold), sentence)

@@ -1,11 +1,12 @@
 """Label sentences with a finetuned checkpoint.
 
-    python -m tools.predict --checkpoint FILE "a sentence" "another"
-    python -m tools.predict --checkpoint FILE --input reviews.csv --column text --format jsonl
+    python -m tools.predict --checkpoint CHECKPOINT.pt "a warm film" "a dull film"
+    python -m tools.predict --checkpoint CHECKPOINT.pt --input data/demo-test.txt
+    python -m tools.predict --checkpoint CHECKPOINT.pt --input FILE.csv --column text --format jsonl
 
-A file holds a sentence per line, or `label ||| sentence` on every line. Labels add accuracy, macro
-F1 and the confusion matrix on standard error. Predictions are written while lines arrive, so memory
-does not grow with the input.
+A file holds a sentence on each line, or `label ||| sentence` on each line. With labels, standard
+error shows accuracy, macro F1 and the confusion matrix. Predictions are written while lines arrive,
+so memory does not grow with the input.
 """
 
 import argparse
@@ -39,7 +40,7 @@ BATCHES_PER_BLOCK = 32  # sorting by length needs several batches
 
 @dataclass(frozen=True)
 class Predictor:
-    """A finetuned classifier in eval mode with everything that reading a sentence takes."""
+    """A finetuned classifier in eval mode, and all that it needs to read a sentence."""
 
     model: LlamaEmbeddingClassifier
     tokenizer: Tokenizer
@@ -48,8 +49,8 @@ class Predictor:
     device: torch.device
 
     def encode(self, sentences: list[str]) -> tuple[SentenceDataset, int]:
-        """Return the tokens as finetuning saw them, and how many sentences exceed the model's
-        positions and lose their end."""
+        """Return the tokens as finetuning read them, and the number of sentences that lose their
+        end because they exceed the model's positions."""
         examples, n_truncated = encode_examples(
             [(sentence, NO_GOLD_LABEL) for sentence in sentences],
             self.tokenizer,
@@ -73,7 +74,7 @@ def load_predictor(
 
     `quantize="int8"` stores the Llama's matrices as int8; the head stays float32.
 
-    Raises InputError if the tokenizer is missing or not the one of the training.
+    Raises InputError if the tokenizer is missing or differs from the one used in training.
     """
     model, saved = load_classifier(checkpoint)
     if quantize:
@@ -139,9 +140,9 @@ def print_predictions(
     if not n_lines:
         raise InputError("there is no sentence to predict; write one per line")
     speed = n_lines / max(time.monotonic() - started, 1e-3)
-    print(f"{n_lines:,} sentences, {speed:.1f} per second", file=sys.stderr)
+    print(f"{n_lines:,} sentence{'s' * (n_lines != 1)}, {speed:.1f} per second", file=sys.stderr)
     if n_truncated:
-        print(f"warning: {n_truncated:,} sentences lost their end, they exceed the model's "
+        print(f"warning: {n_truncated:,} sentences lost their end because they exceed the model's "
             "positions", file=sys.stderr)  # fmt: skip
     if confusion.any():
         print(summary(confusion, names), file=sys.stderr)
@@ -170,27 +171,27 @@ def summary(confusion: np.ndarray, names: list[str]) -> str:
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="python -m tools.predict", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__, prog="python -m tools.predict")
     add = parser.add_argument
     add("sentences", nargs="*", metavar="SENTENCE",
-        help="a sentence, or 'label ||| sentence' (default: --input)")  # fmt: skip
+        help="sentence, or 'label ||| sentence' (default: the lines of --input)")  # fmt: skip
     add("--checkpoint", required=True, metavar="FILE",
-        help="a finetuned checkpoint of run_llama.py or advanced.run (required)")  # fmt: skip
+        help="finetuned checkpoint of run_llama.py or advanced.run (required)")  # fmt: skip
     add("--input", default="-", metavar="FILE",
-        help="a sentence, or 'label ||| sentence', per line (default: -, which is standard "
-        "input)")  # fmt: skip
+        help="file with a sentence, or 'label ||| sentence', on each line (default: -, which is "
+        "standard input)")  # fmt: skip
     add("--column", metavar="NAME",
-        help="column of sentences if --input is CSV, or TSV with a name in .tsv (default: none, "
-        "the file is read by lines)")  # fmt: skip
+        help="column of sentences, if --input is CSV or a .tsv file (default: none, each line is "
+        "a sentence)")  # fmt: skip
     add("--format", choices=("text", "jsonl", "csv"), default="text",
         help="format of the predictions (default: %(default)s)")  # fmt: skip
     add("--batch_size", type=positive_int, default=8, metavar="N",
-        help="sentences per batch (default: %(default)s)")  # fmt: skip
+        help="sentences in a batch (default: %(default)s)")  # fmt: skip
     add("--tokenizer_path", metavar="FILE",
-        help="default: the tokenizer that the checkpoint records")  # fmt: skip
+        help="SentencePiece model (default: the one that the checkpoint records)")  # fmt: skip
     add("--quantize", choices=("int8",),
-        help="store the Llama's matrices as int8 (default: float32)")  # fmt: skip
-    add("--use_gpu", action="store_true", help="use CUDA, else Apple MPS (default: the CPU)")
+        help="round the Llama's weight matrices to int8 (default: float32)")  # fmt: skip
+    add("--use_gpu", action="store_true", help="use CUDA, else Apple's MPS (default: the CPU)")
     args = parser.parse_args(argv)
     if args.sentences and (args.input != "-" or args.column is not None):
         parser.error("give sentences or --input, not both")

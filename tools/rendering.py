@@ -1,7 +1,7 @@
-"""Explanations as a table for terminals and as a self-contained HTML page.
+"""Show explanations as a table for terminals and as a self-contained HTML page.
 
-Blue speaks for the label and orange against it; people with any color vision distinguish them. A
-color is as deep as the value's share of the largest value in its sentence.
+Words for the label are blue and words against it orange, colors that people with any color vision
+distinguish. A color is as deep as the value's share of the largest value in its sentence.
 """
 
 import html
@@ -14,7 +14,7 @@ from utils import on_one_line
 
 @dataclass(frozen=True)
 class Explanation:
-    """A prediction for a sentence, and what each word adds to log p(label | sentence)."""
+    """A prediction for a sentence, and each word's contribution to log p(label | sentence)."""
 
     predicted: str
     probability: float
@@ -66,7 +66,7 @@ def table(explanation: Explanation, is_colored: bool = False) -> str:
 
 
 def _columns(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
+    """Return the number of terminal columns of a text."""
     n_wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + n_wide - sum(unicodedata.combining(c) > 0 for c in text)
 

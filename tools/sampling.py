@@ -1,4 +1,4 @@
-"""Top-k and top-p: sample the next token among the likeliest alone."""
+"""Sample the next token from the likeliest ones: top-k and top-p."""
 
 import torch
 import torch.nn.functional as F

@@ -1,1 +1,1 @@
-"""Finetuning a classifier: data, the loop, its saved state, several processes."""
+"""Finetune a classifier: data, the loop, its saved state, several processes."""

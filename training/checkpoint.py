@@ -1,4 +1,4 @@
-"""Finetuned classifiers as files of plain data."""
+"""Save finetuned classifiers as plain data, and load them."""
 
 import os
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def provenance(
     pretrained_model_path: str | os.PathLike,
     max_sentence_len: int | None,
 ) -> dict[str, Any]:
-    """Return what a checkpoint records beside the model, so that it can read sentences alone."""
+    """Return the label names, the tokenizer and the hashes that a checkpoint records."""
     return {
         "label_names": label_names,
         "tokenizer_path": tokenizer.model_path,
@@ -31,10 +31,10 @@ def provenance(
 def save_classifier(
     path: str | os.PathLike, model: LlamaEmbeddingClassifier, config: Any, **extra: Any
 ) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint; after an error `path` is unchanged.
 
-    `config` is the namespace that the classifier was built from. With `model_args`, the shape of
-    the Llama, it builds the classifier again without the pretrained file.
+    `config` is the namespace that the classifier was built from. With it and `model_args`, the
+    shape of the Llama, `load_classifier` rebuilds the classifier without the pretrained file.
     """
     content = {
         "model": model.state_dict(),
@@ -54,7 +54,7 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_classifier(path: str | os.PathLike) -> tuple[LlamaEmbeddingClassifier, dict[str, Any]]:
-    """Read what `save_classifier` wrote: the classifier, on the CPU in eval mode, and the rest."""
+    """Return the classifier of a file, on the CPU in eval mode, and the file's other entries."""
     saved = load_torch_file(path)
     parts = ("model", "model_args", "model_config")
     absent = [key for key in parts if not isinstance(saved.get(key), dict)]

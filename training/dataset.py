@@ -1,4 +1,4 @@
-"""Labelled sentences -> examples -> right-padded batches that carry their lengths."""
+"""Turn labelled sentences into examples, and these into right-padded batches with lengths."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ def encode_examples(
 
 
 def warn_of_truncation(n_truncated: int, n: int, max_tokens: int, path: str | None = None) -> None:
-    """Print a line on standard error if any of n sentences, those of `path`, was truncated."""
+    """Print a line on standard error if any of the n sentences of `path` was truncated."""
     if n_truncated:
         distributed.say(
             f"warning: {'' if path is None else f'{path}: '}{n_truncated} of {n} sentences are "
@@ -62,7 +62,7 @@ def warn_of_truncation(n_truncated: int, n: int, max_tokens: int, path: str | No
 
 
 class SentenceDataset(Dataset):
-    """Examples, and how to batch them."""
+    """Examples and their batches."""
 
     def __init__(self, examples: list[Example], pad_id: int):
         self.examples = examples
@@ -131,7 +131,7 @@ def make_train_loader(
 ) -> DataLoader:
     """Return batches shuffled anew each epoch by `generator`.
 
-    `similar_lengths` is for models that mask padding: it changes no prediction and saves work.
+    `similar_lengths`, for models that mask padding, saves work and changes no evaluation.
     """
     options: dict[str, Any] = {"generator": generator, "collate_fn": dataset.collate_fn}
     if similar_lengths:

@@ -1,8 +1,8 @@
-"""Several processes that train one model, each on its share of every batch.
+"""Train one model in several processes, each on its share of every batch.
 
 Start them with `torchrun --nproc-per-node 2 run_llama.py --option finetune ...`. PyTorch's
 DistributedDataParallel (Li et al. 2020, arXiv 2006.15704) averages their gradients. Without
-torchrun every function here does nothing. All processes must call `all_sum`,
+torchrun every function here does nothing. All processes must call `all_sum`, `barrier`,
 `require_same` and the wrapped model in the same order; rank 0 alone prints and writes files.
 """
 
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     variables = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return dist.is_available() and variables <= os.environ.keys()
 
@@ -39,7 +39,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes files."""
+    """Return whether this process prints and writes files."""
     return rank() == 0
 
 
@@ -96,8 +96,8 @@ def share(items: Sequence[Item]) -> list[Item]:
 def own_rows(batch: dict[str, Any], masks_padding: bool) -> tuple[dict[str, Any], int]:
     """Return this process's rows of a batch and their weight, 1.
 
-    A process without rows computes the first one with weight 0, since all must take part in the
-    exchange of gradients.
+    A process without rows computes the first row with weight 0, because every process must take
+    part in the exchange of gradients.
     """
     if world_size() == 1:
         return batch, 1
@@ -127,7 +127,7 @@ def barrier() -> None:
 def wrap(model: nn.Module, has_unused_parameters: bool = False) -> nn.Module:
     """Return the model with gradients averaged over the processes in each backward pass.
 
-    `has_unused_parameters` says that some parameter never gets a gradient.
+    Set `has_unused_parameters` if some parameter never gets a gradient.
     """
     if world_size() == 1:
         return model

@@ -1,4 +1,4 @@
-"""What a classifier predicts, and how often it is right."""
+"""Predict with a classifier, and measure its accuracy and macro F1."""
 
 import os
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def predict_probs(
 
     They are the softmax over the labels of what the model returns, log-probabilities or scores.
     Puts the model in eval mode. Batches hold similar lengths if the model masks padding; otherwise
-    a prediction depends on its batch, and batches follow the data. Of several processes each
+    a prediction depends on its batch, and batches follow the data. Each of several processes
     computes a share. Without a `description` there is no progress bar.
     """
     model.eval()
@@ -61,7 +61,7 @@ def predict_probs(
     probs = torch.zeros(len(data), model.num_labels)
     own = distributed.share(batches)
     is_silent = True if description is None or not distributed.is_main() else None
-    bar = tqdm(own, description, disable=is_silent, leave=False)  # None: without a terminal
+    bar = tqdm(own, description, disable=is_silent, leave=False)  # None hides it without a terminal
     for indices in bar:
         batch = data.collate_fn([data[i] for i in indices])
         probs[indices] = forward_pass(model, batch, device, bf16).float().softmax(dim=1).cpu()

@@ -1,4 +1,4 @@
-"""Lines of `label ||| sentence`, and the lists of label names."""
+"""Read lines of `label ||| sentence`, and lists of label names."""
 
 import codecs
 import hashlib
@@ -37,8 +37,10 @@ def read_label_names(path: str | os.PathLike) -> list[str]:
     if len(names) > MAX_LABELS:
         raise InputError(f"{path}: has {len(names)} names, more than {MAX_LABELS}")
     for name in names:
-        if re.search("[\ud800-\udfff]", name):  # JSON can write half a letter, UTF-8 cannot
-            raise InputError(f"{path}: {brief(ascii(name))} has a lone surrogate, which is no text")
+        if re.search("[\ud800-\udfff]", name):  # JSON can hold it, UTF-8 cannot
+            raise InputError(
+                f"{path}: {brief(ascii(name))} has a lone surrogate, which is not text"
+            )
     return names
 
 
@@ -53,7 +55,7 @@ def read_sentences(
     Lines are UTF-8 and read `label ||| sentence`, split at the first separator. Labels lie in
     [0, n_labels); None sets no upper bound. With `unlabelled`, for test files, -1 is an unknown
     label, and placeholder labels are read as -1. Raises InputError with file, line and value for
-    anything else; `label_names` let it say which number to write for a name.
+    any other line. With `label_names` the message for a name gives the number to write.
     """
     path = Path(path)
     content = _read_bytes(path)
@@ -72,7 +74,7 @@ def read_sentences(
 
 
 def has_placeholder_labels(content: bytes) -> bool:
-    """Whether this is the published cfimdb-test.txt, with any line endings."""
+    """Return whether this is the published cfimdb-test.txt, with any line endings."""
     if len(content) > PLACEHOLDER_SIZE:
         return False
     lines = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").rstrip(b"\n")

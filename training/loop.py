@@ -27,7 +27,7 @@ class DivergedError(InputError):
     """A loss or a weight is not finite."""
 
 
-REMEDY = "lower --lr or set --max_grad_norm (what was saved before is kept)"
+REMEDY = "lower --lr or set --max_grad_norm (earlier saves are kept)"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Recipe:
     """Options beyond epochs, batch size and learning rate; the defaults are the assignment's.
 
     `warmup` is the share of all steps over which the learning rate rises; with `lr_decay`, "linear"
-    or "cosine", it then falls to 0. `layer_decay` is described at `parameter_groups`.
+    or "cosine", it then falls to 0. `parameter_groups` explains `layer_decay`.
     `max_grad_norm` clips gradients. `bf16` computes in bfloat16 and keeps float32 weights.
     `train_acc` "running" counts the train accuracy during the training passes, dropout included,
     "extra" in a further pass. `patience` ends the training after that many epochs in a row
@@ -102,7 +102,7 @@ def train_classifier(
 ) -> list[EpochReport]:
     """Minimize the NLL by AdamW over shuffled batches; return the report of each epoch.
 
-    `model`, on `device`, is a classifier of classifier.py or a module that is called like one. The
+    `model`, on `device`, is a classifier of classifier.py or a module with the same calls. The
     loss of a batch is its summed NLL over `batch_size`, also for a shorter last batch. A
     `regularizer(model, log_probs, forward)` returns a term that is added to it; `forward(module)`
     runs the batch again.
@@ -263,7 +263,7 @@ def _rate_factor(state: TrainState, n_batches: int, epochs: int, recipe: Recipe)
 
 
 def _has_stalled(history: list[EpochReport], patience: int | None) -> bool:
-    """Whether the last `patience` epochs did not exceed the best dev accuracy before them."""
+    """Return whether the last `patience` epochs did not exceed the best dev accuracy before."""
     accuracies = [report.dev_accuracy for report in history]
     if patience is None or len(accuracies) <= patience:
         return False

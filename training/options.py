@@ -1,4 +1,4 @@
-"""The options that the training commands share, their defaults, and where a command may write."""
+"""Define the options that the training commands share, their defaults, and legal outputs."""
 
 import argparse
 import math
@@ -14,13 +14,13 @@ from training.loop import Recipe
 from training.state import ROOT
 from utils import InputError, is_device, real_path
 
-# The assignment's defaults, and the bundled files that replace absent ones.
+# The assignment's defaults, and the bundled files that replace missing ones.
 MODEL, MINI_MODEL = "stories42M.pt", "data/mini/model.pt"
 PREFIX = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
 )
-LR, MINI_LR = 2e-5, 5e-4  # the bundled model has 13 times fewer parameters
+LR, MINI_LR = 2e-5, 5e-4  # of stories42M, of the bundled model
 DATA, DEMO_DATA = (
     {
         **{split: f"data/{name}-{split}.txt" for split in ("train", "dev", "test")},
@@ -79,70 +79,93 @@ def count(text: str) -> int:
 # fmt: off
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """The splits, the label names, the model, and how it reads a sentence."""
+def add_data_options(
+    parser: argparse.ArgumentParser, attention: str | None = None, pooling: str | None = None
+) -> None:
+    """Add the splits, the label names, the model, and how it reads a sentence.
+
+    `attention` and `pooling` are the command's defaults; None takes them from the checkpoint.
+    """
     add = parser.add_argument
     for split in ("train", "dev", "test"):
-        add(f"--{split}", help=f"lines of `label ||| sentence` (default: {DATA[split]})")
-    add("--label-names", help=f"JSON list of names (default: {DATA['label_names']})")
-    add("--pretrained-model-path", help=f"a .pt or a llama2.c .bin (default: {MODEL})")
-    add("--tokenizer_path",
-        help="SentencePiece .model (default: the one beside the checkpoint, else tokenizer.model)")
-    add("--max_sentence_len", type=positive_int,
-        help="tokens kept of a sentence (default: the model's max_seq_len)")
-    add("--attention", choices=ATTENTION_MODES,
-        help="default: what the checkpoint records, else full (the assignment: no mask)")
-    add("--pooling", choices=POOLINGS,
-        help="state that the classifier reads (default: position in full mode, last in causal)")
+        add(f"--{split}", metavar="FILE",
+            help=f"{split} split, `label ||| sentence` on each line (default: {DATA[split]}, "
+            f"else {DEMO_DATA[split]})")
+    add("--label-names", metavar="FILE",
+        help=f"JSON list of the label names, in order (default: {DATA['label_names']}, else "
+        f"{DEMO_DATA['label_names']})")
+    add("--pretrained-model-path", metavar="FILE",
+        help=f"pretrained checkpoint, .pt or llama2.c's .bin (default: {MODEL}, else {MINI_MODEL})")
+    add("--tokenizer_path", metavar="FILE", help="SentencePiece model (default: the .model file "
+        "beside the checkpoint, else tokenizer.model)")
+    add("--max_sentence_len", type=positive_int, metavar="N",
+        help="tokens to keep of a sentence (default: as many as the model has positions)")
+    add("--attention", choices=ATTENTION_MODES, default=attention,
+        help="tokens that a token reads; full: all (the assignment), causal: itself and earlier "
+        f"ones (default: {attention or 'the mode in the checkpoint, else full'})")
+    add("--pooling", choices=POOLINGS, default=pooling,
+        help="state that the classifier reads; position: of the batch's last column, last: of the "
+        "last real token, mean: the mean of the real tokens "
+        f"(default: {pooling or 'position in full mode, last in causal mode'})")
     add("--use_gpu", action="store_true", help="use CUDA, else Apple's MPS (default: the CPU)")
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The assignment's hyperparameters."""
+    """Add the assignment's hyperparameters."""
     add = parser.add_argument
-    add("--epochs", type=positive_int, default=5, help="passes over --train (default: %(default)s)")
-    add("--batch_size", type=positive_int, default=8,
-        help="sentences per step (default: %(default)s)")
-    add("--hidden_dropout_prob", type=probability_below_one, default=0.3,
-        help="dropout before the head (default: %(default)s)")
-    add("--lr", type=positive_float,
-        help=f"peak learning rate (default: {LR}, or {MINI_LR} for the bundled model)")
+    add("--epochs", type=positive_int, default=5, metavar="N",
+        help="passes over the train split (default: %(default)s)")
+    add("--batch_size", type=positive_int, default=8, metavar="N",
+        help="sentences in a training step, or in an evaluation batch (default: %(default)s)")
+    add("--hidden_dropout_prob", type=probability_below_one, default=0.3, metavar="P",
+        help="dropout probability before the classification head (default: %(default)s)")
+    add("--lr", type=positive_float, metavar="RATE",
+        help=f"peak learning rate (default: {LR}, or {MINI_LR} with the bundled model)")
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """How to train beyond the assignment."""
+    """Add the training options that the assignment lacks."""
     add = parser.add_argument_group("finetuning, beyond the assignment").add_argument
-    add("--warmup", type=probability_below_one, default=0.0,
-        help="share of all steps over which the learning rate rises (default: 0)")
+    add("--warmup", type=probability_below_one, default=0.0, metavar="SHARE",
+        help="share of all steps over which the learning rate rises to its peak (default: 0)")
     add("--lr_decay", nargs="?", choices=("linear", "cosine"), const="linear",
-        help="decay the rate to 0 after the warm-up (default: constant)")
-    add("--layer_decay", type=share, default=1.0,
-        help="rate of a layer relative to the one above (default: 1)")
-    add("--max_grad_norm", type=positive_float, help="clip gradients to this norm (default: none)")
-    add("--backbone_dropout", type=probability_below_one,
-        help="dropout inside the layers (default: what the checkpoint records, else 0)")
-    add("--label_smoothing", type=probability_below_one, default=0.0,
-        help="share of the uniform distribution in each label (default: 0)")
-    add("--r_drop", type=non_negative_float, default=0.0,
-        help="weight of R-Drop's divergence (default: 0)")
-    add("--patience", type=positive_int,
-        help="end after this many epochs without a better dev accuracy (default: never)")
+        help="shape in which the rate falls to 0 after the warm-up; linear if no shape is given "
+        "(default: the rate stays constant)")
+    add("--layer_decay", type=share, default=1.0, metavar="FACTOR",
+        help="learning rate of a layer divided by the rate of the layer above (default: 1)")
+    add("--max_grad_norm", type=positive_float, metavar="NORM",
+        help="L2 norm to which gradients are clipped (default: no clipping)")
+    add("--backbone_dropout", type=probability_below_one, metavar="P",
+        help="dropout probability inside the layers (default: the value in the checkpoint, else 0)")
+    add("--label_smoothing", type=probability_below_one, default=0.0, metavar="SHARE",
+        help="share of the uniform distribution in each target (default: 0)")
+    add("--r_drop", type=non_negative_float, default=0.0, metavar="WEIGHT",
+        help="weight of R-Drop's divergence in the loss (default: 0)")
+    add("--patience", type=positive_int, metavar="N",
+        help="epochs without a better dev accuracy after which training stops (default: never)")
     add("--bf16", action="store_true",
-        help="compute in bfloat16, keep float32 weights (default: float32)")
+        help="compute in bfloat16 and keep float32 weights (default: float32)")
     add("--train_acc", choices=("extra", "running"), default="extra",
-        help="train accuracy from an extra pass or from the training passes (default: extra)")
+        help="measure train accuracy in an extra pass, or during the training passes "
+        "(default: %(default)s)")
 
 
 def add_state_options(parser: argparse.ArgumentParser) -> None:
-    """When an interrupted run's state is saved, and whether it is continued."""
+    """Add when the state of a run is saved, and whether a saved run is resumed."""
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true",
-        help="resume the saved run even if the code changed (default: resume it if "
+        help="resume the saved run even if the source code changed (default: resume it if "
         "settings, data and code are the same)")
     add("--restart", action="store_true",
         help="start over and keep the saved run as ....state.old.pt (default: off)")
-    parser.add_argument("--save_minutes", type=non_negative_float, default=5.0,
-        help="save the state this often, and after each epoch (default: 5)")
+    add_save_minutes(parser)
+
+
+def add_save_minutes(parser: argparse.ArgumentParser) -> None:
+    """Add how often the state of a run is saved."""
+    parser.add_argument("--save_minutes", type=non_negative_float, default=5.0, metavar="MINUTES",
+        help="minutes between saves of the state, which is also saved after each epoch "
+        "(default: 5)")
 
 
 # fmt: on
@@ -163,10 +186,10 @@ def state_mode(args: argparse.Namespace) -> str:
 
 
 def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> None:
-    """Fill in the model, the data and the learning rate where they were not typed.
+    """Fill in the model, the data and the learning rate that were not given.
 
-    The demo data is used if no data path was typed and a file of CFIMDB among `splits` is absent. A
-    line on standard error says so, and which of the assignment's files are read beside typed ones.
+    The demo data is used if no data path was typed and one of CFIMDB's `splits` is missing. A line
+    on standard error says so, and names the assignment's files that are read beside typed ones.
     """
     fill_model(args)
     if any(getattr(args, key) is not None for key in DATA):
@@ -191,7 +214,7 @@ def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> None:
 def fill_model(args: argparse.Namespace) -> None:
     """Fill in the model, and its learning rate in commands that have one.
 
-    The bundled model is used if stories42M.pt is absent, and a line on standard error says so.
+    The bundled model is used if stories42M.pt is missing. A line on standard error says so.
     """
     if args.pretrained_model_path is not None:
         return
@@ -216,8 +239,11 @@ def _say_model_stands_in(lr: float | None) -> None:
 def _choose(
     wanted: dict[str, str], bundled: dict[str, str], needed: Sequence[str]
 ) -> tuple[dict[str, str], bool]:
-    """Return paths and whether they are the bundled ones: the first of wanted and bundled whose
-    needed files are all in the current folder, or all in the project's; else wanted."""
+    """Return paths, and whether they are the bundled ones.
+
+    They are the first of `wanted` and `bundled` whose needed files are all in the current folder,
+    or all in the project's folder. If neither is complete, they are `wanted`.
+    """
     for paths in (wanted, bundled):
         for folder in (Path(), ROOT):
             if all((folder / paths[key]).exists() for key in needed):
@@ -271,5 +297,5 @@ def require_outputs(outputs: Iterable[str], inputs: Iterable[str | os.PathLike |
 
 
 def _is_own_file(path: Path) -> bool:
-    """Whether an existing file belongs to the project: sources, documents, bundled data."""
+    """Return whether a file belongs to the project: sources, documents, bundled data."""
     return ROOT in path.parents and any(path.match(pattern) for pattern in OWN_FILES)

@@ -1,4 +1,4 @@
-"""What every training loop shares: learning rates, precision, one clipped step."""
+"""Schedule learning rates, choose the precision, and take clipped steps, in every loop."""
 
 import contextlib
 import math
@@ -82,9 +82,9 @@ def take_step(
 def parameter_groups(model: nn.Module, lr: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Return the trained parameters in groups of one learning rate.
 
-    It is `lr` for the final norm and the head, lr * layer_decay for the topmost layer, and falls by
-    that factor with each layer down to the embedding (Howard and Ruder 2018, arXiv 1801.06146,
-    section 3.2). An untied output layer is a head.
+    The rate is `lr` for the final norm and the head, lr * layer_decay for the topmost layer, and
+    falls by that factor with each layer down to the embedding (Howard and Ruder 2018, arXiv
+    1801.06146, section 3.2). An untied output layer counts as a head.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if layer_decay == 1.0:

@@ -48,13 +48,13 @@ class StateFile:
     """The saved state of one run, at `path`.
 
     `settings` are the options and file hashes that determine the result, as plain data.
-    `mode` says what to do with a state that is already there:
+    `mode` decides about a state that is already there:
 
-    - "auto": continue if its settings and our source code are the same; otherwise begin anew and
+    - "auto": continue if its settings and our source code are the same; otherwise start over and
       keep it as `....state.old.pt`.
-    - "resume": continue, also past changed code (with a warning). Changed settings, and no state at
-      all, are an InputError.
-    - "restart": begin anew and keep it as `....state.old.pt`.
+    - "resume": continue even if the code changed (with a warning). Changed settings, or no state,
+      raise InputError.
+    - "restart": start over and keep it as `....state.old.pt`.
 
     `saved` is the state to resume from, or None. All processes read the file; only rank 0 writes
     and renames it.
@@ -82,7 +82,7 @@ class StateFile:
                 self.path.replace(old)
 
     def _read(self, mode: str) -> tuple[dict[str, Any] | None, str | None]:
-        """Return the state, or None and why a state that is there is not continued."""
+        """Return the state, or None and the reason why the existing state is not resumed."""
         if not self.path.exists():
             if mode == "resume":
                 raise InputError(f"{self.path}: no saved state to --resume; leave that option out")
@@ -101,7 +101,7 @@ class StateFile:
         if changed and mode == "resume":
             raise InputError(
                 f"{self.path}: is the state of another run ({what}); use that run's options, or "
-                "--restart to begin anew"
+                "--restart to start over"
             )
         if changed or (source and mode == "auto"):
             return None, what or "the source code has changed"
@@ -110,15 +110,15 @@ class StateFile:
         return saved, None
 
     def damaged(self) -> InputError:
-        return InputError(f"{self.path}: is damaged or of another version; --restart begins anew")
+        return InputError(f"{self.path}: is damaged or of another version; --restart starts over")
 
     def is_due(self) -> bool:
-        """Whether the last save is `minutes` or more ago; rank 0's clock decides."""
+        """Return whether the last save is `minutes` or more ago; rank 0's clock decides."""
         due = distributed.is_main() and time.monotonic() - self.saved_at >= 60 * self.minutes
         return bool(distributed.all_sum(torch.tensor(float(due))))
 
     def save(self, **content: Any) -> None:
-        """Replace the file by the settings and `content`, plain data and tensors."""
+        """Replace the file with the settings and `content`, plain data and tensors."""
         if distributed.is_main():
             save_torch_file(self.path, {"settings": self.settings, **content})
         self.saved_at = time.monotonic()
@@ -138,7 +138,7 @@ def source_digest() -> str:
 
 
 def differences(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
-    """Return what differs by its key, such as {"lr": "saved 0.1, now 0.2"}."""
+    """Return the settings that differ, such as {"lr": "saved 0.1, now 0.2"}."""
 
     def cut(value: Any) -> str:
         text = str(value)
@@ -249,8 +249,8 @@ def stop_requests() -> Iterator[StopRequests]:
 def only_writer(*paths: str | os.PathLike) -> Iterator[None]:
     """Hold a lock on each file; raise InputError if another run holds one.
 
-    The lock is a hidden file beside it, and ends with the process that holds it. Of several
-    processes of one run, rank 0 writes and holds the locks.
+    The lock is a hidden file beside it, and ends with the process that holds it. In a run of
+    several processes, rank 0 holds the locks.
     """
     with contextlib.ExitStack() as stack:
         written = [real_path(path) for path in paths if not is_device(path)]
@@ -275,10 +275,10 @@ def _remove(lock: Path) -> None:
 
 
 def require_space(checkpoint: str | os.PathLike, n_parameters: int, n_kept: int = 1) -> None:
-    """Raise InputError if the disk cannot hold what a run will write.
+    """Raise InputError if the disk has too little space for the files of a run.
 
-    These are `n_kept` checkpoints, the state (weights and AdamW's m and v) and, before it replaces
-    it, the next state, all in float32.
+    The files are `n_kept` checkpoints, the state (weights and AdamW's m and v), and the next state
+    before it replaces the last one, all in float32.
     """
     checkpoint = real_path(checkpoint)
     held = [path for path in (checkpoint, state_path(checkpoint)) if path.is_file()]

@@ -102,7 +102,7 @@ def test_prompting_predicts_the_same_in_batches_of_similar_lengths(tokenizer):
     ids = [tokenizer.encode(label, bos=False, eos=False) for label in labels]
     model = LlamaZeroShotClassifier(SimpleNamespace(num_labels=3), tokenizer, labels, ours)
     model.label_name_ids = [[tokens[-1]] for tokens in ids]  # naive knows labels of one token
-    other = naive.NaiveZeroShot(plain, [tokens[-1] for tokens in ids], masked=True)
+    other = naive.NaiveZeroShot(plain, [tokens[-1] for tokens in ids])
     data = random_data()
     expected = naive.evaluate(other, batches_of(data, 3))
     assert evaluate(model, data, 3, torch.device("cpu")).predictions == expected
