@@ -1,10 +1,15 @@
-"""Keep measurements in a file for each processor, print them as tables, and draw the speed-ups.
+"""Print the measured times of each processor as tables, and draw the speed-ups.
 
-python -m benchmarks.report [FILE ...] [--plot results/figures/speed.png]
+    python -m benchmarks.report
+    python -m benchmarks.report FILE.json
+    python -m benchmarks.report --plot results/figures/speed.png
+
+Each processor has a file, to which `keep` adds measurements.
 """
 
 import json
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -16,19 +21,28 @@ from utils import ArgumentParser, InputError, atomic_write, require_package, run
 CONTENDERS = ("naive", "ours", "transformers")
 BESIDE = ", beside"  # ends the name of a contender whose turns busy processes disturb
 COLORS = {"ours": "#c0392b", "transformers": "#2c6fbb"}
+SHAPE = "stories42M"  # of the table and the picture in the documents
+PLOTTED = {
+    "generate, causal": "generate",
+    "prompt, masked, sst x 10": "prompt, SST",
+    "finetune, full, sst x 80": "finetune, the assignment's mode",
+    "epoch, masked, sst x 80": "an epoch, padding masked",
+}
 Measured = dict[str, Any]  # an entry of a file
 
 
 def keep(path: Path, kind: str, measured: Measured, processor: dict[str, Any]) -> None:
-    """Write a measurement to the file, in place of the last one of the same name.
+    """Write a measurement to the file; it replaces an earlier one of the same name.
 
-    Raises InputError if the file is of another processor or PyTorch.
+    Raises InputError if the file belongs to another processor or PyTorch.
     """
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     before = content.get("processor", processor)
     if before != processor:
         now = described(processor)
-        raise InputError(f"{path}: is of {described(before)}, not of {now}; name another --out")
+        raise InputError(
+            f"{path}: holds times of {described(before)}, not of {now}; name another --out"
+        )
     content = {"processor": processor} | content
     name = ("shape", "row", "device", "bf16", "n_ranks")
     rows = content.setdefault(kind, [])
@@ -39,10 +53,10 @@ def keep(path: Path, kind: str, measured: Measured, processor: dict[str, Any]) -
         file.write(json.dumps(content, indent=1) + "\n")
 
 
-def speed_table(paths: Sequence[Path] | None = None, shape: str = "stories42M") -> str:
-    """Return the rows of one shape, the processors side by side, each named by a letter.
+def speed_table(paths: Sequence[Path] | None = None, shape: str = SHAPE) -> str:
+    """Return a table of the rows of one shape, with the processors side by side under letters.
 
-    For each: our rate, and how many times as fast as naive and transformers that is.
+    Each processor has three columns: our rate, and its ratios to naive and to transformers.
     """
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths or speed_files()]
     legend, head, by_row, others = [], ["row"], {}, []
@@ -65,7 +79,7 @@ def speed_table(paths: Sequence[Path] | None = None, shape: str = "stories42M") 
 
 
 def described(processor: dict[str, Any], rows: Sequence[Measured] = ()) -> str:
-    """Name a processor, and the numbers of threads of the rows that were measured on it."""
+    """Return the name of a processor, with the numbers of threads of its rows and its PyTorch."""
     threads = [f"{n} threads" for n in sorted({row["threads"] for row in rows})]
     return ", ".join([processor["name"], *threads, f"PyTorch {processor['torch']}"])
 
@@ -107,7 +121,7 @@ def table(rows: list[Measured]) -> str:
 
 
 def generation_table(rows: list[Measured]) -> str:
-    """Return tokens per second, ours beside llama2.c's programs, and how many times theirs."""
+    """Return a table of tokens per second, ours and llama2.c's, and their ratios."""
     names = ("ours", "run.c", "ours int8", "runq.c")
     head = ["shape", *names, "ours / run.c", "ours int8 / runq.c", "ours int8 / ours"]
     pairs = (("ours", "run.c"), ("ours int8", "runq.c"), ("ours int8", "ours"))
@@ -119,7 +133,7 @@ def generation_table(rows: list[Measured]) -> str:
 
 
 def beside_table(rows: list[Measured]) -> str:
-    """Return how many times as long a run takes beside busy processes as alone."""
+    """Return a table of times beside busy processes divided by the times alone."""
     head = ["shape", "row", "ours alone", "ours, times as long", "transformers, times as long"]
     lines = []
     for row in rows:
@@ -134,7 +148,7 @@ def _rate_of(row: Measured, name: str) -> str:
 
 
 def _ratio(row: Measured, fast: str, slow: str) -> str:
-    """Return how many times as fast as `slow` a contender is, if both were measured."""
+    """Return how many times as fast as `slow` the contender `fast` is, if both were measured."""
     of = row["contenders"]
     return f"{of[slow]['median'] / of[fast]['median']:.2f}" if fast in of and slow in of else ""
 
@@ -156,7 +170,7 @@ def seconds_of(row: Measured, way: str, parts: Sequence[int] = (0, 1, 2)) -> flo
 
 
 def ranks_table(rows: list[Measured]) -> str:
-    """Return what several ranks gain; one process with all their threads beside it."""
+    """Return a table of tokens per second with one rank and with all, and the gains."""
     head = ["shape", "step", "device", "tokens/s, one rank", "all ranks", "all ranks / one"]
     lines = []
     for row in rows:
@@ -172,40 +186,49 @@ def ranks_table(rows: list[Measured]) -> str:
     return markdown([*head, "all threads / one rank"], lines)
 
 
-def plot(rows: list[Measured], path: Path) -> None:
-    """Draw a panel for each shape and a pair of bars for each row, on one scale."""
+def plot(contents: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the speed-ups over the naive solution: a panel for each processor, on one scale."""
     require_package("matplotlib")
     from matplotlib.figure import Figure
 
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    names = list(dict.fromkeys(row["row"] for row in rows))[::-1]  # not every shape has each
-    figure = Figure(figsize=(2 + 3.6 * len(shapes), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(shapes), sharex=True, sharey=True, squeeze=False)[0]
-    for panel, shape in zip(panels, shapes, strict=True):
-        here = [row for row in rows if row["shape"] == shape]
-        for offset, name in ((0.2, "ours"), (-0.2, "transformers")):
-            drawn = [row for row in here if name in row["contenders"]]
-            places = [names.index(row["row"]) + offset for row in drawn]
-            medians = [row["contenders"] for row in drawn]
-            ratios = [of["naive"]["median"] / of[name]["median"] for of in medians]
+    figure = Figure(figsize=(2.2 + 3.2 * len(contents), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(contents), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, letter, content in zip(panels, ascii_uppercase, contents, strict=False):
+        rows = {
+            row["row"]: row["contenders"]
+            for row in content.get("rows", [])
+            if row["row"] in PLOTTED and row["shape"] == SHAPE and "naive" in row["contenders"]
+        }
+        for offset, name in ((-0.2, "ours"), (0.2, "transformers")):
+            drawn = {row: of for row, of in rows.items() if name in of}
+            places = [list(PLOTTED).index(row) + offset for row in drawn]
+            ratios = [of["naive"]["median"] / of[name]["median"] for of in drawn.values()]
             bars = panel.barh(places, ratios, height=0.38, color=COLORS[name], label=name)
-            panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+            panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
         panel.axvline(1.0, color="#888888", linewidth=1, zorder=0)
-        panel.set_yticks(range(len(names)), names)
-        panel.set_title(shape, fontsize=10)
+        name = textwrap.fill(content["processor"]["name"], 36)
+        panel.set_title(f"{letter}: {name}", fontsize=10)
         panel.margins(x=0.12)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].legend(loc="lower right", frameon=False)
-    figure.supxlabel("times as fast as the naive solution", fontsize=10)
+    panels[0].set_yticks(range(len(PLOTTED)), PLOTTED.values())
+    panels[0].invert_yaxis()
+    panels[0].legend(loc="lower right", frameon=False)
+    figure.supxlabel(f"times as fast as the naive solution, {SHAPE}'s shape", fontsize=10)
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="benchmarks.report", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__, prog="python -m benchmarks.report")
     add = parser.add_argument
-    add("files", type=Path, nargs="*", metavar="FILE", help="default: results/speed-*.json")
-    add("--plot", type=Path, metavar="PNG", help="also draw the first FILE")
+    add("files", type=Path, nargs="*", metavar="FILE",
+        help="output of benchmarks.run or .ranks (default: results/speed-*.json)")  # fmt: skip
+    add(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="draw the speed-ups of each FILE (default: no picture)",
+    )
     args = parser.parse_args(argv)
     files = args.files or speed_files()
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in files]
@@ -216,9 +239,8 @@ def main(argv: list[str] | None = None) -> None:
             texts.append(ranks_table(content["ranks"]))
         print(*texts, sep="\n\n", end="\n\n")
     if args.plot:
-        rows = contents[0].get("rows", [])
-        plot([row for row in rows if "naive" in row["contenders"]], args.plot)
-        print(f"wrote {args.plot}, of {files[0]}")
+        plot(contents, args.plot)
+        print(f"wrote {args.plot}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw results/figures/ from the studies: accuracy by method, and by training-set size.
+"""Draw results/figures/ from the studies: attention modes, accuracy by method and by data size.
 
 Points are means over seeds, bars one sample standard deviation.
 """
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from results.studies import PUBLISHED, Study, mean_std, scores, select
+from results.studies import PUBLISHED, Study, compare_with_plain, mean_std, scores, select
 from utils import atomic_write, require_package
 
 if TYPE_CHECKING:
@@ -18,55 +18,121 @@ if TYPE_CHECKING:
 MODEL = "mini"  # the bundled model; tables show the other ones
 # A method of each kind: what the head reads, few trained parameters, prompts, regularization.
 METHODS = (
-    *("zero_shot", "assignment", "masked", "plain", "attention_pool", "lora"),
-    *("adapter", "norms", "head", "prompt", "smart"),
+    *("zero_shot", "assignment", "full_last", "masked", "plain", "prompt"),
+    *("smart", "lora", "adapter", "norms", "head"),
 )
+
+TOKENS = ("<s>", "a", "warm", "film", "pad", "pad")
+N_TOKENS, N_REAL = len(TOKENS), 4
+GRIDS = {  # method: title, and the rows that the head reads
+    "assignment": ("the assignment's:\nno mask, last column", [5]),
+    "full_last": ("padding masked:\nlast real token", [3]),
+    "masked": ("causal:\nlast real token", [3]),
+    "plain": ("causal:\nmean of real tokens", [0, 1, 2, 3]),
+}
 
 
 def draw_all(studies: list[Study], folder: Path) -> None:
-    """Write both figures into `folder` as PNG files."""
+    """Write the figures into `folder` as PNG files."""
     studies = select(studies, model=MODEL)
-    for name, draw in (("accuracy", accuracy), ("train_size", train_size)):
+    figures = {"attention": attention_grids, "accuracy": accuracy, "train_size": train_size}
+    for name, draw in figures.items():
         path = folder / f"{name}-{MODEL}.png"
         save(draw(studies), path)
         print(f"wrote {path}")
 
 
-def accuracy(studies: list[Study]) -> "Figure":
-    """Plot a row per method, on SST test and in five folds of CFIMDB."""
+def attention_grids(studies: list[Study]) -> "Figure":
+    """Plot which positions read which in the four modes, and the accuracy of each mode.
+
+    A row is a position that reads, a column one that is read; the last two of the six are padding.
+    Dark cells are read with weight, light ones not at all. The head reads the framed rows.
+    """
     studies = select(studies, train_share=1.0)
-    figure, panels = new_figure(9, 4.2, n_panels=2)
-    _accuracy_panel(panels[0], select(studies, dataset="sst", folds=None), "test", "SST test")
-    folds = select(studies, dataset="cfimdb", folds=5)
-    _accuracy_panel(panels[1], folds, "dev", "CFIMDB 5-fold")
-    panels[1].tick_params(labelleft=False)
+    sst = {study["method"]: study for study in select(studies, dataset="sst", folds=None)}
+    cfimdb = {study["method"]: study for study in select(studies, dataset="cfimdb", folds=5)}
+    figure, panels = new_figure(10, 3.4, n_panels=len(GRIDS))
+    for panel, (method, (title, rows)) in zip(panels, GRIDS.items(), strict=True):
+        allowed = _allowed(method)
+        shade = np.where(allowed, 0.65, 0.06)
+        panel.imshow(shade, cmap="Blues", vmin=0, vmax=1)
+        panel.axvspan(N_REAL - 0.5, N_TOKENS - 0.5, color="gray", alpha=0.35)
+        panel.axhspan(N_REAL - 0.5, N_TOKENS - 0.5, color="gray", alpha=0.35)
+        for row in rows:
+            panel.axhspan(row - 0.5, row + 0.5, fill=False, edgecolor="C1", linewidth=2)
+        scores_of = [
+            f"{name} {mean_std(scores(group[method], split)) or 'not measured'}"
+            for name, group, split in (("SST", sst, "test"), ("CFIMDB", cfimdb, "dev"))
+            if method in group
+        ]
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("\n".join(scores_of), fontsize=9)
+        panel.set_xticks(range(N_TOKENS), TOKENS, rotation=60, fontsize=8)
+        panel.set_yticks(range(N_TOKENS), TOKENS if panel is panels[0] else [""] * N_TOKENS)
+        panel.tick_params(length=0, labelsize=8)
+        panel.grid(False)
     return figure
 
 
-def _accuracy_panel(panel: "Axes", group: list[Study], split: str, title: str) -> None:
+def _allowed(method: str) -> np.ndarray:
+    """Return True where a position (row) reads another (column), (N_TOKENS, N_TOKENS)."""
+    allowed = np.ones((N_TOKENS, N_TOKENS), dtype=bool)
+    if method in ("masked", "plain"):
+        allowed = np.tril(allowed)
+    if method == "full_last":
+        allowed[:, N_REAL:] = False
+    return allowed
+
+
+def accuracy(studies: list[Study]) -> "Figure":
+    """Plot a row per method of METHODS that was run, on SST test and in five folds of CFIMDB."""
+    studies = select(studies, train_share=1.0)
+    groups = {
+        ("SST test", "test"): select(studies, dataset="sst", folds=None),
+        ("CFIMDB 5-fold", "dev"): select(studies, dataset="cfimdb", folds=5),
+    }
+    groups = {name: group for name, group in groups.items() if group}
+    measured = {study["method"] for group in groups.values() for study in group}
+    methods = [method for method in METHODS if method in measured]
+    figure, panels = new_figure(9, 1 + 0.3 * len(methods), n_panels=len(groups))
+    for panel, ((title, split), group) in zip(panels, groups.items(), strict=True):
+        _accuracy_panel(panel, methods, group, split, title)
+        panel.tick_params(labelleft=panel is panels[0])
+    figure.supxlabel("accuracy; red: significantly different from plain", fontsize=10)
+    return figure
+
+
+def _accuracy_panel(
+    panel: "Axes", methods: list[str], group: list[Study], split: str, title: str
+) -> None:
     measured = {study["method"]: scores(study, split) for study in group}
-    for row, method in enumerate(METHODS):
+    comparisons = compare_with_plain(group, split)
+    for row, method in enumerate(methods):
         values = measured.get(method, [])
         if values:
-            panel.errorbar(np.mean(values), row, xerr=_std(values), fmt="o", color="C0", capsize=2)
+            differs = method in comparisons and comparisons[method].p < 0.05
+            color = "C3" if differs else "C0"
+            panel.errorbar(np.mean(values), row, xerr=_std(values), fmt="o", color=color, capsize=2)
         text = mean_std(values) or "not measured"
         panel.text(1.02, row, text, transform=panel.get_yaxis_transform(), va="center", fontsize=8)
         if method == "plain" and values:
             panel.axvline(np.mean(values), color="black", linewidth=0.8, zorder=0)
     if title in PUBLISHED:
         panel.axvline(PUBLISHED[title][0], color="gray", linestyle="--", linewidth=1, zorder=0)
-    panel.set_yticks(range(len(METHODS)), METHODS)
-    panel.set_ylim(len(METHODS) - 0.5, -0.5)
-    panel.set(title=title, xlabel="accuracy")
+    panel.set_yticks(range(len(methods)), methods)
+    panel.set_ylim(len(methods) - 0.5, -0.5)
+    panel.set(title=title)
 
 
 def train_size(studies: list[Study]) -> "Figure":
     """Plot SST test accuracy against the training share, a line per method with several shares."""
     studies = sorted(select(studies, dataset="sst"), key=lambda study: study["train_share"])
+    studies = [study for study in studies if scores(study, "test")]
     small = {study["method"] for study in studies if study["train_share"] < 1}
-    figure, (panel,) = new_figure(5, 4)
+    figure, (panel,) = new_figure(6, 4)
+    first: dict[str, float] = {}  # accuracy with the fewest sentences
     for method in sorted(small):
-        line = [s for s in select(studies, method=method) if scores(s, "test")]
+        line = select(studies, method=method)
         values = [scores(study, "test") for study in line]
         panel.errorbar(
             [100 * study["train_share"] for study in line],
@@ -74,14 +140,19 @@ def train_size(studies: list[Study]) -> "Figure":
             yerr=[_std(v) for v in values],
             marker="o",
             capsize=2,
-            label=method,
         )
+        first[method] = np.mean(values[0])
+        place = (100 * line[0]["train_share"], first[method])
+        panel.annotate(method, place, (-8, 0), textcoords="offset points", ha="right", va="center")
     shares = sorted({100 * study["train_share"] for study in studies})
     panel.set_xscale("log")
     panel.set_xticks(shares, [f"{share:g}" for share in shares])
     panel.set_xticks([], minor=True)
     panel.set(xlabel="share of the training sentences (%, log scale)", ylabel="SST test accuracy")
-    panel.legend(frameon=False)
+    panel.margins(x=0.18)
+    if first:
+        best = max(first, key=first.get)
+        panel.set_title(f"with {shares[0]:g} % of the sentences {best} is best", fontsize=10)
     return figure
 
 

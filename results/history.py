@@ -1,15 +1,21 @@
 """Plot a pretraining history: held-out bits per byte, and nats per answer, against tokens read.
 
     python -m results.history data/mini/history.csv data/mini/loss.png
+    python -m results.history data/mini/history.csv LOSS.png
+    python -m results.history DIR/history.csv DIR/loss.png
 
-Needs matplotlib, which `bash setup.sh --dev` installs.
+The command needs matplotlib, which `bash setup.sh --dev` installs.
 """
 
 import csv
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from results.figures import new_figure, save
 from utils import ArgumentParser, InputError, run_script
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 UNITS = {"bits/byte": "held-out bits per byte", "nats/answer": "held-out nats per answer"}
 
@@ -32,22 +38,31 @@ def draw(history: dict[str, list[float]], path: Path) -> None:
     millions = [n_tokens / 1e6 for n_tokens in history["tokens"]]
     units = [unit for unit in UNITS if any(name.endswith(unit) for name in history)]
     units = units or ["bits/byte"]  # of a history without held-out texts: an empty panel
-    figure, panels = new_figure(1 + 5 * len(units), 5, n_panels=len(units))
+    figure, panels = new_figure(1 + 6 * len(units), 5, n_panels=len(units))
     for unit, panel in zip(units, panels, strict=True):
         for name, values in history.items():
             if name.endswith(unit):
-                label = f"{name.removesuffix(unit).strip()}: {values[-1]:.3f}"
+                label = f"{name.removesuffix(unit).strip()} {values[-1]:.3f}"
                 panel.plot(millions, values, marker="o", markersize=3, label=label)
         panel.set(xlabel="tokens read (millions)", ylabel=UNITS[unit])
-        if panel.lines:
-            panel.legend(title="last value", fontsize=8, ncols=1 + len(panel.lines) // 6)
+        _label_ends(panel)
     save(figure, path)
 
 
+def _label_ends(panel: "Axes") -> None:
+    """Write each line's label right of its end, moved up where ends lie close together."""
+    low, high = panel.get_ylim()
+    place = low
+    for line in sorted(panel.lines, key=lambda line: line.get_ydata()[-1]):
+        place = max(line.get_ydata()[-1], place + (high - low) / 28)
+        panel.text(1.01, place, line.get_label(), transform=panel.get_yaxis_transform(),
+                   va="center", fontsize=8, color=line.get_color())  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="results.history", description=__doc__.split("\n")[0])
-    parser.add_argument("history", help="history.csv of a pretraining run")
-    parser.add_argument("png", type=Path, help="where to write the plot")
+    parser = ArgumentParser(__doc__, prog="python -m results.history")
+    parser.add_argument("history", metavar="CSV", help="history.csv of a pretraining run")
+    parser.add_argument("png", type=Path, metavar="PNG", help="picture to write")
     args = parser.parse_args(argv)
     draw(read_history(args.history), args.png)
 
