@@ -152,7 +152,9 @@ def train_size(studies: list[Study]) -> "Figure":
     panel.margins(x=0.18)
     if first:
         best = max(first, key=first.get)
-        panel.set_title(f"with {shares[0]:g} % of the sentences {best} is best", fontsize=10)
+        panel.set_title(
+            f"with {shares[0]:g} % of the sentences {best} has the highest mean", fontsize=10
+        )
     return figure
 
 
