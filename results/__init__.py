@@ -1,1 +1,1 @@
-"""Measurements: the programs that make them, and what they gave as one small JSON each."""
+"""Read the records of runs, test differences, write tables and figures."""

@@ -1,4 +1,4 @@
-"""Build the tables of results/README.md: scores, tests against `plain`, cost, commands."""
+"""Build the detailed tables of docs/results.md: scores, tests against `plain`, cost."""
 
 import statistics
 from typing import Any
@@ -29,14 +29,8 @@ def page(studies: list[Study]) -> str:
         members = ranked(select(studies, **dict(zip(keys, group, strict=True))))
         members = [study for study in members if finished_seeds(study)]
         if members:
-            parts += [f"## {_title(*group)}", _score_table(members), _cost_table(members)]
+            parts += [f"### {_title(*group)}", _score_table(members), _cost_table(members)]
     return "\n\n".join(parts)
-
-
-def commands(studies: list[Study]) -> str:
-    """Return a code block with the command of every study."""
-    lines = "\n".join(f"# {study['file']}\n{study['command']}" for study in studies)
-    return f"```bash\n{lines}\n```"
 
 
 def _group_order(group: tuple) -> tuple:

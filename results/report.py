@@ -1,13 +1,18 @@
-"""Write the tables of finetuning results and of speed into the READMEs.
+"""Write the tables of finetuning results and of speed into the documents.
 
-    python -m results.report [--plot]
+    python -m results.report
+    python -m results.report --plot
+    python -m results.report > TABLES.md
 
-Each table stands between two comment lines that name it. --plot draws results/figures/ too and
+Each table stands between two comment lines that name it. --plot also draws results/figures/ and
 needs matplotlib.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from benchmarks.report import speed_table
 from results import figures, page
@@ -30,7 +35,7 @@ from results.studies import (
 from utils import ArgumentParser, atomic_write, run_script
 
 FOLDER = Path(__file__).resolve().parent
-READMES = ("README.md", "README.zh-TW.md", "results/README.md")
+PAGES = ("README.md", "README.zh-TW.md", "docs/results.md", "docs/performance.md")
 
 
 # Name, data set, folds, split, and whether the column gets a test: not dev, which chose the epoch.
@@ -42,6 +47,27 @@ COLUMNS = (
 )
 
 
+GLANCE = {  # the rows of the short table, in the languages of the READMEs
+    "zero_shot": ("no training, words chosen by training labels", "不訓練，用訓練標籤選用詞"),
+    "assignment": ("finetuned in the assignment's mode", "以作業的方式微調"),
+    "full_last": (
+        "the same, padding masked, last real token",
+        "同上，遮住填充，讀最後一個真實詞元",
+    ),
+    "masked": ("causal, last real token", "因果，讀最後一個真實詞元"),
+    "plain": ("causal, mean of the real tokens", "因果，讀真實詞元的平均"),
+    "lora": ("LoRA", "LoRA"),
+    "smart": ("SMART", "SMART"),
+    "norms": ("only the gains of the norms", "只訓練正規化的增益"),
+    "head": ("only the head", "只訓練分類頭"),
+}
+GLANCE_ENDS = (
+    ("always the largest class", "一律選最大的類別"),
+    ("all others, lowest and highest mean", "其他方法平均的最低與最高"),
+    ("stories42M in the assignment's mode, published", "stories42M 以作業的方式微調，作業公布"),
+)
+
+
 class Column(NamedTuple):
     """A column of accuracies: its studies by method, and their comparisons with `plain`."""
 
@@ -50,9 +76,29 @@ class Column(NamedTuple):
     studies: dict[str, Study]
     comparisons: dict[str, Comparison] | None  # None for a column without a test
 
+    def published(self) -> str:
+        known = PUBLISHED.get(self.name)
+        return "{:.3f} ({:.3f})".format(*known) if known else ""
+
+    def majority(self) -> str:
+        return f"{majority_share(list(self.studies.values()), self.split):.3f}"
+
     def accuracy(self, method: str) -> str:
         study = self.studies.get(method)
         return mean_std(scores(study, self.split)) if study else ""
+
+    def starred(self, method: str) -> str:
+        comparison = self.comparisons.get(method)
+        return self.accuracy(method) + "*" * (comparison is not None and comparison.p < 0.05)
+
+    def range_without(self, methods: Collection[str]) -> str:
+        """Return the lowest and the highest mean of the other methods."""
+        means = [
+            np.mean(scores(study, self.split))
+            for method, study in self.studies.items()
+            if method not in methods
+        ]
+        return f"{min(means):.3f} - {max(means):.3f}" if means else ""
 
     def difference(self, method: str) -> str:
         comparison = self.comparisons.get(method)
@@ -76,11 +122,8 @@ def table(studies: list[Study], model: str) -> str:
     compared = [column for column in columns if column.comparisons is not None]
     head = [f"{model}, mean (std) over seeds", "trained %", *(column.name for column in columns)]
     head += [*(f"{column.name}, minus plain (p)" for column in compared), "seeds"]
-    published, majority, empty = [], [], [""] * len(compared)
-    for column in columns:
-        known = PUBLISHED.get(column.name)
-        published.append("{:.3f} ({:.3f})".format(*known) if known else "")
-        majority.append(f"{majority_share(list(column.studies.values()), column.split):.3f}")
+    published, majority = [c.published() for c in columns], [c.majority() for c in columns]
+    empty = [""] * len(compared)
     rows = [
         ["reference, stories42M, published", "100", *published, *empty, "10"],
         [MAJORITY_CLASS, "0", *majority, *empty, ""],
@@ -92,6 +135,25 @@ def table(studies: list[Study], model: str) -> str:
         share = trained_percent(next(iter(found.values())))
         rows.append([method, share, *accuracies, *differences, _seeds_cell(found)])
     return markdown_table(head, rows)
+
+
+def glance(studies: list[Study], language: int) -> str:
+    """Return the short table of a README, for the bundled model on all training data.
+
+    `language` is 0 for English, 1 for Chinese. A star marks a significant difference from `plain`:
+    p < 0.05, corrected by Holm's method.
+    """
+    columns = _columns(select(studies, model=figures.MODEL, train_share=1.0))
+    columns = [column for column in columns if column.comparisons is not None]
+    largest, others, reference = (words[language] for words in GLANCE_ENDS)
+    rows = [[largest, *(column.majority() for column in columns)]]
+    for method, words in GLANCE.items():
+        if any(method in column.studies for column in columns):
+            name = f"{words[language]} (`{method}`)"
+            rows.append([name, *(column.starred(method) for column in columns)])
+    rows.append([others, *(column.range_without(GLANCE) for column in columns)])
+    rows.append([reference, *(column.published() for column in columns)])
+    return markdown_table(["", *(column.name for column in columns)], rows)
 
 
 def tables(studies: list[Study]) -> str:
@@ -115,12 +177,13 @@ def _seeds_cell(found: dict[str, Study]) -> str:
 
 
 def all_tables(studies: list[Study]) -> dict[str, str]:
-    """Return what stands between the marks in the READMEs, by the name in the marks."""
+    """Return what stands between the marks in the documents, by the name in the marks."""
     return {
+        "results.glance": glance(studies, 0),
+        "results.glance.zh": glance(studies, 1),
         "results.report": tables(studies),
         "speed": speed_table(),
         "results.page": page.page(studies),
-        "results.commands": page.commands(studies),
     }
 
 
@@ -135,15 +198,16 @@ def with_tables(text: str, new: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="results.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--plot", action="store_true", help="draw results/figures/ too")
+    parser = ArgumentParser(__doc__, prog="python -m results.report")
+    parser.add_argument("--plot", action="store_true",
+        help="also draw the figures in results/figures/ (default: off)")  # fmt: skip
     args = parser.parse_args(argv)
     studies = load(FOLDER / "records")
     if args.plot:
         figures.draw_all(studies, FOLDER / "figures")
     new = all_tables(studies)
     print(new["results.report"], new["speed"], sep="\n\n")
-    for path in (FOLDER.parent / name for name in READMES):
+    for path in (FOLDER.parent / name for name in PAGES):
         text = path.read_text(encoding="utf-8")
         with atomic_write(path) as file:
             file.write(with_tables(text, new))

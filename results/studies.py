@@ -16,7 +16,7 @@ from utils import InputError
 
 # Baselines: tables list them first, in this order. `plain` is the one that others are tested
 # against.
-BASELINES = ("zero_shot", "assignment", "full_last", "masked", "plain", "plain_fp32", "plain_gpu")
+BASELINES = ("zero_shot", "assignment", "full_last", "masked", "plain")
 # Published with the assignment for stories42M.pt, finetuned in its unmasked mode: mean and standard
 # deviation of ten seeds.
 PUBLISHED = {

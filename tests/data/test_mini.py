@@ -1,8 +1,4 @@
-"""The bundled model is what its card says, and the bare commands work on it without a network."""
-
-import os
-import subprocess
-import sys
+"""The bundled model is what its card says."""
 
 import pytest
 import torch
@@ -10,14 +6,12 @@ import torch
 import oracle
 import sanity_check
 from config import ATTENTION_MODES
-from conftest import ROOT, copy_project
+from conftest import ROOT
 from llama import load_pretrained
 from tokenizer import Tokenizer
 from training.options import PREFIX
 
 MINI = ROOT / "data/mini"
-# A proxy that no name server knows: a script that uses the network fails.
-OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://offline.invalid:9")
 
 
 @pytest.fixture(scope="module")
@@ -87,50 +81,3 @@ def test_it_predicts_a_review_better_than_shuffled_words(mini, mini_tokenizer):
     review = "The acting was great and I would recommend this movie to anyone who loves comedies."
     shuffled = "comedies movie loves acting the to would. and recommend who I was this anyone great"
     assert nats(review) < nats(shuffled) - 1
-
-
-# ---------------------------------------------------------------- bare, in a clone, offline
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    return copy_project(tmp_path_factory.mktemp("clone"))
-
-
-def bare(clone, *options):
-    return subprocess.run(
-        [sys.executable, "run_llama.py", *options],
-        cwd=clone,
-        env={**os.environ, **OFFLINE},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=600,
-    )
-
-
-def test_bare_generate(clone):
-    ended = bare(clone)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("\n") == 1
-    assert "stories42M.pt not found, using the bundled" in ended.stderr
-    for name in ("0", "1"):
-        text = (clone / f"generated-sentence-temp-{name}.txt").read_text(encoding="utf-8")
-        assert text.startswith(PREFIX)
-        assert len(text) > len(PREFIX) + 100
-
-
-def test_bare_prompt(clone):
-    ended = bare(clone, "--option", "prompt")
-    assert ended.returncode == 0, ended.stderr
-    assert [line.split(":")[0] for line in ended.stderr.splitlines()[:2]] == ["run_llama.py"] * 2
-    lines = (clone / "demo-dev-prompting-output.txt").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 100
-
-
-def test_bare_finetune_learns(clone):
-    """Two epochs instead of five, to be quick; the majority class is 0.200."""
-    ended = bare(clone, "--option", "finetune", "--epochs", "2")
-    assert ended.returncode == 0, ended.stderr
-    last = next(line for line in ended.stdout.splitlines() if line.startswith("dev acc ::"))
-    assert float(last.split()[-1]) > 0.25
-    assert (clone / "finetune-demo-2-0.0005.pt").stat().st_size > 12e6

@@ -125,6 +125,29 @@ def test_the_majority_class_is_the_largest_share_of_gold_labels():
     assert rows[MAJORITY_CLASS][:2] == ["0", "0.250"]
 
 
+def test_the_short_table_stars_what_is_significant_and_gives_the_others_as_a_range():
+    right, wrong = "1" * 10, "0" * 10
+    members = [
+        study("sst", "plain", [right], test=[right + right], model=figures.MODEL),
+        study("sst", "lora", [right], test=[wrong + right], model=figures.MODEL),
+        study("sst", "smart", [right], test=["0" + right[1:] + right], model=figures.MODEL),
+        study("sst", "mixout", [right], test=[right + wrong[:4] + right[:6]], model=figures.MODEL),
+        study("sst", "l2sp", [right], test=[right + right], model=figures.MODEL),
+        study("sst", "adapter", [right], test=[wrong + wrong], model="other"),
+    ]
+    for language, (first, others, published) in enumerate(zip(*report.GLANCE_ENDS, strict=True)):
+        rows = cells(report.glance(members, language))
+        name = {m: f"{words[language]} (`{m}`)" for m, words in report.GLANCE.items()}
+        assert rows[""] == ["SST test"]
+        assert rows[name["lora"]] == ["0.500*"]  # p 2 / 2**10, times 4
+        assert rows[name["smart"]] == ["0.950"]
+        assert rows[name["plain"]] == ["1.000"]
+        assert name["head"] not in rows  # nobody ran it
+        assert rows[others] == ["0.800 - 1.000"]
+        assert rows[published] == ["0.418 (0.017)"]
+        assert first in rows
+
+
 def test_one_run_against_plain_is_mcnemar_corrected_by_holm():
     right, wrong = "1" * 10, "0" * 10
     members = [
@@ -155,27 +178,25 @@ def test_a_soup_says_how_many_runs_it_keeps():
     assert cells(report.table(members, "toy"))["soup"][-1] == "2 of 4 (CFIMDB dev 2)"
 
 
-def test_the_page_has_scores_intervals_costs_and_commands():
+def test_the_page_has_scores_intervals_and_costs():
     pretrain = study("sst", "pretrain", ["11110", "11000"], test=["11111", "00000"])
     for run in pretrain["runs"]:
         run["pretrain_seconds"] = 41.6
     plain = study("sst", "plain", ["11110", "11000"], test=["11111", "00000"])
     members = [plain, pretrain, study("cfimdb", "plain", ["11"], folds=1)]
     text = page.page(members)
-    score_table, cost_table = text.split("## toy, SST\n\n")[1].split("\n\n")[:2]
+    score_table, cost_table = text.split("### toy, SST\n\n")[1].split("\n\n")[:2]
     row = cells(score_table)["pretrain"]
     assert row[:3] == ["0.600 (0.283)", "0.300 (0.000)", "0.050 (0.000)"]
     assert row[-2].startswith("+0.000 [-1.000, +1.000] p 1.000")  # one seed of two is drawn
     expected = ["10,000", "100", "lr 0.0003", "2", "cpu", "101 + 42 once", "401"]
     assert cells(cost_table)["pretrain"] == expected
-    assert "## toy, CFIMDB, 1-fold cross-validation" in text
-    lines = page.commands(members).splitlines()
-    assert lines[3:5] == ["# sst-pretrain-toy.json", "python -m advanced.run --method pretrain"]
+    assert "### toy, CFIMDB, 1-fold cross-validation" in text
 
 
-def test_every_readme_shows_what_the_records_say():
+def test_every_page_shows_what_the_records_say():
     tables = report.all_tables(studies.load(report.FOLDER / "records"))
-    for name in report.READMES:
+    for name in report.PAGES:
         text = (report.FOLDER.parent / name).read_text(encoding="utf-8")
         assert any(f"<!-- {table} begins -->" in text for table in tables)
         assert report.with_tables(text, tables) == text, f"{name}: run python -m results.report"
@@ -192,7 +213,7 @@ def test_the_command_writes_between_the_marks_only(tmp_path, monkeypatch, capsys
     readme = tmp_path / "README.md"
     readme.write_text(text, encoding="utf-8")
     monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(report, "READMES", ("README.md",))
+    monkeypatch.setattr(report, "PAGES", ("README.md",))
     monkeypatch.setattr(report, "speed_table", lambda: "| speed |")
     report.main([])
     table = report.table([plain], "toy")
@@ -205,19 +226,23 @@ def test_figures_plot_means_over_seeds(tmp_path):
     pytest.importorskip("matplotlib", reason="a development extra")
     lora = study("sst", "lora", ["11111"] * 2, test=["11110", "11000"], model=figures.MODEL)
     tenth = study("sst", "lora", ["1"] * 2, ["11000", "00000"], None, figures.MODEL, 0.1)
-    panel, folds = figures.accuracy([lora, tenth]).axes
+    head = study("cfimdb", "head", ["1"] * 5, folds=5, model=figures.MODEL)
+    panel, folds = figures.accuracy([lora, tenth, head]).axes
     (bar,) = panel.containers
-    assert bar.lines[0].get_xydata()[0] == pytest.approx([0.6, figures.METHODS.index("lora")])
+    assert bar.lines[0].get_xydata()[0] == pytest.approx([0.6, 0])
     (segment,) = bar.lines[2][0].get_segments()
     assert np.ptp(segment[:, 0]) / 2 == pytest.approx(np.sqrt(2 * 0.2**2 / 1))
     assert (panel.get_title(), folds.get_title()) == ("SST test", "CFIMDB 5-fold")
-    assert not folds.containers
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["lora", "head"]
+    assert folds.containers[0].lines[0].get_xydata()[0] == pytest.approx([1, 1])
     (panel,) = figures.train_size([lora, tenth]).axes
     (line,) = (bar.lines[0].get_xydata() for bar in panel.containers)
     np.testing.assert_allclose(line, [[10, 0.2], [100, 0.6]])
+    unfinished = study("sst", "lora", ["1"] * 2, None, None, figures.MODEL, 0.1)
+    assert not figures.train_size([unfinished]).axes[0].containers  # not evaluated on test
     figures.draw_all([lora, tenth], tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"accuracy-mini.png", "train_size-mini.png"}
+    assert names == {"accuracy-mini.png", "attention-mini.png", "train_size-mini.png"}
     assert names <= {path.name for path in (report.FOLDER / "figures").iterdir()}
 
 
