@@ -70,7 +70,7 @@ class _Classifier(nn.Module):
 
 
 class LlamaZeroShotClassifier(_Classifier):
-    """Score log p(label string | prompt) for each label by a frozen model (`llama` in place).
+    """Score log p(label string | prompt) for each label by a frozen model; freezes `llama`.
 
     `config` has `num_labels` and `pretrained_model_path`, and optionally `attention` and `pooling`.
     Raises InputError for pooling "mean": the next token follows a position, not an average.

@@ -9,7 +9,7 @@ POOLINGS = ("position", "last", "mean")  # how a classifier pools hidden states
 MAX_LABELS = 10_000
 MAX_LAYERS = 1_000  # building more takes long, before missing weights are found
 MAX_SIZE = 2**28  # the product of any two sizes fits PyTorch's 64-bit indices
-MAX_ANGLES = 2**24  # max_seq_len * head size; the rotary table takes up to 16 bytes for each
+MAX_TABLE = 2**24  # max_seq_len * head size: the numbers in the rotary table, 64 MiB in float32
 
 
 class LlamaConfig:
@@ -77,10 +77,10 @@ class LlamaConfig:
                 f"dim={self.dim} / n_heads={self.n_heads} gives the odd head size {self.head_dim}; "
                 "rotary embeddings rotate pairs"
             )
-        if self.max_seq_len * self.head_dim > MAX_ANGLES:
+        if self.max_seq_len * self.head_dim > MAX_TABLE:
             raise InputError(
                 f"max_seq_len={self.max_seq_len} times head size {self.head_dim} exceeds "
-                f"{MAX_ANGLES}: the table of rotary embeddings would fill the memory"
+                f"{MAX_TABLE}: the table of rotary embeddings would be too large"
             )
 
     @property

@@ -70,7 +70,8 @@ class Attention(nn.Module):
         """Return softmax(Q K^T / sqrt(D)) V (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
         query (B, H, T, D), key and value (B, K, T, D); query head h reads key/value head
-        h // (H / K). key_mask (B, T) is True where a key may be read. Returns (B, H, T, D).
+        h // (H / K). key_mask (B, T), for full mode, is True where a key may be read. Returns
+        (B, H, T, D).
         """
         mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, T)
         return F.scaled_dot_product_attention(
@@ -266,12 +267,14 @@ def load_pretrained(
     attention: str | None = None,
     dropout: float | None = None,
     quantize: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Llama:
-    """Read a checkpoint (see formats/checkpoint.py) into a float32 model in eval mode.
+    """Read a checkpoint (see formats/checkpoint.py) into a float32 model in eval mode on `device`.
 
     `attention=None` takes the mode that the checkpoint records, else "full", the assignment's;
-    `dropout=None` takes the recorded dropout inside the layers, else 0. `quantize="int8"` stores
-    the matrices as int8, for inference alone. Raises InputError with the file's name.
+    `dropout=None` takes the recorded dropout of the embedding and the layers, else 0.
+    `quantize="int8"` stores the matrices as int8, for inference alone. Raises InputError with the
+    file's name.
     """
     if quantize not in (None, "int8"):
         raise InputError(f"quantize={quantize!r} is neither None nor 'int8'")
@@ -282,6 +285,7 @@ def load_pretrained(
         model = Llama.from_weights(LlamaConfig(**model_args), weights)
     except InputError as error:
         raise InputError(f"{checkpoint}: {error}") from error
-    if quantize:
+    model.to(device)
+    if quantize:  # on its device: a move would copy what tied matrices share
         quantize_model(model)
     return model

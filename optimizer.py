@@ -24,8 +24,8 @@ class AdamW(Optimizer):
     alpha_t. `torch.optim.AdamW` corrects m and v themselves and decays by lr; as t grows the two
     meet. With `correct_bias=False` alpha_t is lr.
 
-    optimizer_test.py ends within 1.8e-5 of the assignment's published weights; so does a decay by
-    lr after the update.
+    optimizer_test.py ends within 1.8e-5 of the assignment's published weights. It cannot tell this
+    decay from one by lr after the update, which ends as near.
 
     State per parameter: `step` (int), `m`, `v`. Raises InputError for a hyperparameter out of its
     range, in the defaults or in a parameter group, and RuntimeError for a sparse gradient.

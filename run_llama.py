@@ -5,7 +5,8 @@
     python run_llama.py --option finetune --train FILE --dev FILE --test FILE --label-names FILE
 
 This is the assignment's command line. Functions with the assignment's names keep its signatures,
-so its scripts still run. An option missing from `args` takes its default.
+so its scripts still run. An option that the assignment lacks takes its default if it is missing
+from `args`.
 """
 
 import fast  # noqa: F401, before PyTorch
@@ -71,7 +72,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             help=f"file for the text of temperature {temperature} (default: %(default)s)")
     for split in ("dev", "test"):
         add(f"--{split}_out", metavar="FILE", help=f"file for the {split} predictions (default: "
-            f"DATASET-{split}-prompting-output.txt or DATASET-{split}-finetuning-output.txt)")
+            f"DATASET-{split}-prompting-output.txt or DATASET-{split}-finetuning-output.txt; the "
+            "name must end so)")
     # fmt: on
     options.add_recipe_options(parser)
     options.add_state_options(parser)
@@ -221,6 +223,13 @@ def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochRepor
         options.state_mode(args),
         getattr(args, "save_minutes", 5.0),
     )
+    progress = (state_file.saved or {}).get("progress")
+    has_best = isinstance(progress, dict) and progress.get("history")
+    if has_best and not Path(filepath).exists():
+        raise InputError(
+            f"{filepath}: the best checkpoint of the run in {state_file.path} is missing; put it "
+            "back, or start over with --restart"
+        )
     history = train_classifier(
         model,
         _encode(args, "train", train_rows, tokenizer, llama.config.max_seq_len),
@@ -257,7 +266,8 @@ def test(args: argparse.Namespace) -> dict[str, Evaluation]:
     results = {}
     for split, rows in splits.items():
         data = _encode(args, split, rows, tokenizer, model.llama.config.max_seq_len)
-        results[split] = _evaluate_and_write(args, split, model, data, device)
+        bf16 = options.recipe_of(args).bf16  # as after each epoch
+        results[split] = _evaluate_and_write(args, split, model, data, device, bf16)
     return results
 
 
@@ -368,11 +378,11 @@ def load_backbone(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.dev
         getattr(args, "attention", None),
         getattr(args, "backbone_dropout", None),
         getattr(args, "quantize", None),
+        device,
     )
     tokenizer = Tokenizer(tokenizer_model=tokenizer_path(args))
     tokenizer.require_vocab_size(llama.config.vocab_size)
     print(f"load model from {args.pretrained_model_path}")
-    llama.to(device)
     is_generating = getattr(args, "option", "generate") == "generate"
     batch_rows = USUAL_LENGTH * getattr(args, "batch_size", 8)
     choose_threads(llama, generation_rows(llama) if is_generating else batch_rows)
@@ -490,8 +500,9 @@ def _evaluate_and_write(
     model: torch.nn.Module,
     data: SentenceDataset,
     device: torch.device,
+    bf16: bool = False,
 ) -> Evaluation:
-    result = evaluate(model, data, args.batch_size, device, description=f"eval {split}")
+    result = evaluate(model, data, args.batch_size, device, bf16, f"eval {split}")
     if distributed.is_main():
         outfile, predicted = getattr(args, f"{split}_out"), result.predictions
         write_predictions_to_file(split, outfile, result.accuracy, predicted, result.sentences)

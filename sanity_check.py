@@ -49,6 +49,8 @@ def read_reference(path: str) -> tuple[torch.Tensor, dict[str, Outputs]]:
     are_ids = isinstance(token_ids, torch.Tensor) and token_ids.dtype == torch.int64
     if not are_ids or token_ids.ndim != 2 or not token_ids.numel() or token_ids.min() < 0:
         raise InputError(f"{path}: token_ids are not (B, T) integers of at least 0")
+    if not by_mode:
+        raise InputError(f"{path}: holds token_ids and no outputs of any attention mode")
     for mode, outputs in by_mode.items():
         if mode not in ATTENTION_MODES or not isinstance(outputs, dict):
             raise InputError(f"{path}: {brief(mode)} is not an attention mode with its outputs")
@@ -161,14 +163,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reference", metavar="FILE", help="reference outputs of --checkpoint "
                         f"(default: {PUBLISHED[1]})")  # fmt: skip
     args = parser.parse_args(argv)
+    published, mini = _at_root(PUBLISHED), _at_root(MINI)
     if args.checkpoint or args.reference:
-        pairs = [(args.checkpoint or PUBLISHED[0], args.reference or PUBLISHED[1])]
-    elif Path(PUBLISHED[0]).is_file():
+        pairs = [(args.checkpoint or published[0], args.reference or published[1])]
+    elif Path(published[0]).is_file():
         # A submission's zip has no data/mini/: there the published pair is all there is to check.
-        has_bundled = Path(_bundled()[0]).parent.is_dir()
-        pairs = [PUBLISHED, _bundled()] if has_bundled else [PUBLISHED]
+        pairs = [published, mini] if Path(mini[0]).parent.is_dir() else [published]
     else:
-        pairs = [_bundled()]
+        pairs = [mini]
         print(
             f"sanity_check.py: {PUBLISHED[0]} not found, checking the bundled {MINI[0]} alone; "
             "`bash setup.sh` downloads it",
@@ -188,9 +190,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _bundled() -> tuple[str, str]:
+def _at_root(pair: tuple[str, str]) -> tuple[str, str]:
+    """Return the files in the current folder, or in the project's if the first is not there."""
     root = Path(__file__).resolve().parent
-    return MINI if Path.cwd() == root else tuple(str(root / path) for path in MINI)
+    is_here = Path(pair[0]).is_file() or Path.cwd() == root
+    return pair if is_here else tuple(str(root / path) for path in pair)
 
 
 if __name__ == "__main__":

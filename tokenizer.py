@@ -64,11 +64,13 @@ def _load(path: str) -> SentencePieceProcessor:
     if not Path(path).is_file():
         remedy = "no such tokenizer; `bash setup.sh` downloads it, --tokenizer_path names another"
         raise FileNotFoundError(2, remedy, path)
-    with open(path, "rb") as file:
-        if file.read(64).startswith(b"version https://git-lfs"):
-            raise InputError(f"{path}: is a git-lfs pointer, not the tokenizer; run `git lfs pull`")
+    content = Path(path).read_bytes()  # SentencePiece opens no path that is not UTF-8
+    if content.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: is a git-lfs pointer, not the tokenizer; run `git lfs pull`")
     try:
-        model = SentencePieceProcessor(model_file=path)
+        if not content:  # which SentencePiece would not notice
+            raise ValueError("empty")
+        model = SentencePieceProcessor(model_proto=content)
         model.decode([0, *range(len(model))])  # raises if there is no piece, or one is not UTF-8
     except (RuntimeError, OSError, ValueError, IndexError) as error:
         raise InputError(f"{path}: is not a SentencePiece model") from error

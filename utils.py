@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -53,9 +54,10 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and exit with its return value (None is 0).
 
-    Exit codes: 0 done, 1 a check failed, 2 usage or input error, 130 Ctrl-C, 143 SIGTERM. An
-    InputError, an OSError that names a file, and too little memory become one line on standard
-    error; `python -X dev script.py` shows their tracebacks, too.
+    Exit codes: 0 done; 1 a check failed, or the reader of the output is gone; 2 usage or input
+    error; 130 Ctrl-C; 143 SIGTERM. An InputError, an OSError that names a file, a full disk and too
+    little memory become one line on standard error; `python -X dev script.py` shows their
+    tracebacks, too.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the parent process
@@ -67,7 +69,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()  # a reader that closed the pipe is noticed here, not at exit
         sys.exit(code)
     except BrokenPipeError:  # `run_llama.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end_output()
         sys.exit(1)
     except KeyboardInterrupt as stop:
         message, code = str(stop) or "interrupted", getattr(stop, "exit_code", 130)
@@ -75,8 +77,17 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         message, code = _line_for(error), 2
         if message is None or sys.flags.dev_mode:
             raise
+    _end_output()
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _end_output() -> None:
+    """Flush standard output, or drop what cannot be written: Python would try again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _line_for(error: Exception) -> str | None:
@@ -85,6 +96,8 @@ def _line_for(error: Exception) -> str | None:
         return f"error: {error}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"error: {error.filename}: {error.strerror or error}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # files have their names
+        return f"error: standard output: {error.strerror}"
     is_memory_error = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if is_memory_error or "can't allocate memory" in str(error):  # PyTorch's words on a CPU
         return "error: out of memory; use smaller batches or shorter sentences"
@@ -198,8 +211,8 @@ def brief(value: Any) -> str:
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Escape control characters of terminals; keep `kept` and the joiners of Persian letters and of
-    people in an emoji."""
+    """Escape control characters of terminals; keep `kept` and U+200C and U+200D, which Persian and
+    composed emoji need."""
     kept += "\u200c\u200d"
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 

@@ -172,7 +172,7 @@ def next_tokens(
     # A decoder would pass over hooks, such as adapters.
     has_hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     is_causal = model.config.attention == "causal"
-    if is_causal and not has_hooks and idx.shape[1] < window and max_new_tokens:
+    if is_causal and not has_hooks and idx.shape[1] < window and max_new_tokens > 0:
         decoder = Decoder(model, len(idx), min(window, idx.shape[1] + max_new_tokens))
     for step in range(max_new_tokens):
         if decoder is not None and idx.shape[1] <= window:

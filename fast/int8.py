@@ -80,8 +80,8 @@ class Int8Embedding(_Int8Weight):
 def quantize_model(model: nn.Module) -> None:
     """Replace every Linear and Embedding of a Llama, in place, and freeze the rest.
 
-    Tied ones share their buffers, until `.to(device)` copies them. Raises InputError if PyTorch
-    lacks the operator.
+    Tied ones share their buffers, which `.to(device)` would copy: move the model first. Raises
+    InputError if PyTorch lacks the operator.
     """
     if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
         raise InputError(

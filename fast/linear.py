@@ -61,7 +61,7 @@ def chosen_library(n_rows: int) -> str:
 
 @lru_cache
 @torch.no_grad()
-def _measure(is_one_row: bool, _n_threads: int) -> str:
+def _measure(is_one_row: bool, _n_threads: int) -> str:  # cached for each number of threads
     if given := os.environ.get("MIN_LLAMA_PRODUCTS"):
         if given not in LIBRARIES:
             raise InputError(f"MIN_LLAMA_PRODUCTS={given}: is neither {' nor '.join(LIBRARIES)}")

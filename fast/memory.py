@@ -35,7 +35,7 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory_mb() -> float:
-    """Return the most memory that this process held since `forget_peak_memory`, in MB."""
+    """Return the most memory that this process held since `forget_peak_memory`, in MiB."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux: getrusage would count the parent's memory before exec
         lines = status.read_text(encoding="utf-8").splitlines()

@@ -21,7 +21,8 @@ def all_threads() -> int:
 
 
 def generation_rows(model: nn.Module, n_samples: int = 1) -> int:
-    """Return the usual number of positions in a pass of generation: new ones, or all of them."""
+    """Return the usual number of positions in a pass of generation: one for each sample with a KV
+    cache (causal), else the whole text, about USUAL_LENGTH."""
     return n_samples * (1 if model.config.attention == "causal" else USUAL_LENGTH)
 
 

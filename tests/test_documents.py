@@ -85,7 +85,7 @@ def clone(tmp_path_factory):
     for name in tracked.stdout.split("\0")[:-1]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
-    for split, n in (("train", 240), ("dev", 50), ("test", 20)):
+    for split, n in (("train", 120), ("dev", 50), ("test", 20)):
         path = folder / f"data/demo-{split}.txt"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         path.write_text("".join(lines[:n]), encoding="utf-8")

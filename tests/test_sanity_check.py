@@ -28,7 +28,8 @@ def pair(tmp_path, monkeypatch):
     (tmp_path / "mini").mkdir()
     save_llama(random_llama(seed=1), tmp_path / "mini/model.pt")
     oracle.main("mini/model.pt", "mini/reference.data")
-    monkeypatch.setattr(sanity_check, "_bundled", lambda: ("mini/model.pt", "mini/reference.data"))
+    monkeypatch.setattr(sanity_check, "MINI", ("mini/model.pt", "mini/reference.data"))
+    monkeypatch.setattr(sanity_check, "__file__", str(tmp_path / "sanity_check.py"))
     return tmp_path
 
 
@@ -61,6 +62,20 @@ def test_a_submission_without_the_bundled_model_checks_the_published_pair(pair, 
     shutil.rmtree(pair / "mini")
     assert sanity_check.main([]) == 0
     assert capsys.readouterr().out.count("largest difference") == 2
+
+
+def test_from_another_folder_the_projects_weights_are_checked(pair, monkeypatch, capsys):
+    (pair / "another").mkdir()
+    monkeypatch.chdir(pair / "another")
+    assert run() == 0
+    out, err = capsys.readouterr()
+    assert out.count("largest difference") == 2 + 4 and err == ""
+
+
+def test_a_reference_without_outputs_is_no_agreement(pair, capsys):
+    torch.save({"token_ids": torch.tensor([[1, 2]])}, "none.data")
+    assert run("--reference", "none.data") == 2
+    assert "none.data: holds token_ids and no outputs" in capsys.readouterr().err
 
 
 def test_a_reference_with_tokens_that_the_model_lacks_is_a_usage_error(pair, capsys):

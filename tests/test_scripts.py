@@ -45,6 +45,12 @@ def test_rope_check_sees_a_wrong_pairing(monkeypatch, capsys):
     assert "failed" in capsys.readouterr().out
 
 
+def test_rope_check_sees_a_key_that_is_no_number(monkeypatch, capsys):
+    monkeypatch.setattr(rope_test, "apply_rotary_emb", lambda query, key, *_: (query, key * np.nan))
+    assert rope_test.main() == 1
+    assert "largest difference nan" in capsys.readouterr().out
+
+
 def test_reference_constants_are_the_published_files():
     published = np.load(shared_asset("reference/optimizer_test.npy"))
     np.testing.assert_allclose(optimizer_test.REFERENCE.numpy(), published, atol=1e-6)

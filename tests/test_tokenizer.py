@@ -1,6 +1,8 @@
 """The tokenizer against SentencePiece itself, and which model file a checkpoint gets."""
 
+import os
 import re
+import shutil
 
 import pytest
 import sentencepiece
@@ -47,6 +49,14 @@ def test_bos_comes_first_and_eos_last_around_the_pieces(tokenizer, tokenizer_fil
     assert tokenizer.encode(text, bos=False, eos=True) == pieces + eos
     assert tokenizer.encode(text, bos=True, eos=True) == bos + pieces + eos
     assert tokenizer.decode(bos + pieces + eos) == text
+
+
+def test_a_path_that_is_not_utf8_is_a_path_like_any_other(tokenizer_file, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.model")
+    shutil.copyfile(tokenizer_file, path)
+    assert (
+        Tokenizer(tokenizer_model=path).n_words == Tokenizer(tokenizer_model=tokenizer_file).n_words
+    )
 
 
 @pytest.mark.parametrize("max_len", [1, 3, 100])

@@ -2,12 +2,14 @@
 
 import os
 import random
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT
 from utils import (
     ArgumentParser,
     InputError,
@@ -80,6 +82,23 @@ def test_a_cpu_without_memory_is_one_line(capsys):
 def test_a_bug_keeps_its_traceback(bug):
     with pytest.raises(type(bug)):
         run_script(raising(bug))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")  # noqa: PTH110
+@pytest.mark.parametrize(
+    ("end", "err"),
+    [
+        ("pass", "-c: error: standard output: No space left on device\n"),
+        ("raise InputError('x')", "-c: error: x\n"),
+    ],
+)
+def test_a_full_disk_behind_standard_output_is_one_line(end, err):
+    program = f"from utils import *\ndef main():\n    print('lost')\n    {end}\nrun_script(main)"
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=-1, encoding="utf-8"
+        )
+    assert (ended.returncode, ended.stderr) == (2, err)
 
 
 def test_the_return_value_is_the_exit_code():

@@ -162,7 +162,7 @@ def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     fill_model(args)
     path = args.pretrained_model_path
     device = pick_device(args.use_gpu)
-    llama = load_pretrained(path, attention=args.attention, quantize=args.quantize).to(device)
+    llama = load_pretrained(path, args.attention, quantize=args.quantize, device=device)
     choose_threads(llama, generation_rows(llama, min(args.num_samples, BATCH_SIZE)))
     tokenizer = Tokenizer(tokenizer_model=args.tokenizer_path or find_tokenizer_model(path))
     tokenizer.require_vocab_size(llama.config.vocab_size)

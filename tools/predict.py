@@ -77,12 +77,13 @@ def load_predictor(
     Raises InputError if the tokenizer is missing or differs from the one used in training.
     """
     model, saved = load_classifier(checkpoint)
-    if quantize:
+    model.to(device)
+    if quantize:  # on its device: a move would copy what tied matrices share
         quantize_model(model.llama)
     tokenizer = open_tokenizer(checkpoint, saved, tokenizer_path)
     tokenizer.require_vocab_size(model.llama.config.vocab_size)
     names = saved.get("label_names") or [str(label) for label in range(model.num_labels)]
-    return Predictor(model.to(device), tokenizer, names, saved.get("max_sentence_len"), device)
+    return Predictor(model, tokenizer, names, saved.get("max_sentence_len"), device)
 
 
 # ---------------------------------------------------------------- writing

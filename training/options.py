@@ -136,7 +136,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add("--max_grad_norm", type=positive_float, metavar="NORM",
         help="L2 norm to which gradients are clipped (default: no clipping)")
     add("--backbone_dropout", type=probability_below_one, metavar="P",
-        help="dropout probability inside the layers (default: the value in the checkpoint, else 0)")
+        help="dropout probability of the embedding and the layers (default: the value in the "
+        "checkpoint, else 0)")
     add("--label_smoothing", type=probability_below_one, default=0.0, metavar="SHARE",
         help="share of the uniform distribution in each target (default: 0)")
     add("--r_drop", type=non_negative_float, default=0.0, metavar="WEIGHT",

@@ -46,7 +46,7 @@ def continue_pretraining(
     The name of the run's folder is `folder` and a digest of the settings. A finished run is not
     repeated, and an interrupted one continues.
     """
-    model = load_pretrained(checkpoint, attention="causal").to(device)
+    model = load_pretrained(checkpoint, attention="causal", device=device)
     texts = encode_documents(tokenizer, sentences)
     recipe = _recipe(sum(map(len, texts)), model.config.max_seq_len, epochs, lr, bf16)
     settings = {**asdict(recipe), "text_sha256": digest_of(sentences), "device": device.type}

@@ -401,6 +401,21 @@ def test_a_run_stopped_in_its_last_evaluation_continues_there(run, workplace, mo
     assert not Path(STATE).exists()
 
 
+def test_a_run_whose_best_checkpoint_is_gone_says_so_before_it_trains(run, workplace, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_llama, "load_classifier", lambda path: signal.raise_signal(signal.SIGINT))
+        assert finetune(run)[0] == 130
+    Path(CHECKPOINT).unlink()
+    code, out, err = finetune(run)
+    assert code == 2 and err.count("\n") == 1 and "continue" not in out
+    assert (
+        f"{CHECKPOINT}: the best checkpoint of the run in {STATE} is missing" in err
+        and "start over with --restart" in err
+    )
+    assert Path(STATE).exists()
+    assert finetune(run, "--restart")[0] == 0
+
+
 def test_what_was_saved_before_a_divergence_is_kept(run, workplace, monkeypatch):
     take_step, taken = loop.take_step, []
 
