@@ -132,9 +132,10 @@ def shown(text: str) -> str:
 def travelers(folder: Path) -> tuple[list[str], list[str]]:
     """Return the files to pack, and the top-level names that stay out.
 
-    Files at the top travel, a report too, but no weights and no leftovers; so does everything that
-    the Python files at the top import, and `advanced/` beside an advanced output. JSON files travel
-    with the modules of their folder, and `data/fetch.py` with what `setup.sh` needs.
+    Files at the top travel, a report in PDF too, but no weights, no leftovers and no Markdown that
+    is not required; so does everything that the Python files at the top import, and `advanced/`
+    beside an advanced output. JSON files travel with the modules of their folder, and
+    `data/fetch.py` with what `setup.sh` needs.
     """
     names = set(files_below(folder))
     kept = {name for name in names if "/" not in name and not name.lower().endswith(LEFT_OUT)}
@@ -414,7 +415,7 @@ def references(
 def count_labels(name: str, content: bytes) -> int:
     try:
         names = json.loads(decode(name, content))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or len(names) < 2:
         raise ContentError(f'{name}: is not a JSON list of label names such as ["bad", "good"]')
@@ -516,6 +517,10 @@ def script() -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show
     try:
         main(args.path, args.id)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `prepare_submit.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except AssertionError as error:
         print(f"AssertionError: {error}", file=sys.stderr)
         return 1

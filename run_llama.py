@@ -206,8 +206,6 @@ def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochRepor
     model = LlamaEmbeddingClassifier(config, llama).to(device)
     announce(args, llama, device, model.pooling)
     recommend_bfloat16(device, options.recipe_of(args).bf16)
-    if distributed.is_main():
-        require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
     extra = {"args": {k: v for k, v in vars(args).items() if k not in ("resume", "restart")}}
     extra |= provenance(label_names, tokenizer, args.pretrained_model_path, args.max_sentence_len)
 
@@ -223,6 +221,8 @@ def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochRepor
         options.state_mode(args),
         getattr(args, "save_minutes", 5.0),
     )
+    if distributed.is_main():  # an old state has its new name now
+        require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
     progress = (state_file.saved or {}).get("progress")
     has_best = isinstance(progress, dict) and progress.get("history")
     if has_best and not Path(filepath).exists():

@@ -68,10 +68,10 @@ else
     python=${PYTHON:-$(find_python)}
     is_supported "$python" || stop 2 "PYTHON=$python is not a Python 3.10 to 3.13"
     echo "making .venv"
-    if ! "$python" -m venv "$venv" >/dev/null; then
-        rm -rf "$venv"
+    trap 'rm -rf "$venv"' EXIT # no half environment after an error or Ctrl-C
+    "$python" -m venv "$venv" >/dev/null ||
         stop 1 "$python could not make .venv (Debian and Ubuntu: apt install python3-venv)"
-    fi
+    trap - EXIT
 fi
 
 echo "installing $requirements into .venv (the first time takes minutes)"

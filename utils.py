@@ -98,10 +98,15 @@ def _line_for(error: Exception) -> str | None:
         return f"error: {error.filename}: {error.strerror or error}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # files have their names
         return f"error: standard output: {error.strerror}"
-    is_memory_error = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if is_memory_error or "can't allocate memory" in str(error):  # PyTorch's words on a CPU
+    if is_memory_error(error):
         return "error: out of memory; use smaller batches or shorter sentences"
     return None
+
+
+def is_memory_error(error: Exception) -> bool:
+    """Return whether an error says that memory is too small, in Python's words or PyTorch's."""
+    is_one = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_one or "can't allocate memory" in str(error)  # PyTorch's RuntimeError on a CPU
 
 
 def require_package(name: str) -> None:

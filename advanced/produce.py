@@ -71,8 +71,6 @@ def trained(
     run: Run = {"seed": seed, "fold": fold, "hyperparameters": hyperparameters}
     path, epoch_files = experiment.weights_path(run), _epoch_files(experiment, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    n_teachers = int("smart" in experiment.methods)  # in the state, which exists twice for a moment
-    require_space(path, experiment.n_parameters, max(epoch_files.n_last, 1) + 2 * n_teachers)
     train, dev = experiment.splits(seed, fold)
     checkpoint, pretrain_seconds = experiment.checkpoint(settings, train)
     started = time.monotonic()
@@ -82,6 +80,8 @@ def trained(
     seed_everything(seed)
     identity = flattened({**experiment.identity(), "grid": None, **run})
     state_file = StateFile(state_path(path), identity, minutes=experiment.save_minutes)
+    n_teachers = int("smart" in experiment.methods)  # in the state, which exists twice for a moment
+    require_space(path, experiment.n_parameters, max(epoch_files.n_last, 1) + 2 * n_teachers)
     is_resumed = state_file.saved is not None
     train_data, dev_data = (experiment.encode(rows, settings) for rows in (train, dev))
     history = _train(experiment, run, model, train_data, dev_data, state_file, epoch_files)

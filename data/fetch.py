@@ -5,8 +5,8 @@
     .venv/bin/python data/fetch.py --assets-from DIR  # copy from a folder, without a network
 
 data/manifest.json lists the files with their addresses, sizes, checksums and licences. A new file
-gets its name after it passed its check. An existing file is checked and never overwritten. No
-other script of the project uses the network.
+gets its name after it passed its check. An existing file is checked and never overwritten, nor is
+a link that leads nowhere. No other script of the project uses the network.
 
 Exit codes: 0 every file is there; 1 a file failed its check; 2 usage error or unusable disk; 3 the
 network or the folder did not provide a file; 130 stopped by Ctrl-C, 143 by SIGTERM.
@@ -88,8 +88,9 @@ def copy(source: Path, path: Path, failures: dict[str, str]) -> bool:
 def fetch(file: dict, folder: Path | None, failures: dict[str, str]) -> str:
     """Place one file and return "ok", "differs", "fetched", "copied", "failed" or "missing"."""
     target, word = ROOT / file["name"], "missing"
-    if target.exists():
-        problem = problem_with(target, file)
+    if target.is_symlink() or target.exists():
+        is_there = target.exists()
+        problem = problem_with(target, file) if is_there else "is a link to a file that is missing"
         if problem:
             complain(f"{file['name']}: {problem}; delete it to fetch it again")
         return "differs" if problem else "ok"
@@ -97,8 +98,9 @@ def fetch(file: dict, folder: Path | None, failures: dict[str, str]) -> str:
     # `scratch` and its content disappear after success, an error or a signal.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
         part = Path(scratch) / target.name
-        for source in [folder / file["assets"]] if folder else file["urls"]:
-            if not (copy if folder else download)(source, part, failures):
+        sources, get = ([folder / file["assets"]], copy) if folder else (file["urls"], download)
+        for source in sources:
+            if not get(source, part, failures):
                 continue
             problem = problem_with(part, file)
             if not problem:

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from utils import InputError, atomic_write, brief, printable
+from utils import InputError, atomic_write, brief, is_memory_error, printable
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of files written before torch 1.6
@@ -36,6 +36,7 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises OSError if the file cannot be opened and InputError with its name if it is damaged, holds
     anything except plain data and dense tensors, or declares far more memory than it has bytes.
+    Errors of too little memory pass.
     """
     try:
         with warnings.catch_warnings():  # torch warns of odd tensors, Python of escapes in a pickle
@@ -43,7 +44,7 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
             _require_bounded(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, KeyError and others
-        if isinstance(error, OSError) and error.filename is not None:
+        if is_memory_error(error) or (isinstance(error, OSError) and error.filename is not None):
             raise
         raise InputError(f"{path}: {_reason(error)}") from error
     if not isinstance(content, dict):

@@ -132,6 +132,8 @@ def test_loading_something_else_as_a_classifier_names_the_file(tmp_path):
         ("model_config", {7: 1}, "has no num_labels"),
         ("label_names", torch.ones(2), "not a list of words"),
         ("label_names", ["a"], "1 label names for 5 labels"),
+        ("max_sentence_len", "12", "max_sentence_len is '12', not a number of tokens"),
+        ("max_sentence_len", -5, "max_sentence_len is -5"),
     ],
 )
 def test_a_damaged_classifier_is_one_line_that_names_the_file(tmp_path, part, value, error):

@@ -399,6 +399,15 @@ def test_script_says_in_one_line_what_it_cannot_work_with_and_exits_with_2(folde
     assert sorted(here.iterdir()) == before
 
 
+def test_a_reader_that_stops_early_is_no_traceback(folder, script, tmp_path):
+    pack = [sys.executable, str(tmp_path / "tool/prepare_submit.py"), str(folder), ID]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(pack, cwd=tmp_path, stdout=writer, stderr=-1, encoding="utf-8")
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_this_project_packs_itself_and_the_unpacked_script_runs(tmp_path):
     command = ["git", "ls-files", "-co", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)

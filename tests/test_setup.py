@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ echo "$*" >>"$LOG"
 case "$1 $2" in
     "-m venv")
         mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+        [ -z "$INTERRUPT" ] || kill -INT 0
         exit ${{FAIL_VENV:-0}} ;;
     "-m pip") [ "$3" = --version ] && exit ${{FAIL_PIP_VERSION:-0}} || exit ${{FAIL_PIP:-0}} ;;
     */data/fetch.py*) exit ${{FAIL_FETCH:-0}} ;;
@@ -54,6 +56,7 @@ class Tree:
             env={**os.environ, **environment},
             capture_output=True,
             encoding="utf-8",
+            start_new_session=True,  # a Ctrl-C of the tests is not its own, nor the other way
         )
         asked = self.log.read_text(encoding="utf-8").replace(f"{self.root}/", "").splitlines()
         self.asked = [line for line in asked if line != "-m pip --version"]
@@ -171,6 +174,18 @@ def test_a_failed_step_says_what_to_do_and_stops(step, tree):
     assert len(done.stderr.splitlines()) <= 2
     assert "data/fetch.py" not in tree.asked
     assert tree.run().returncode == 0  # nothing is left in the way of the next try
+
+
+def test_ctrl_c_leaves_no_half_environment(tree):
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background suite ignores it
+    try:
+        assert tree.run(INTERRUPT="1").returncode != 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not (tree.root / ".venv").exists()
+    assert tree.run().returncode == 0
 
 
 @pytest.mark.parametrize("name", ["data/fetch.py", "data/manifest.json"])

@@ -96,7 +96,12 @@ def test_a_full_disk_behind_standard_output_is_one_line(end, err):
     program = f"from utils import *\ndef main():\n    print('lost')\n    {end}\nrun_script(main)"
     with open("/dev/full", "w", encoding="utf-8") as full:
         ended = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=-1, encoding="utf-8"
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},
+            stdout=full,
+            stderr=-1,
+            encoding="utf-8",
         )
     assert (ended.returncode, ended.stderr) == (2, err)
 

@@ -193,7 +193,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.sentences) == (args.errors is not None):
         parser.error("give either sentences or --errors FILE")
-    if args.checkpoint is None and (args.sentences or args.out is not None):
+    explains = args.sentences or args.out or args.label or args.tokenizer_path or args.use_gpu
+    if args.checkpoint is None and explains:
         parser.error("name --checkpoint, such as finetune-sst-5-2e-05.pt")
     if args.out is not None and not args.out.lower().endswith((".html", ".htm")):
         parser.error(f"--out {args.out}: must end in .html")
@@ -204,7 +205,8 @@ def read_mistakes(path: str, top: int) -> list[tuple[str, str, str]]:
     """Print the counts and return (heading, sentence, gold label) of the worst mistakes."""
     with open_input(path) as file:
         worst, n_mistakes, n_gold = find_mistakes(file, path, top)
-    print(f"{n_mistakes:,} mistakes of {n_gold:,} with a gold label")
+    noun = "mistake" if n_mistakes == 1 else "mistakes"
+    print(f"{n_mistakes:,} {noun} of {n_gold:,} with a gold label")
     return [
         (
             f"{one.probability:.3f} predicted {one.predicted}, gold {one.gold} | "

@@ -20,11 +20,12 @@ import torch
 from config import LlamaConfig
 from fast.int8 import quantize_model
 from formats import huggingface, llama2c
-from formats.checkpoint import read_checkpoint
+from formats.checkpoint import parse_checkpoint, read_checkpoint
 from formats.torch_file import is_torch_file, listed, load_torch_file, save_torch_file
 from llama import Llama
 from tokenizer import Tokenizer, find_tokenizer_model, open_tokenizer
-from utils import ArgumentParser, InputError, on_one_line, run_script, sha256_of
+from training.checkpoint import label_names_of
+from utils import ArgumentParser, InputError, atomic_write, on_one_line, run_script, sha256_of
 
 READERS = {"hf": "transformers", "llama2c": "llama2.c", "int8": "the int8 file"}
 
@@ -75,13 +76,16 @@ def read_ours(
     checkpoint: str, tokenizer_path: str | None, reader: str
 ) -> tuple[Llama, Tokenizer, list[str]]:
     """Return the Llama of a checkpoint, its tokenizer, and notes on parts that `reader` lacks."""
-    model_args, weights = read_checkpoint(checkpoint)
-    saved = load_torch_file(checkpoint) if is_torch_file(checkpoint) else {}
+    is_file = Path(checkpoint).is_file()
+    saved = load_torch_file(checkpoint) if is_file and is_torch_file(checkpoint) else {}
+    model_args, weights = (
+        parse_checkpoint(checkpoint, saved) if saved else read_checkpoint(checkpoint)
+    )
     notes = []
     if any(name.startswith("llama.") for name in weights):  # a finetuned classifier
         dropped = [name for name in weights if not name.startswith("llama.")]
         weights = {n.removeprefix("llama."): w for n, w in weights.items() if n not in dropped}
-        labels = listed(saved.get("label_names", ["not recorded"]))
+        labels = listed(label_names_of(checkpoint, saved) or ["not recorded"])
         notes.append(
             f"{checkpoint}: {reader} gets the Llama without {listed(dropped)} (labels: {labels})"
         )
@@ -113,7 +117,11 @@ def export_llama2c(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
     require_new(beside)
     weights = weights_of(model)
     llama2c.write_tokenizer(beside, tokenizer)
-    llama2c.write_bin(out, llama2c.sizes_of(model.config, weights), weights)
+    try:
+        llama2c.write_bin(out, llama2c.sizes_of(model.config, weights), weights)
+    except BaseException:
+        beside.unlink()
+        raise
     print(f"wrote {out} and {beside}")
     notes, sp = [], tokenizer.sp_model
     if model.config.layer_norm_eps != llama2c.EPS:
@@ -133,8 +141,11 @@ def export_int8(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
     quantize_model(model)
     save_torch_file(out, {"model": weights_of(model), "model_args": model.config.to_dict()})
     print(f"wrote {out}")
-    found = find_tokenizer_model(out)
-    if found.is_file() and sha256_of(found) == sha256_of(tokenizer.model_path):
+    try:
+        found = find_tokenizer_model(out)
+    except InputError:  # several other ones are there
+        found = None
+    if found and found.is_file() and sha256_of(found) == sha256_of(tokenizer.model_path):
         return []
     return [f"{out}: its tokenizer is {tokenizer.model_path}; copy it beside {out.name}"]
 
@@ -178,13 +189,13 @@ def import_hf(folder: Path, out: Path, tokenizer_path: str | None) -> list[str]:
             )
         if beside.exists() and sha256_of(beside) != sha256_of(tokenizer_model):
             raise InputError(f"{beside}: is another tokenizer; name an OUT in another folder")
-    content = {"model": weights_of(model), "model_args": model.config.to_dict()}
-    save_torch_file(out, content)
+        if not beside.exists():
+            with atomic_write(beside, "wb") as file:
+                file.write(tokenizer_model.read_bytes())
+    save_torch_file(out, {"model": weights_of(model), "model_args": model.config.to_dict()})
     if not has_tokenizer:
         print(f"wrote {out}")
         return [f"{folder}: has no tokenizer.model; name one for {out} by --tokenizer_path"]
-    if not beside.exists():
-        shutil.copyfile(tokenizer_model, beside)
     print(f"wrote {out}; its tokenizer is {beside.name} beside it")
     return []
 

@@ -53,6 +53,14 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def label_names_of(path: str | os.PathLike, saved: dict[str, Any]) -> list[str]:
+    """Return the label names in a checkpoint's content, [] if there are none."""
+    names = saved.get("label_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: its label_names are {brief(names)}, not a list of words")
+    return names
+
+
 def load_classifier(path: str | os.PathLike) -> tuple[LlamaEmbeddingClassifier, dict[str, Any]]:
     """Return the classifier of a file, on the CPU in eval mode, and the file's other entries."""
     saved = load_torch_file(path)
@@ -63,9 +71,9 @@ def load_classifier(path: str | os.PathLike) -> tuple[LlamaEmbeddingClassifier, 
         raise InputError(f"{path}: has parts of --method {methods}, which only advanced.run reads")
     if absent:
         raise InputError(f"{path}: is not a finetuned classifier: it has no {', '.join(absent)}")
-    names = saved.get("label_names", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: its label_names are {brief(names)}, not a list of words")
+    names, most = label_names_of(path, saved), saved.get("max_sentence_len")
+    if most is not None and (type(most) is not int or most < 1):
+        raise InputError(f"{path}: its max_sentence_len is {brief(most)}, not a number of tokens")
     config = SimpleNamespace(**{str(key): v for key, v in saved["model_config"].items()})
     model_args, weights = parse_checkpoint(path, saved)
     del saved["model"]

@@ -53,28 +53,32 @@ def joined(use_gpu: bool) -> Iterator[None]:
     if not is_launched():
         yield
         return
-    backend = "gloo"
-    if use_gpu and torch.cuda.is_available():
-        local_rank, n_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= n_devices:
-            raise InputError(
-                f"{os.environ['LOCAL_WORLD_SIZE']} processes for {n_devices} CUDA devices; each "
-                "process needs one, so lower --nproc-per-node"
-            )
-        torch.cuda.set_device(local_rank)
-        backend = "nccl"
-    dist.init_process_group(backend)
     with contextlib.ExitStack() as stack:
         if not is_main():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
+            dist.init_process_group(_take_device() if use_gpu else "gloo")
             yield
         except InputError:
             if os.environ.get("LOCAL_RANK") != "0":  # every rank raises it; local rank 0 reports it
                 sys.exit(2)
             raise
     dist.destroy_process_group()  # not after an error: nccl would wait for the others
+
+
+def _take_device() -> str:
+    """Take the CUDA device of the local rank, if there is CUDA; return the backend."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    n_processes, n_devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if n_processes > n_devices:
+        raise InputError(
+            f"{n_processes} processes for {n_devices} CUDA devices; each process needs one, so "
+            "lower --nproc-per-node"
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return "nccl"
 
 
 def say(line: str) -> None:

@@ -98,7 +98,7 @@ def decode(content: bytes, path: str | os.PathLike, first: int = 1) -> str:
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + first
         raise InputError(
-            f"{path}:{number}: byte 0x{content[error.start]:02x} is not UTF-8; convert the file"
+            f"{path}:{number}: byte 0x{content[error.start]:02x} is not UTF-8; convert it"
         ) from error
 
 
@@ -120,6 +120,7 @@ def parse_line(
     if not separator:
         raise InputError(f"{place}: {cut} has no separator; write 'label{SEPARATOR}sentence'")
     label_text, sentence = label_text.strip(), sentence.strip()
+    known = "0, 1, 2, ..." if n_labels is None else f"0 to {n_labels - 1}"
     if re.fullmatch(r"-?[0-9]{1,9}", label_text):
         label = int(label_text)
     elif label_text in label_names:
@@ -127,14 +128,12 @@ def parse_line(
         if not accepts_names:
             raise InputError(f"{place}: label {label_text!r} is not an integer; write {label}")
     else:
-        known = "0, 1, 2, ..." if n_labels is None else f"0 to {n_labels - 1}"
         raise InputError(
             f"{place}: label {label_text[:60]!r} is not an integer; labels are {known}"
         )
     if label == NO_GOLD_LABEL and not unlabelled:
         raise InputError(f"{place}: label -1 (unknown) is allowed in test files only")
     if label < NO_GOLD_LABEL or (n_labels is not None and label >= n_labels):
-        known = "0, 1, 2, ..." if n_labels is None else f"0 to {n_labels - 1}"
         raise InputError(f"{place}: label {label} does not exist; labels are {known}")
     if not sentence:
         raise InputError(f"{place}: {cut} has an empty sentence; write one or delete the line")

@@ -64,12 +64,10 @@ share = _number(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
 
 def count(text: str) -> int:
     """Parse a number of things: 1500000, 1.5e6 or 1.5M."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]{1,2})?)([KMB]?)", text.strip(), re.IGNORECASE)
+    number = r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]{1,2})?)"
+    match = re.fullmatch(number + "([KMB]?)", text.strip(), re.IGNORECASE)
     units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-    try:
-        value = float(match[1]) * units[match[2].upper()]
-    except (TypeError, ValueError):
-        value = 0.5
+    value = float(match[1]) * units[match[2].upper()] if match else 0.0
     if value < 1 or round(value, 3) % 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a count such as 1500000 or 1.5M")
     return round(value)

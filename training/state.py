@@ -56,6 +56,8 @@ class StateFile:
       raise InputError.
     - "restart": start over and keep it as `....state.old.pt`.
 
+    One old state is kept, the last one.
+
     `saved` is the state to resume from, or None. All processes read the file; only rank 0 writes
     and renames it.
     """
@@ -67,7 +69,7 @@ class StateFile:
         mode: str = "auto",
         minutes: float = 5.0,
     ):
-        self.path = Path(path)
+        self.path, self.mode = Path(path), mode
         self.settings = {**settings, "source": source_digest()}
         self.minutes = minutes
         self.saved_at = time.monotonic()
@@ -92,7 +94,7 @@ class StateFile:
         try:
             saved = load_torch_file(self.path)
             changed = differences(saved["settings"], self.settings)
-        except (InputError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        except (InputError, LookupError, TypeError, AttributeError) as error:
             if mode == "resume":
                 raise self.damaged() from error
             return None, "it is damaged or of another version"
@@ -188,9 +190,12 @@ def set_random_state(state: dict[str, Any]) -> None:
 class Stopped(KeyboardInterrupt):
     """SIGINT or SIGTERM ended a run whose state is saved."""
 
-    def __init__(self, signum: int, path: Path):
+    def __init__(self, signum: int, state_file: StateFile):
         word = "interrupted" if signum == signal.SIGINT else "terminated"
-        super().__init__(f"{word}; the same command continues from {path}")
+        command = "the same command"
+        if state_file.mode == "restart":
+            command += " without --restart"
+        super().__init__(f"{word}; {command} continues from {state_file.path}")
         self.exit_code = 128 + signum
 
 
@@ -210,7 +215,7 @@ class StopRequests:
         if is_due or signum is not None:
             save()
         if signum is not None:
-            raise KeyboardInterrupt if state_file is None else Stopped(signum, state_file.path)
+            raise KeyboardInterrupt if state_file is None else Stopped(signum, state_file)
 
 
 @contextlib.contextmanager

@@ -77,5 +77,6 @@ def choose_template(templates: list[Template], name: str | None = None) -> Templ
 
 
 def render(template: Template, sentence: str) -> str:
-    """Return the text that a label follows after a space; "" leaves the template's words alone."""
+    """Return the text that a label follows after a space. An empty sentence gives only the
+    template's words."""
     return " ".join(filter(None, (template.before, sentence, template.after)))

@@ -157,6 +157,15 @@ def test_a_missing_file_is_downloaded_once_and_leaves_nothing_else(habit, server
     assert capfd.readouterr() == ("ok       new/file.bin\n", "")
 
 
+def test_a_link_to_a_file_that_is_missing_is_reported_and_kept(server, folder, root, capsys):
+    (root / "new").mkdir()
+    (root / "new/file.bin").symlink_to("absent")
+    for options in ([], ["--assets-from", folder]):
+        assert run(root, entry(server.url + "right"), options=options) == 1
+        assert "new/file.bin: is a link to a file that is missing" in capsys.readouterr().err
+    assert (root / "new/file.bin").is_symlink() and server.requests == []
+
+
 @pytest.mark.parametrize("content", [b"mine", b"\1" + BODY[1:], b""])
 def test_a_file_that_differs_is_reported_and_kept(content, server, folder, root, capsys):
     (root / "new").mkdir()

@@ -281,6 +281,7 @@ def test_a_file_that_predict_did_not_write_is_one_line(command, workplace, conte
         (["bad", "--checkpoint", "c.pt", "--errors", "p.jsonl"], "give either sentences or"),
         (["bad"], "name --checkpoint, such as"),
         (["--errors", "p.jsonl", "--out", "o.html"], "name --checkpoint"),
+        (["--errors", "p.jsonl", "--label", "bad"], "name --checkpoint"),
         (["bad", "--checkpoint", "c.pt", "--out", "o.png"], "o.png: must end in .html"),
         (["bad", "--checkpoint", "c.pt", "--out", "gone/o.html"], "its folder does not exist"),
         (["bad", "--checkpoint", "c.pt", "--label", "fine"], "labels are bad, good"),

@@ -16,7 +16,7 @@ import oracle
 from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT, ended, random_llama, save_llama, shared_asset, train_sentencepiece
 from fast.int8 import quantize_model
-from formats import huggingface
+from formats import huggingface, llama2c
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
 from tools import export
@@ -301,6 +301,15 @@ def test_a_real_int8_file_is_a_quarter_and_names_its_tokenizer(tmp_path, call):
     assert out.stat().st_size < 0.3 * source.stat().st_size
 
 
+def test_an_int8_file_is_written_beside_several_tokenizers(place, call):
+    (place / "many").mkdir()
+    for name in ("a.model", "b.model"):
+        (place / "many" / name).write_bytes(b"another")
+    code, out, error = call("m.pt", "--to", "int8", "many/m8.pt")
+    assert (code, out) == (0, "wrote many/m8.pt\n")
+    assert error.endswith("tokenizer.model; copy it beside m8.pt\n")
+
+
 # ---------------------------------------------------------------- finetuned checkpoints
 
 
@@ -480,10 +489,12 @@ def test_a_wrong_command_is_one_line_and_replaces_nothing(place, call, argv, nam
 
 def test_an_export_that_fails_midway_leaves_nothing(transformers, place, call, monkeypatch):
     def fail(*_):
-        raise OSError(28, "No space left on device", "model.safetensors")
+        raise OSError(28, "No space left on device", "a file")
 
     monkeypatch.setattr(huggingface, "write_model", fail)
-    assert "No space left on device" in refused(call("m.pt", "--to", "hf", "out"))
+    monkeypatch.setattr(llama2c, "write_bin", fail)
+    for to in ("hf", "llama2c"):
+        assert "No space left on device" in refused(call("m.pt", "--to", to, "out"))
     assert sorted(path.name for path in place.iterdir()) == ["m.pt", "tokenizer.model"]
 
 

@@ -139,7 +139,7 @@ def test_a_file_without_sentences_is_refused(write, content):
 )
 def test_a_byte_that_is_not_utf8_is_named_with_its_line(write, content, number, byte):
     message = refusal(read_sentences, write(content))
-    assert message == f"{number}: byte {byte} is not UTF-8; convert the file"
+    assert message == f"{number}: byte {byte} is not UTF-8; convert it"
 
 
 @pytest.mark.parametrize("read", [read_sentences, read_label_names])
@@ -213,7 +213,7 @@ def test_label_names_are_read_in_their_order(write, names):
         ("[" * 100_000, "is not JSON; label names are a JSON list"),
         (r'["bad", "good \udc80"]', "has a lone surrogate"),
         (json.dumps([str(i) for i in range(10_001)]), "has 10001 names, more than 10000"),
-        ('["bad",\n"très bon"]'.encode("latin-1"), "2: byte 0xe8 is not UTF-8; convert the file"),
+        ('["bad",\n"très bon"]'.encode("latin-1"), "2: byte 0xe8 is not UTF-8; convert it"),
     ],
 )  # fmt: skip
 def test_label_names_are_at_least_two_different_texts(write, content, words):

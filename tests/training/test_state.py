@@ -1,6 +1,7 @@
 """A stopped run continues as if it had not been stopped, and no other run gets in its way."""
 
 import random
+import re
 import shutil
 import signal
 import sys
@@ -138,6 +139,15 @@ def test_a_second_signal_ends_a_run_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_who_stops_a_restarted_run_continues_it_without_that_option(saved_run):
+    state_file = StateFile(saved_run, SETTINGS, "restart")
+    state_file.save(progress={"epoch": 0})
+    stopped = Stopped(signal.SIGINT, state_file)
+    words = "interrupted; the same command without --restart continues from"
+    assert str(stopped) == f"{words} {saved_run}"
+    assert StateFile(saved_run, SETTINGS).saved["progress"] == {"epoch": 0}
+
+
 def test_a_signal_during_a_save_waits_for_the_next_one(saved_run):
     """`Stopped` promises that the state is saved, so it is raised only behind a save that began
     after the signal."""
@@ -239,6 +249,19 @@ def test_a_damaged_state_is_kept_and_not_continued(saved_run, capsys):
     assert StateFile(saved_run, SETTINGS).saved is None
     assert "it is damaged or of another version" in capsys.readouterr().err
     assert saved_run.with_name(OLD).read_bytes() == b"garbage"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: x")]
+)
+def test_too_little_memory_is_no_damage(saved_run, error, monkeypatch):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)):
+        StateFile(saved_run, SETTINGS)
+    assert saved_run.exists()
 
 
 @pytest.mark.parametrize("lost", ["progress", "random"])
@@ -440,6 +463,9 @@ def test_too_little_space_is_said_before_the_training(run, workplace, monkeypatc
     code, out, err = finetune(run)
     assert code == 2 and "0 MB free, training needs" in err and "make room" in err
     assert "train loss" not in out
+    needed = re.search("needs ([0-9.,]+) MB", err)[1]
+    Path(STATE).write_bytes(bytes(10**6))  # of another run: it is kept, so it makes no room
+    assert re.search("needs ([0-9.,]+) MB", finetune(run, "--restart")[2])[1] == needed
     for n_kept, floats in ((1, 7), (5, 11)):  # checkpoints, and two states of three floats each
         require_space(workplace / "x.pt", 100_000 // (4 * floats), n_kept)
         with pytest.raises(InputError, match="make room"):
