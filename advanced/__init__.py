@@ -1,3 +1,3 @@
-"""Beyond the assignment: one paper per file, on the parts of the folder above."""
+"""Beyond the assignment: published methods of finetuning, alone or combined, and their records."""
 
 import fast  # noqa: F401, before PyTorch

@@ -41,7 +41,7 @@ METHODS = {  # in the order in which they act
     "smart": "penalize how much small changes of the embeddings, and a step, change the output",
     "last_epochs": "the mean of the weights of the last epochs instead of the best epoch's",
     "wise_ft": "interpolate pretrained and finetuned weights, with the share chosen on dev",
-    "soup": "the mean of the weights of the seeds that together raise dev accuracy, or of all",
+    "soup": "the mean of the weights of the seeds that do not lower dev accuracy, or of all",
 }
 MATRICES = ("compute_query", "compute_key", "compute_value", "compute_output", "w1", "w2", "w3")
 
@@ -149,8 +149,9 @@ def build(
     if {"prompt", "zero_shot"} & set(methods):
         model = PromptClassifier(llama, tokenizer, labels, trainable="prompt" in methods)
     else:
-        poolings = [POOLINGS[name] for name in methods if name in POOLINGS]
-        model = (*poolings, LlamaEmbeddingClassifier)[0](config, llama)
+        poolings = [POOLINGS[name] for name in methods if name in POOLINGS]  # at most one
+        kind = poolings[0] if poolings else LlamaEmbeddingClassifier
+        model = kind(config, llama)
     if "adapter" in methods:
         adapter.add_adapters(model, adapter_size)
     return model

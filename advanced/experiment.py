@@ -91,7 +91,8 @@ class Experiment:
         if self.templates:
             templates = self.templates
             if "zero_shot" not in self.methods:
-                templates = [choose_template(templates, self.settings.template)]
+                names = self.grid.get("template", [self.settings.template])
+                templates = [choose_template(templates, name) for name in names]
             settings["templates"] = [template._asdict() for template in templates]
         return {
             "dataset": self.dataset,
@@ -230,12 +231,14 @@ class Experiment:
             raise InputError(f"--last {settings.last}: there are only {settings.epochs} epochs")
         compose.prepare(self.methods, model, settings)
 
-    def evaluate(self, model: nn.Module, rows: Rows, settings: SimpleNamespace) -> Evaluation:
-        data = self.encode(rows, settings)
+    def evaluate(
+        self, model: nn.Module, data: SentenceDataset, settings: SimpleNamespace
+    ) -> Evaluation:
         return evaluate(model, data, settings.batch_size, self.device, bf16=settings.bf16)
 
     def metrics(self, model: nn.Module, rows: Rows, settings: SimpleNamespace) -> dict[str, Any]:
-        return metrics_of(self.evaluate(model, rows, settings), self.n_labels)
+        data = self.encode(rows, settings)
+        return metrics_of(self.evaluate(model, data, settings), self.n_labels)
 
     def save(self, run: Run, model: nn.Module) -> str:
         """Write a run's weights and return their sha256.

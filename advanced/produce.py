@@ -247,10 +247,10 @@ def interpolated(experiment: Experiment, runs: list[Run], after: str) -> Run:
     checkpoint, _ = experiment.checkpoint(settings, train)
     llama = load_pretrained(checkpoint, settings.attention)
     pretrained = {f"llama.{name}": tensor for name, tensor in llama.state_dict().items()}
-    tried = []
+    dev, tried = experiment.encode(experiment.dev, settings), []
     for alpha in wise_ft.ALPHAS:
         model.load_state_dict(wise_ft.interpolate(pretrained, finetuned, alpha))
-        accuracy = experiment.evaluate(model, experiment.dev, settings).accuracy
+        accuracy = experiment.evaluate(model, dev, settings).accuracy
         tried.append({"alpha": alpha, "dev_accuracy": accuracy})
     best = max(reversed(tried), key=lambda one: one["dev_accuracy"])["alpha"]
     model.load_state_dict(wise_ft.interpolate(pretrained, finetuned, best))
@@ -258,14 +258,15 @@ def interpolated(experiment: Experiment, runs: list[Run], after: str) -> Run:
 
 
 def soup(experiment: Experiment, runs: list[Run], after: str) -> Run:
-    """Average the weights of all runs ("uniform"), or of those that raise dev accuracy."""
+    """Average the weights of all runs ("uniform"), or of those that do not lower dev accuracy."""
     settings = experiment.settings_with(runs[0]["hyperparameters"])
     states = [experiment.load(run).state_dict() for run in runs]
     model = experiment.load(runs[0])
+    dev = experiment.encode(experiment.dev, settings)
 
     def score(state: wise_ft.State) -> float:
         model.load_state_dict(state)
-        return experiment.evaluate(model, experiment.dev, settings).accuracy
+        return experiment.evaluate(model, dev, settings).accuracy
 
     if settings.soup == "greedy":
         state, chosen = wise_ft.greedy_soup(states, score)

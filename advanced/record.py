@@ -77,6 +77,12 @@ class Record:
                 self.content = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise InputError(f"{path}: is not JSON ({error}); move it away") from error
+            parts = {"settings": dict, "files": dict, "runs": list, "trials": list}
+            is_record = isinstance(self.content, dict) and all(
+                isinstance(self.content.get(key), kind) for key, kind in parts.items()
+            )
+            if not is_record:
+                raise InputError(f"{path}: is not a record of advanced.run; move it away")
             saved = {key: self.content.get(key) for key in identity}
             differing = differences(flattened(saved), flattened(identity))
             if differing:

@@ -117,7 +117,7 @@ def _grid(parser: ArgumentParser, args: argparse.Namespace) -> dict[str, list[An
 
 
 def _require_consistent(parser: ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error for options that have no effect or exclude each other."""
+    """End with a usage error for options of other methods, and for ones that exclude each other."""
     used = options_of(args.method)
     for rows in OPTIONS.values():
         for name, (_, default, _) in rows.items():
@@ -304,9 +304,11 @@ def main(argv: list[str] | None = None) -> None:
         settings = experiment.settings_with(best["hyperparameters"])
         for split, outfile in outputs.items():
             rows = experiment.dev if split == "dev" else experiment.test
-            result = experiment.evaluate(experiment.load(best), rows, settings)
+            data = experiment.encode(rows, settings)
+            result = experiment.evaluate(experiment.load(best), data, settings)
             write_predictions(outfile, result.predictions, result.sentences)
-            print(f"wrote {outfile}: {split} predictions of seed {best['seed']}")
+            seeds = ", ".join(map(str, best.get("ingredients", [best["seed"]])))
+            print(f"wrote {outfile}: {split} predictions of seed {seeds}")
 
 
 if __name__ == "__main__":

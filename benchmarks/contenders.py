@@ -136,7 +136,7 @@ def make_optimizer(contender: str, parameters: Iterable[nn.Parameter]) -> torch.
         return naive.NaiveAdamW(parameters, lr=LR)
     if contender == "ours":
         return AdamW(parameters, lr=LR)
-    return torch.optim.AdamW(parameters, lr=LR, fused=contender == "torch fused")
+    return torch.optim.AdamW(parameters, lr=LR)
 
 
 def make_data(dataset: str, n: int, shape: str, longer_by: int = 0) -> SentenceDataset:

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 
 from benchmarks.contenders import SHAPES, batches_of, make_classifier, make_data, make_optimizer
 from benchmarks.processor import describe, processor_name, speed_file
-from benchmarks.report import keep, ranks_table
+from benchmarks.report import keep, ranks_table, read_kept
 from fast.memory import keep_freed_memory
 from training import distributed
-from training.options import positive_int
+from training.options import positive_int, require_outputs
 from utils import ArgumentParser, pick_device, run_script
 
 N_ROWS = 80  # sentences of a step: the assignment's batch
@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     keep_freed_memory()
     with distributed.joined(args.use_gpu):
+        out = args.out or speed_file(processor_name())
+        require_outputs([str(out)], [])
+        read_kept(out, describe())  # an error now, not after the measurement
         n_ranks, device = distributed.world_size(), pick_device(args.use_gpu)
         alone, tokens_of_row, gradient_bytes = make_step(args.shape, device, is_alone=True)
         together, *_ = make_step(args.shape, device, is_alone=False)
@@ -102,7 +105,6 @@ def main(argv: list[str] | None = None) -> None:
             f"--shape {args.shape} --repeats {args.repeats}{' --use_gpu' * args.use_gpu}",
         }  # fmt: skip
         if distributed.is_main():
-            out = args.out or speed_file(processor_name())
             keep(out, "ranks", measured, describe())
             print(ranks_table([measured]))
 

@@ -16,6 +16,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from benchmarks.processor import speed_files
+from training.options import require_outputs
 from utils import ArgumentParser, InputError, atomic_write, require_package, run_script
 
 CONTENDERS = ("naive", "ours", "transformers")
@@ -32,18 +33,8 @@ Measured = dict[str, Any]  # an entry of a file
 
 
 def keep(path: Path, kind: str, measured: Measured, processor: dict[str, Any]) -> None:
-    """Write a measurement to the file; it replaces an earlier one of the same name.
-
-    Raises InputError if the file belongs to another processor or PyTorch.
-    """
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    before = content.get("processor", processor)
-    if before != processor:
-        now = described(processor)
-        raise InputError(
-            f"{path}: holds times of {described(before)}, not of {now}; name another --out"
-        )
-    content = {"processor": processor} | content
+    """Write a measurement to the file; it replaces an earlier one of the same name."""
+    content = read_kept(path, processor)
     name = ("shape", "row", "device", "bf16", "n_ranks")
     rows = content.setdefault(kind, [])
     same = [all(row.get(key) == measured.get(key) for key in name) for row in rows]
@@ -53,12 +44,34 @@ def keep(path: Path, kind: str, measured: Measured, processor: dict[str, Any]) -
         file.write(json.dumps(content, indent=1) + "\n")
 
 
+def read_kept(path: Path, processor: dict[str, Any]) -> dict[str, Any]:
+    """Return the file's content, without measurements if there is no file.
+
+    Raises InputError if the file belongs to another processor or PyTorch.
+    """
+    content = read(path) if path.exists() else {"processor": processor}
+    if content["processor"] != processor:
+        before, now = described(content["processor"]), described(processor)
+        raise InputError(f"{path}: holds times of {before}, not of {now}; name another --out")
+    return content
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the content of a file of measurements; raise InputError for any other file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        described(content["processor"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: is not an output of benchmarks.run or .ranks") from error
+    return content
+
+
 def speed_table(paths: Sequence[Path] | None = None, shape: str = SHAPE) -> str:
     """Return a table of the rows of one shape, with the processors side by side under letters.
 
     Each processor has three columns: our rate, and its ratios to naive and to transformers.
     """
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths or speed_files()]
+    contents = [read(path) for path in paths or speed_files()]
     legend, head, by_row, others = [], ["row"], {}, []
     for i, (letter, content) in enumerate(zip(ascii_uppercase, contents, strict=False)):
         processor = content["processor"]
@@ -79,9 +92,11 @@ def speed_table(paths: Sequence[Path] | None = None, shape: str = SHAPE) -> str:
 
 
 def described(processor: dict[str, Any], rows: Sequence[Measured] = ()) -> str:
-    """Return the name of a processor, with the numbers of threads of its rows and its PyTorch."""
+    """Return the name of a processor, with the numbers of threads of its rows, its PyTorch, and
+    the vector instructions that PyTorch uses."""
     threads = [f"{n} threads" for n in sorted({row["threads"] for row in rows})]
-    return ", ".join([processor["name"], *threads, f"PyTorch {processor['torch']}"])
+    vectors = [processor["vectors"]] if "vectors" in processor else []
+    return ", ".join([processor["name"], *threads, f"PyTorch {processor['torch']}", *vectors])
 
 
 def markdown(head: Sequence[str], rows: list[Sequence[str]]) -> str:
@@ -231,7 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     files = args.files or speed_files()
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    contents = [read(path) for path in files]
+    if args.plot:
+        require_outputs([str(args.plot)], files)
     for content in contents:
         rows = content.get("rows", [])
         texts = [described(content["processor"], rows), *all_tables(rows)]

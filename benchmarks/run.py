@@ -34,7 +34,7 @@ import fast
 from benchmarks import llama2c
 from benchmarks.contenders import SEED, SHAPES, make_llama
 from benchmarks.processor import describe, processor_name, speed_file
-from benchmarks.report import BESIDE, all_tables, keep
+from benchmarks.report import BESIDE, all_tables, keep, read_kept
 from benchmarks.rows import (
     MACHINE,
     Row,
@@ -49,7 +49,7 @@ from benchmarks.rows import (
 from fast.linear import chosen_library
 from fast.memory import forget_peak_memory, keep_freed_memory, peak_memory_mb
 from fast.threads import USUAL_LENGTH, choose_threads, generation_rows
-from training.options import positive_int
+from training.options import positive_int, require_outputs
 from utils import ArgumentParser, InputError, require_package, run_script, seed_everything
 
 SHORTEST = 0.3  # s of work in a turn; shorter work is repeated, and the mean counts
@@ -94,12 +94,12 @@ def _first_run() -> tuple[Any, Work]:
 def _take_turn() -> float:
     """Return the seconds of one run."""
     time.sleep(PAUSE)
-    started, own_seconds = time.perf_counter(), []
-    while not own_seconds or time.perf_counter() - started < SHORTEST:
-        own_seconds.append(_work.run())
-    if _work.times_itself:
-        return statistics.mean(own_seconds)
-    return (time.perf_counter() - started) / len(own_seconds)
+    started, results = time.perf_counter(), []
+    while not results or time.perf_counter() - started < SHORTEST:
+        results.append(_work.run())
+    if _work.times_itself:  # then a result is its seconds
+        return statistics.mean(results)
+    return (time.perf_counter() - started) / len(results)
 
 
 def _peak_mb() -> float | None:
@@ -228,6 +228,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(given)
     command = shlex.join(["python", "-m", "benchmarks.run", *given])
     out = args.out or speed_file(processor_name())
+    require_outputs([str(out)], [])
+    read_kept(out, describe())  # an error now, not after the measurement
     require_package("transformers")
     with tempfile.TemporaryDirectory() as folder:
         programs: tuple[str, ...] = ()
@@ -240,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
             names = "; ".join(row.name for row in every)
             raise InputError(f"--rows {args.rows!r}: no name contains it; the rows are {names}")
         rates = measure_machine(args.repeats, args.threads)
-        for shape, row in itertools.product(args.shapes, chosen):
+        for shape, row in itertools.product(dict.fromkeys(args.shapes), chosen):
             measured = measure_row(row, shape, rates, args.repeats, args.threads)
             measured["command"] = command
             keep(out, "rows", measured, describe())

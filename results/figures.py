@@ -98,7 +98,10 @@ def accuracy(studies: list[Study]) -> "Figure":
     for panel, ((title, split), group) in zip(panels, groups.items(), strict=True):
         _accuracy_panel(panel, methods, group, split, title)
         panel.tick_params(labelleft=panel is panels[0])
-    figure.supxlabel("accuracy; red: significantly different from plain", fontsize=10)
+    legend = (
+        "black line: plain; dashed: stories42M, published; red: significantly different from plain"
+    )
+    figure.supxlabel(f"accuracy ({legend})", fontsize=9)
     return figure
 
 
@@ -129,6 +132,7 @@ def train_size(studies: list[Study]) -> "Figure":
     studies = sorted(select(studies, dataset="sst"), key=lambda study: study["train_share"])
     studies = [study for study in studies if scores(study, "test")]
     small = {study["method"] for study in studies if study["train_share"] < 1}
+    shares = sorted({100 * study["train_share"] for study in studies})
     figure, (panel,) = new_figure(6, 4)
     first: dict[str, float] = {}  # accuracy with the fewest sentences
     for method in sorted(small):
@@ -141,10 +145,10 @@ def train_size(studies: list[Study]) -> "Figure":
             marker="o",
             capsize=2,
         )
-        first[method] = np.mean(values[0])
-        place = (100 * line[0]["train_share"], first[method])
+        place = (100 * line[0]["train_share"], np.mean(values[0]))
+        if place[0] == shares[0]:
+            first[method] = place[1]
         panel.annotate(method, place, (-8, 0), textcoords="offset points", ha="right", va="center")
-    shares = sorted({100 * study["train_share"] for study in studies})
     panel.set_xscale("log")
     panel.set_xticks(shares, [f"{share:g}" for share in shares])
     panel.set_xticks([], minor=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from results.figures import new_figure, save
+from training.options import require_outputs
 from utils import ArgumentParser, InputError, run_script
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ UNITS = {"bits/byte": "held-out bits per byte", "nats/answer": "held-out nats pe
 
 def read_history(path: str | Path) -> dict[str, list[float]]:
     """Return the columns of a history.csv by their names."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
         columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
         columns["tokens"]
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError, csv.Error) as error:
         wanted = "give a history.csv of pretraining.run: columns of numbers, among them `tokens`"
         raise InputError(f"{path}: not a history; {wanted}") from error
     return columns
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("history", metavar="CSV", help="history.csv of a pretraining run")
     parser.add_argument("png", type=Path, metavar="PNG", help="picture to write")
     args = parser.parse_args(argv)
+    require_outputs([str(args.png)], [args.history])
     draw(read_history(args.history), args.png)
 
 

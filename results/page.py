@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from benchmarks.report import markdown
 from results.significance import Comparison
 from results.studies import (
     DATASET_NAMES,
@@ -47,23 +48,25 @@ def _title(model: str, dataset: str, folds: int | None, share: float) -> str:
 def _score_table(members: list[Study]) -> str:
     splits = [split for split in ("dev", "test") if any(scores(s, split) for s in members)]
     names = {split: "held out" if members[0]["folds"] else split for split in splits}
-    compared = splits[-1]  # test, if it has gold labels: it chose nothing
+    # Compare on test or on held-out folds: dev chose epochs and learning rates.
+    compared = splits[-1]
+    is_tested = compared == "test" or members[0]["folds"] is not None
+    comparisons = compare_with_plain(members, compared) if is_tested else {}
     head, majority = ["method"], [MAJORITY_CLASS]
     for split in splits:
         head += [names[split], f"{names[split]} macro F1", f"{names[split]} ECE"]
         majority += [f"{majority_share(members, split):.3f}", "", ""]
-    head += [f"{names[compared]}, minus plain", "seeds"]
-    rows = [[*majority, "", ""]]
-    comparisons = compare_with_plain(members, compared)
+    head += [f"{names[compared]}, minus plain"] * is_tested + ["seeds"]
+    rows = [[*majority, *[""] * is_tested, ""]]
     for study in members:
         cells = [
             mean_std(scores(study, split, key))
             for split in splits
             for key in ("accuracy", "macro_f1", "ece")
         ]
-        difference = _difference(comparisons.get(study["method"]))
-        rows.append([study["method"], *cells, difference, n_seeds(study)])
-    return markdown_table(head, rows)
+        difference = [_difference(comparisons.get(study["method"]))] * is_tested
+        rows.append([study["method"], *cells, *difference, n_seeds(study)])
+    return markdown(head, rows)
 
 
 def _cost_table(members: list[Study]) -> str:
@@ -83,7 +86,7 @@ def _cost_table(members: list[Study]) -> str:
             _seconds(study, runs),
             f"{max(memory):.0f}" if memory else "",
         ])  # fmt: skip
-    return markdown_table(head, rows)
+    return markdown(head, rows)
 
 
 def _seconds(study: Study, runs: list[dict[str, Any]]) -> str:
@@ -98,11 +101,6 @@ def _seconds(study: Study, runs: list[dict[str, Any]]) -> str:
         is_shared = study["train_share"] == 1 and not study["folds"]
         parts.append(f"{pretraining:.0f} {'once' if is_shared else 'each'}")
     return " + ".join(parts)
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def p_value(p: float) -> str:

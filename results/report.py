@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.report import speed_table
+from benchmarks.report import markdown, speed_table
 from results import figures, page
-from results.page import MAJORITY_CLASS, markdown_table, p_value
+from results.page import MAJORITY_CLASS, p_value
 from results.significance import Comparison
 from results.studies import (
     BASELINES,
@@ -134,7 +134,7 @@ def table(studies: list[Study], model: str) -> str:
         found = {c.name: c.studies[method] for c in columns if method in c.studies}
         share = trained_percent(next(iter(found.values())))
         rows.append([method, share, *accuracies, *differences, _seeds_cell(found)])
-    return markdown_table(head, rows)
+    return markdown(head, rows)
 
 
 def glance(studies: list[Study], language: int) -> str:
@@ -153,7 +153,7 @@ def glance(studies: list[Study], language: int) -> str:
             rows.append([name, *(column.starred(method) for column in columns)])
     rows.append([others, *(column.range_without(GLANCE) for column in columns)])
     rows.append([reference, *(column.published() for column in columns)])
-    return markdown_table(["", *(column.name for column in columns)], rows)
+    return markdown(["", *(column.name for column in columns)], rows)
 
 
 def tables(studies: list[Study]) -> str:

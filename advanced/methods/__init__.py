@@ -1,1 +1,1 @@
-"""One paper per file."""
+"""One idea per file; each names its papers."""

@@ -12,7 +12,7 @@ Because of the nonlinearity an adapter cannot be merged into the weights. The pa
 Differences from the paper:
 
 - It starts near the identity, with both matrices drawn at a standard deviation of 0.01. Here W_up
-  starts as zeros, so a fresh adapter is exactly the identity.
+  starts as zeros, so a fresh adapter is exactly the identity, and W_down as PyTorch draws a Linear.
 - The paper leaves the activation open; here it is the Llama's SiLU.
 - The norms are RMSNorms (gains without biases) and stand before the sub-layers.
 """

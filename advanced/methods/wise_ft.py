@@ -7,7 +7,7 @@ All are functions of state dicts after training, and the result costs no more th
 - `average`: the uniform mean of the last epochs (stochastic weight averaging, Izmailov et al. 2018,
   arXiv 1803.05407) or of runs from one pretrained model (uniform soup, Wortsman et al. 2022, arXiv
   2203.05482).
-- `greedy_soup`: recipe 1 of the soup paper, the mean of the runs that improve it.
+- `greedy_soup`: recipe 1 of the soup paper, the mean of the runs that do not lower its accuracy.
 
 Differences from the papers:
 

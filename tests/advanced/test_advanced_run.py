@@ -551,6 +551,14 @@ def test_bad_input_is_one_line_and_exit_code_2(advanced, options, said):
     assert not list(Path("runs").glob("*read*"))  # before any pretraining
 
 
+def test_a_record_holds_each_template_that_its_grid_tries(advanced):
+    names = ["it-was", "about"]
+    grid = ["--grid", f"template={','.join(names)}"]
+    code, _, err = advanced("--method=prompt", "--epochs=1", "--seeds=3", *grid)
+    assert code == 0, err
+    assert [t["name"] for t in record("prompt")["settings"]["templates"]] == names
+
+
 def test_an_output_does_not_replace_an_input(advanced):
     shutil.copyfile("toy-dev.txt", "toy-dev-advanced-output.txt")
     same = ["--dev", "toy-dev-advanced-output.txt", "--dev_out", "toy-dev-advanced-output.txt"]

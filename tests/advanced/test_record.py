@@ -98,9 +98,10 @@ def test_a_record_of_other_settings_is_refused_with_what_differs(tmp_path):
     other = {**IDENTITY, "settings": {"epochs": 3, "targets": ["w1"]}}
     with pytest.raises(InputError, match=r"toy\.json: .*epochs: saved 2, now 3.*--name"):
         Record(path, other, "second")
-    path.write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match="is not JSON"):
-        Record(path, IDENTITY, "command")
+    for text, words in (("{", "is not JSON"), ("{}", "is not a record"), ("[]", "is not a record")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=words):
+            Record(path, IDENTITY, "command")
 
 
 def test_each_bundled_record_is_found_by_its_own_command():

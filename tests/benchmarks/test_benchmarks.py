@@ -128,6 +128,14 @@ def test_a_run_keeps_its_rows_and_the_report_shows_them(tmp_path, monkeypatch, c
         assert contender["median"] > 0 and contender["peak_mb"] > 50
     with pytest.raises(InputError, match="not of another"):
         report.keep(out, "rows", {}, {**here, "name": "another"})
+    with pytest.raises(InputError, match="is an input and would be replaced"):
+        report.main([str(out), "--plot", str(out)])
+    other = tmp_path / "other.json"
+    for data in (b"{}", b"[]", b"\x89PNG"):
+        other.write_bytes(data)
+        for use in (report.main, lambda argv: run.main([*options[:-1], *argv])):
+            with pytest.raises(InputError, match=r"other\.json: is not an output of benchmarks"):
+                use([str(other)])
     out.write_text(json.dumps({**content, "rows": [measured, beside]}), encoding="utf-8")
     report.main([str(out), "--plot", str(figure)])
     printed = capsys.readouterr().out

@@ -192,6 +192,8 @@ def test_the_page_has_scores_intervals_and_costs():
     expected = ["10,000", "100", "lr 0.0003", "2", "cpu", "101 + 42 once", "401"]
     assert cells(cost_table)["pretrain"] == expected
     assert "### toy, CFIMDB, 1-fold cross-validation" in text
+    dev_only = page.page([study("cfimdb", name, ["10"]) for name in ("plain", "lora")])
+    assert "minus plain" not in dev_only  # dev chose the epochs, so it tests nothing
 
 
 def test_every_page_shows_what_the_records_say():
@@ -238,6 +240,9 @@ def test_figures_plot_means_over_seeds(tmp_path):
     (panel,) = figures.train_size([lora, tenth]).axes
     (line,) = (bar.lines[0].get_xydata() for bar in panel.containers)
     np.testing.assert_allclose(line, [[10, 0.2], [100, 0.6]])
+    third = study("sst", "head", ["1"] * 2, ["11111"] * 2, None, figures.MODEL, 0.3)
+    (panel,) = figures.train_size([lora, tenth, third]).axes
+    assert panel.get_title() == "with 10 % of the sentences lora has the highest mean"
     unfinished = study("sst", "lora", ["1"] * 2, None, None, figures.MODEL, 0.1)
     assert not figures.train_size([unfinished]).axes[0].containers  # not evaluated on test
     figures.draw_all([lora, tenth], tmp_path)
@@ -258,6 +263,10 @@ def test_a_history_is_plotted_and_another_file_is_an_error_that_names_it(tmp_pat
         path.write_text(f"tokens,{columns}\n1000,{values}\n", encoding="utf-8")
         history.main([str(path), str(tmp_path / "other.png")])
         assert (tmp_path / "other.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match=r"other\.png: not a history"):
+        history.read_history(tmp_path / "other.png")
+    with pytest.raises(InputError, match="is an input and would be replaced"):
+        history.main([str(path), str(path)])
     for text in ("", "step\n1\n", "tokens,x\n1,\n", "tokens,x\n1,a\n"):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=r"history\.csv: not a history"):
