@@ -223,13 +223,7 @@ def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochRepor
     )
     if distributed.is_main():  # an old state has its new name now
         require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
-    progress = (state_file.saved or {}).get("progress")
-    has_best = isinstance(progress, dict) and progress.get("history")
-    if has_best and not Path(filepath).exists():
-        raise InputError(
-            f"{filepath}: the best checkpoint of the run in {state_file.path} is missing; put it "
-            "back, or start over with --restart"
-        )
+    _require_best_checkpoint(filepath, state_file)
     history = train_classifier(
         model,
         _encode(args, "train", train_rows, tokenizer, llama.config.max_seq_len),
@@ -459,6 +453,17 @@ def _read_dev_and_test(
         "dev": read_sentences(args.dev, n_labels, label_names=label_names),
         "test": read_sentences(args.test, n_labels, unlabelled=True, label_names=label_names),
     }
+
+
+def _require_best_checkpoint(filepath: str, state_file: StateFile) -> None:
+    """Raise InputError if a saved run has finished an epoch and its checkpoint is gone."""
+    progress = (state_file.saved or {}).get("progress")
+    has_best = isinstance(progress, dict) and progress.get("history")
+    if has_best and not Path(filepath).exists():
+        raise InputError(
+            f"{filepath}: the best checkpoint of the run in {state_file.path} is missing; put it "
+            "back, or start over with --restart"
+        )
 
 
 def _warn_of_unused_labels(
