@@ -9,7 +9,7 @@ from config import LlamaConfig
 
 
 class LlamaPreTrainedModel(nn.Module):
-    config_class = LlamaConfig
+    config_class = LlamaConfig  # the assignment's, like the next one; not used here
     base_model_prefix = "llama"
 
     def __init__(self, config: LlamaConfig):
@@ -22,9 +22,9 @@ class LlamaPreTrainedModel(nn.Module):
         """Draw every matrix from normal(0, 0.02); the norms keep their weights.
 
         The projections that write into the residual stream (`compute_output` and `w2`) get
-        0.02 / sqrt(2 n_layers), so that the stream's variance does not grow with the 2 n_layers
-        additions to it (Radford et al. 2019, GPT-2, section 2.3). A model on the meta device has no
-        weights to draw.
+        0.02 / sqrt(2 n_layers), so that the 2 n_layers additions to it together add about as much
+        variance in a deep model as in a shallow one (Radford et al. 2019, GPT-2, section 2.3). A
+        model on the meta device (shapes without memory) has no weights to draw.
         """
         if any(parameter.is_meta for parameter in self.parameters()):
             return

@@ -4,7 +4,7 @@ Both take right-padded token ids (B, T) and return log-probabilities (B, n_label
 which hidden states they read:
 
 - "position": the last column, a pad token in every row but the longest. This is the assignment's
-  way; it ignores lengths, and attention reads pad tokens like words.
+  way; it ignores lengths, and in full mode attention reads pad tokens like words.
 - "last": each row's last real token; "mean": the mean over each row's real tokens. Padding is
   masked and changes nothing. Both need `lengths` (B,); if absent, they count the tokens before the
   trailing pads.
@@ -57,7 +57,7 @@ class _Classifier(nn.Module):
     def _real_lengths(
         self, input_ids: torch.Tensor, lengths: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Return the real tokens of each row (B,), or None if this pooling ignores padding."""
+        """Return the number of real tokens of each row (B,), or None with pooling "position"."""
         if not self.reads_lengths:
             return None
         if lengths is not None:
@@ -99,7 +99,7 @@ class LlamaZeroShotClassifier(_Classifier):
         """(B, T) -> (B, n_labels): sum_i log p(t_i | prompt, t_1 ... t_i-1) over a label's tokens.
 
         Labels of one token share one pass; each further distinct beginning of a label costs one
-        more. The prompt must leave the model room for `longest_label` positions.
+        more. The prompt must leave the model room for `label_room` positions.
         """
         lengths = self._real_lengths(input_ids, lengths)
         log_probs: dict[tuple[int, ...], torch.Tensor] = {}  # beginning of a label -> (B, V)
@@ -115,14 +115,15 @@ class LlamaZeroShotClassifier(_Classifier):
         return torch.stack(scores, dim=1)
 
     @property
-    def longest_label(self) -> int:
-        """The positions that a label needs behind the prompt: all its tokens but the last."""
+    def label_room(self) -> int:
+        """The positions that the longest label needs behind the prompt: all its tokens but one."""
         return max(len(ids) for ids in self.label_name_ids) - 1
 
     def _log_probs(
         self, ids: torch.Tensor, lengths: torch.Tensor | None, beginning: tuple[int, ...]
     ) -> torch.Tensor:
-        """Return log p(. | prompt, beginning) (B, V); the beginning follows each prompt's end."""
+        """Return log p(. | prompt, beginning) (B, V); the beginning follows each prompt's end, with
+        pooling "position" the last column."""
         B, T = ids.shape
         ends = torch.full((B,), T, device=ids.device) if lengths is None else lengths
         extra = torch.tensor(beginning, dtype=ids.dtype, device=ids.device)

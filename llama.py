@@ -5,7 +5,7 @@ mask; attention="causal" is right for published checkpoints. Read `Linear` as nn
 bias; fast/linear.py only makes it faster on CPUs.
 
 Shapes: B batch, T sequence, H query heads, K key/value heads, D head size (dim = H * D), F
-feed-forward hidden size, V vocabulary.
+feed-forward hidden size, V vocabulary. `F.` in the code is torch.nn.functional.
 """
 
 import math
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         self.compute_key = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.compute_value = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.compute_output = Linear(config.n_heads * self.head_dim, config.dim)
-        self.attn_dropout = nn.Dropout(config.dropout)  # applied by the fused kernel
+        self.attn_dropout = nn.Dropout(config.dropout)  # F.scaled_dot_product_attention applies it
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def compute_query_key_value_scores(
@@ -67,7 +67,8 @@ class Attention(nn.Module):
         value: torch.Tensor,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return softmax(Q K^T / sqrt(D)) V (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+        """Return softmax(Q K^T / sqrt(D)) V (Vaswani et al. 2017, arXiv 1706.03762, eq. 1), in one
+        call of PyTorch; benchmarks/naive.py writes it out.
 
         query (B, H, T, D), key and value (B, K, T, D); query head h reads key/value head
         h // (H / K). key_mask (B, T), for full mode, is True where a key may be read. Returns
@@ -102,7 +103,7 @@ class FeedForward(nn.Module):
     """W2 (SiLU(W1 x) * W3 x), a gated layer without biases (Shazeer 2020, arXiv 2002.05202).
 
     It has three matrices instead of two, so `hidden_dim=None` takes 2/3 of the usual 4 dim, rounded
-    up to `multiple_of`: the number of parameters stays the same.
+    up to `multiple_of`: the number of parameters stays about the same.
     """
 
     def __init__(self, dim: int, hidden_dim: int | None, multiple_of: int, dropout: float):
@@ -122,7 +123,7 @@ class FeedForward(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """h = x + Attention(norm(x)); h + FeedForward(norm(h)). The residual stream is never normed."""
+    """h = x + Attention(norm(x)); h + FeedForward(norm(h)). No layer norms the sum itself."""
 
     def __init__(self, layer_id: int, config: LlamaConfig):
         super().__init__()
@@ -242,7 +243,7 @@ def sample(logits: torch.Tensor, temperature: float) -> torch.Tensor:
         raise InputError("the model's logits are not finite: its weights are damaged or diverged")
     if temperature < torch.finfo(logits.dtype).tiny:  # 0, or what a division rounds to 0
         return likeliest
-    probs = F.softmax((logits - largest) / temperature, dim=-1)  # at most 0: no overflow
+    probs = F.softmax((logits - largest) / temperature, dim=-1)  # at most 0, so never inf / inf
     return torch.multinomial(probs, num_samples=1)
 
 

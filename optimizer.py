@@ -12,7 +12,7 @@ from utils import InputError
 
 
 class AdamW(Optimizer):
-    """For each parameter theta with gradient g, at step t:
+    """For each parameter theta (weights) with gradient g, at step t:
 
         m <- beta1 m + (1 - beta1) g
         v <- beta2 v + (1 - beta2) g^2

@@ -35,7 +35,10 @@ def rotary_table(
 
 
 def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """View a (T, D') table as (1, T, 1, ..., D') to multiply `x` of shape (B, T, ..., D')."""
+    """View a (T, D/2) table as (1, T, 1, ..., D/2) to multiply `x` of shape (B, T, ..., D/2).
+
+    The table's name, in the assignment: cis(a) = cos(a) + j sin(a).
+    """
     assert x.ndim > 2 and freqs_cis.shape == (x.shape[1], x.shape[-1]), (
         f"table {tuple(freqs_cis.shape)} does not fit x {tuple(x.shape)}"
     )

@@ -5,8 +5,7 @@
     python run_llama.py --option finetune --train FILE --dev FILE --test FILE --label-names FILE
 
 This is the assignment's command line. Functions with the assignment's names keep its signatures,
-so its scripts still run. An option that the assignment lacks takes its default if it is missing
-from `args`.
+so its scripts still run. An option of ours that their `args` lacks has its default.
 """
 
 import fast  # noqa: F401, before PyTorch
@@ -139,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Continue the assignment's prefix at temperature 0 and at temperature 1."""
-    backbone = llama, _, device = load_backbone(args)
+    backbone = load_backbone(args)
+    llama, _, device = backbone
     announce(args, llama, device)
     low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
     generate_sentence(args, options.PREFIX, low, temperature=0.0, backbone=backbone)
@@ -177,7 +177,7 @@ def test_with_prompting(args: argparse.Namespace) -> None:
     suffix = prompt_suffix(label_names)
     if llama.config.attention == "causal":
         suffix = suffix.rstrip()  # its last space is a token that " good" never follows
-    max_tokens = llama.config.max_seq_len - model.longest_label
+    max_tokens = llama.config.max_seq_len - model.label_room
     for split, rows in splits.items():
         data = _encode(args, split, rows, tokenizer, max_tokens, suffix)
         _evaluate_and_write(args, split, model, data, device)
@@ -221,7 +221,7 @@ def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochRepor
         options.state_mode(args),
         getattr(args, "save_minutes", 5.0),
     )
-    if distributed.is_main():  # an old state has its new name now
+    if distributed.is_main():  # after StateFile, which may keep an old state under a new name
         require_space(filepath, sum(parameter.numel() for parameter in model.parameters()))
     _require_best_checkpoint(filepath, state_file)
     history = train_classifier(
@@ -286,7 +286,8 @@ def finetune(args: argparse.Namespace) -> None:
         state_path(checkpoint_path(args)).unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- the assignment's data functions
+# ---------------------------------------------------------------- functions of the assignment's
+# scripts, which nothing here calls except `write_predictions_to_file`
 
 
 class LlamaDataset(SentenceDataset):

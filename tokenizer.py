@@ -12,10 +12,12 @@ TOKENIZER_MODEL = Path(__file__).resolve().parent / "tokenizer.model"
 
 
 class Tokenizer:
-    """A SentencePiece model with Llama's conventions: bos, eos, and `<0x00>` as padding.
+    """A SentencePiece model with Llama's conventions: the tokens bos and eos begin and end a text,
+    and `<0x00>` pads.
 
-    `max_len` bounds the pieces of a text, before bos and eos are added. `tokenizer_model` is a
-    `.model` file; None takes the Llama 2 tokenizer at the root of the project.
+    `max_len` bounds the pieces (SentencePiece's tokens) of a text, without bos and eos.
+    `tokenizer_model` is a `.model` file; None takes the Llama 2 tokenizer at the root of the
+    project.
     """
 
     def __init__(

@@ -167,7 +167,7 @@ class Experiment:
         limits = {"max_tokens": self.max_seq_len, "max_sentence_len": settings.max_sentence_len}
         if self.templates:
             template = choose_template(self.templates, settings.template)
-            limits["max_tokens"] -= prompting.longest_label(self.tokenizer, template)
+            limits["max_tokens"] -= prompting.label_room(self.tokenizer, template)
             examples, n_cut = prompting.encode_prompts(rows, self.tokenizer, template, **limits)
         else:
             examples, n_cut = encode_examples(rows, self.tokenizer, **limits)

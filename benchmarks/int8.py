@@ -56,7 +56,7 @@ def measure_model(args: argparse.Namespace, quantize: str | None) -> dict[str, s
     classifier = LlamaZeroShotClassifier(
         SimpleNamespace(num_labels=len(names)), tokenizer, names, model
     )
-    max_tokens = model.config.max_seq_len - classifier.longest_label
+    max_tokens = model.config.max_seq_len - classifier.label_room
     rows, question = read_sentences(args.data, len(names)), prompt_suffix(names).rstrip()
     examples, _ = encode_examples(rows, tokenizer, max_tokens=max_tokens, suffix=question)
     result = evaluate(classifier, SentenceDataset(examples, tokenizer.pad_id), BATCH_SIZE, CPU)

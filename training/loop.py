@@ -100,7 +100,8 @@ def train_classifier(
     state_file: StateFile | None = None,
     regularizer: nn.Module | None = None,
 ) -> list[EpochReport]:
-    """Minimize the NLL by AdamW over shuffled batches; return the report of each epoch.
+    """Minimize the negative log-likelihood (NLL) by AdamW over shuffled batches; return the report
+    of each epoch.
 
     `model`, on `device`, is a classifier of classifier.py or a module with the same calls. The
     loss of a batch is its summed NLL over `batch_size`, also for a shorter last batch. A
@@ -123,6 +124,7 @@ def train_classifier(
     state = TrainState(shuffle_state=generator.get_state())
     if state_file is not None and state_file.saved is not None:
         state = _restore(state_file, model, optimizer, regularizer)
+    # An untied output matrix gets no gradient: a classifier computes no logits of the vocabulary.
     is_tied = model.llama.output.weight is model.llama.tok_embeddings.weight
     ddp_model = distributed.wrap(model, has_unused_parameters=not is_tied)
 
@@ -196,7 +198,8 @@ def batch_loss(
 ) -> tuple[torch.Tensor, int]:
     """Return this process's part of a batch's loss, and how many of its rows are correct.
 
-    `ddp_model` is the model as `distributed.wrap` returned it.
+    `ddp_model` is the model as `distributed.wrap` returned it: in several processes wrapped by
+    DistributedDataParallel.
     """
     rows, weight = distributed.own_rows(batch, ddp_model.reads_lengths)
     labels = rows["labels"].to(device)

@@ -10,7 +10,7 @@ from advanced.methods.prompting import (
     PromptClassifier,
     calibrate,
     encode_prompts,
-    longest_label,
+    label_room,
     unbiased_probs,
 )
 from conftest import random_llama
@@ -103,7 +103,7 @@ def test_scores_are_the_summed_probabilities_of_a_labels_strings(tokenizer):
     log_probs = model(*batch(tokenizer, texts))
     torch.testing.assert_close(log_probs, expected - expected.logsumexp(1, keepdim=True))
     n_tokens = len(tokenizer.encode("warm xyz", bos=False, eos=False))
-    assert model.longest_label == longest_label(tokenizer, BOTH) == n_tokens - 1
+    assert model.label_room == label_room(tokenizer, BOTH) == n_tokens - 1
 
 
 def test_padding_and_other_rows_change_nothing(tokenizer):
