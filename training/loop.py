@@ -100,8 +100,7 @@ def train_classifier(
     state_file: StateFile | None = None,
     regularizer: nn.Module | None = None,
 ) -> list[EpochReport]:
-    """Minimize the negative log-likelihood (NLL) by AdamW over shuffled batches; return the report
-    of each epoch.
+    """Minimize the negative log-likelihood (NLL) by AdamW; return the report of each epoch.
 
     `model`, on `device`, is a classifier of classifier.py or a module with the same calls. The
     loss of a batch is its summed NLL over `batch_size`, also for a shorter last batch. A
@@ -198,8 +197,7 @@ def batch_loss(
 ) -> tuple[torch.Tensor, int]:
     """Return this process's part of a batch's loss, and how many of its rows are correct.
 
-    `ddp_model` is the model as `distributed.wrap` returned it: in several processes wrapped by
-    DistributedDataParallel.
+    `ddp_model` is the model, in several processes wrapped by DistributedDataParallel.
     """
     rows, weight = distributed.own_rows(batch, ddp_model.reads_lengths)
     labels = rows["labels"].to(device)
