@@ -108,9 +108,9 @@ def tokenizer(tokenizer_file: Path) -> Tokenizer:
 def random_llama(seed: int = 0, scale: float = 5.0, **config) -> Llama:
     """A small model in eval mode with weights large enough for every part to matter."""
     shape = {"vocab_size": 320, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
-    torch.manual_seed(seed)
-    model = Llama(LlamaConfig(**{**shape, "max_seq_len": 96, "multiple_of": 4, **config}))
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():  # what a test draws later is its own
+        torch.manual_seed(seed)
+        model = Llama(LlamaConfig(**{**shape, "max_seq_len": 96, "multiple_of": 4, **config}))
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(scale)

@@ -39,8 +39,9 @@ def classifier(
         num_labels=n_labels, option="finetune", hidden_dropout_prob=dropout, pooling=pooling
     )
     llama = random_llama(**{"scale": 1.0, **shape})
-    torch.manual_seed(0)
-    return LlamaEmbeddingClassifier(config, llama)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaEmbeddingClassifier(config, llama)
 
 
 def train(

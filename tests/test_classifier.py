@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from classifier import PAD_ID, LlamaEmbeddingClassifier, LlamaZeroShotClassifier, choose_pooling
-from conftest import LABEL_NAMES, random_llama, save_llama
+from conftest import LABEL_NAMES, LENGTHS, TOKENS, random_llama, save_llama
 from training.checkpoint import load_classifier, save_classifier
 from utils import InputError
-
-TOKENS = torch.randint(3, 320, (3, 9), generator=torch.Generator().manual_seed(2))
-LENGTHS = torch.tensor([9, 4, 1])
 
 
 def embedding_config(**options) -> SimpleNamespace:
@@ -73,14 +70,19 @@ def test_lengths_are_counted_before_the_padding_if_a_caller_gives_none(pooling):
     real = torch.arange(9) < LENGTHS[:, None]
     padded = torch.where(real, TOKENS.clamp(min=4), PAD_ID)
     padded[0, 3] = PAD_ID  # a NUL byte inside a sentence is not padding
+    padded[2, 0] = PAD_ID  # and a sentence of nothing else has one token all the same
     assert torch.equal(model(padded), model(padded, lengths=LENGTHS))
 
 
 def test_dropout_acts_on_the_pooled_state_in_training_alone():
-    model = embedding_classifier(hidden_dropout_prob=0.5)
-    assert torch.equal(model(TOKENS), model(TOKENS))
-    model.train()
-    assert not torch.equal(model(TOKENS), model(TOKENS))
+    model, read = embedding_classifier(hidden_dropout_prob=0.5, pooling="mean"), []
+    model.classifier_head.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    model(TOKENS)
+    model.train()(TOKENS)
+    pooled, dropped = read
+    kept = dropped != 0
+    assert kept.any() and not kept.all()
+    torch.testing.assert_close(dropped, 2 * pooled * kept)
 
 
 def test_pretrain_freezes_the_llama_and_finetune_trains_all():
@@ -98,6 +100,8 @@ def test_classifier_reads_its_backbone_from_the_configured_path(tmp_path):
     model = LlamaEmbeddingClassifier(config)
     assert model.llama.config.attention == "causal"
     assert torch.equal(model.llama.output.weight, random_llama().output.weight)
+    with pytest.raises(InputError, match="attention='causal', but the given Llama has 'full'"):
+        LlamaEmbeddingClassifier(config, random_llama())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -185,6 +189,8 @@ def test_zero_shot_refuses_what_cannot_be_asked(tokenizer):
     config = SimpleNamespace(num_labels=3)
     with pytest.raises(InputError, match="2 label names for num_labels=3"):
         LlamaZeroShotClassifier(config, tokenizer, LABEL_NAMES, random_llama())
+    with pytest.raises(InputError, match="equal tokens"):
+        zero_shot(tokenizer, label_names=["good", "good"])
     with pytest.raises(InputError, match="has 320 tokens, the checkpoint has 100"):
         LlamaZeroShotClassifier(
             SimpleNamespace(num_labels=2), tokenizer, LABEL_NAMES, random_llama(vocab_size=100)

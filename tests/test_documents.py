@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import test_help
 from conftest import ROOT
 from training.options import PREFIX
 
@@ -52,6 +54,12 @@ def test_the_front_page_is_read_in_one_sitting():
     assert text.count("\n") <= 260 and len(text.encode()) <= 20_000
 
 
+def blocks(page: Path, language: str = r"\w*") -> list[str]:
+    """Return the code blocks of a page in a language, or all of them."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+
+
 # A command that needs downloads, another package or minutes of time is not run here, nor the
 # finetuning with all its options written out, which is the bare one without downloads.
 LEFT_OUT = re.compile(
@@ -65,10 +73,39 @@ def commands() -> list[str]:
     """The lines of the bash blocks in the order of the pages, each once."""
     lines = []
     for name in ("README.md", "docs/usage.md", "docs/methods.md", "docs/troubleshooting.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S):
+        for block in blocks(ROOT / name, "bash"):
             lines += [line.split("    #")[0] for line in block.splitlines()]
     return [line for line in dict.fromkeys(lines) if not LEFT_OUT.search(line)]
+
+
+PROGRAM = re.compile(
+    r"(?:\w+=\w+ )*(?:\.venv/bin/)?(?:python3?|torchrun --nproc-per-node \d) "
+    r"(-m [\w.]+|[\w/]+\.py)(?= |$)(.*)"
+)
+
+
+def test_every_command_of_every_page_is_accepted():
+    """By its parser, also those that no test runs."""
+    checked = set()
+    for line in (line for page in PAGES for block in blocks(page) for line in block.splitlines()):
+        found = PROGRAM.match(line)
+        if found and found[1] in test_help.COMMANDS and "--help" not in line:
+            words = shlex.split(re.split(" [<>] ", found[2])[0], comments=True)
+            test_help.parser_of(found[1]).parse_args(words)
+            checked.add(found[1])
+    assert len(checked) > 10
+
+
+def python_blocks() -> list[str]:
+    """The Python blocks of the pages, in which a checkpoint of the commands is read."""
+    pages = (ROOT / "README.md", ROOT / "docs/usage.md")
+    return [block for page in pages for block in blocks(page, "python")]
+
+
+def printed_by(command: str) -> str:
+    """The block that README shows below a command."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"^{re.escape(command)}\n```\n\n```\n(.*?)^```", text, re.M | re.S)[1]
 
 
 # A proxy that no name server knows: a command that uses the network fails.
@@ -85,7 +122,7 @@ def clone(tmp_path_factory):
     for name in tracked.stdout.split("\0")[:-1]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
-    for split, n in (("train", 120), ("dev", 50), ("test", 20)):
+    for split, n in (("train", 180), ("dev", 50), ("test", 20)):
         path = folder / f"data/demo-{split}.txt"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         path.write_text("".join(lines[:n]), encoding="utf-8")
@@ -106,7 +143,16 @@ def test_the_commands_of_the_pages_run_as_they_are_written(clone):
         assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
         said[line] = ended
 
+    for block in python_blocks():
+        ended = subprocess.run(
+            [sys.executable, "-c", block], cwd=clone, capture_output=True, encoding="utf-8"
+        )
+        assert ended.returncode == 0, f"{block}\n{ended.stderr}"
+        assert ended.stdout.splitlines()[-1] in ("awful", "bad", "average", "good", "excellent")
+
     bare = ".venv/bin/python run_llama.py"
+    for line in printed_by(bare).splitlines():
+        assert line in said[bare].stdout
     assert said[bare].stderr.count("\n") == 1
     assert "stories42M.pt not found, using the bundled" in said[bare].stderr
     for temperature in ("0", "1"):

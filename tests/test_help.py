@@ -55,6 +55,10 @@ def command(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def parser(command: str) -> argparse.ArgumentParser:
+    return parser_of(command)
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
     def parse_args(self: argparse.ArgumentParser, *_: object) -> None:
         raise ParserMadeError(self)
 

@@ -9,8 +9,8 @@ import torch
 import oracle
 import sanity_check
 from config import LlamaConfig
-from conftest import random_llama
-from llama import Attention, FeedForward, Llama, RMSNorm
+from conftest import random_llama, save_llama
+from llama import Attention, FeedForward, Llama, RMSNorm, load_pretrained, sample
 from utils import InputError
 
 MODES = ("full", "causal")
@@ -144,6 +144,12 @@ def test_sampling_follows_the_softmax_of_the_scaled_logits():
     assert ((observed - expected).abs() <= 5 * standard_error + 1e-3).all()
 
 
+def test_a_tiny_temperature_takes_the_likeliest_token():
+    logits = torch.tensor([[900.0, 899.0, -900.0]])
+    for temperature in (1e-3, 1e-37, 1e-300):
+        assert sample(logits, temperature).item() == 0
+
+
 def test_generated_tokens_can_be_trained_on():
     model = random_llama(attention="causal")
     idx = model.generate(random_tokens(1, 4), 3)
@@ -157,6 +163,8 @@ def test_generate_refuses_what_it_cannot_continue():
     for temperature in (-0.5, math.nan):
         with pytest.raises(InputError, match="temperature"):
             model.generate(random_tokens(1, 4), 1, temperature)
+    with pytest.raises(InputError, match="the prompt has no token"):
+        model.generate(torch.empty(1, 0, dtype=torch.long), 1)
     assert torch.equal(model.generate(random_tokens(1, 4), 0), random_tokens(1, 4))
 
 
@@ -202,6 +210,12 @@ def test_attention_scores_are_scaled_dot_products():
     np.testing.assert_allclose(ours.numpy(), expected, atol=1e-12)
 
 
+def test_a_given_dropout_wins_over_the_recorded_one_also_0(tmp_path):
+    path = save_llama(random_llama(dropout=0.3), tmp_path / "model.pt")
+    found = [load_pretrained(path, dropout=given).config.dropout for given in (None, 0.0, 0.1)]
+    assert found == [0.3, 0.0, 0.1]
+
+
 def test_attention_drops_weights_and_keeps_their_expectation():
     config = LlamaConfig(dim=8, n_heads=1, n_kv_heads=1, dropout=0.5)
     attention = Attention(config).train()
@@ -211,6 +225,25 @@ def test_attention_drops_weights_and_keeps_their_expectation():
     out = attention.compute_query_key_value_scores(q, k, v)[:, 0, 0, 0]
     assert set(out.tolist()) == {0.0, 2.0}  # a single weight of 1 is dropped or doubled
     assert out.mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "dropout",
+        "layers.0.attention.attn_dropout",
+        "layers.1.attention.resid_dropout",
+        "layers.1.feed_forward.dropout",
+    ],
+)
+def test_each_place_of_dropout_acts_in_training_alone(place):
+    model, tokens = random_llama(dropout=0.5), random_tokens(1, 6)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and name != place:
+            module.p = 0.0
+    assert torch.equal(run(model, tokens)[1], run(random_llama(), tokens)[1])
+    model.train()
+    assert not torch.equal(run(model, tokens)[1], run(model, tokens)[1])
 
 
 def test_initial_weights_have_the_stated_spread():

@@ -77,6 +77,8 @@ def test_positions_and_head_sizes_that_do_not_fit_are_refused(head_dim, max_seq_
     apply_rotary_emb(*random_pair(5, 8), 8, 5)
     with pytest.raises(InputError, match=words):
         apply_rotary_emb(query, key, head_dim, max_seq_len)
+    with pytest.raises(InputError, match=r"head_dim=8 must be .* of query .* and key"):
+        apply_rotary_emb(random_pair(5, 8)[0], random_pair(5, 6)[1], 8, 5)
 
 
 def test_reshape_for_broadcast_keeps_time_and_last_dimension():

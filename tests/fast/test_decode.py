@@ -57,6 +57,12 @@ def test_it_refuses_full_attention_and_positions_without_room():
         decoder(decoder(random_tokens(1, 1)).argmax(dim=-1, keepdim=True))
 
 
+def test_samples_of_several_prefixes_stand_side_by_side():
+    model, idx = random_llama(attention="causal"), random_tokens(2, 5)
+    steps = torch.cat(list(next_tokens(model, idx, 4, greedy, num_samples=2)), dim=1)
+    assert torch.equal(steps, plain_loop(model, idx, 4)[:, 5:].repeat_interleave(2, dim=0))
+
+
 def test_each_token_is_read_once_and_samples_share_their_prefix(monkeypatch):
     shapes, call = [], Decoder.__call__
     monkeypatch.setattr(
@@ -97,9 +103,10 @@ def test_int8_logits_are_those_of_the_whole_forward_up_to_bfloat16():
     assert 0 < difference < 0.05 * expected.abs().max()
 
 
-def test_a_hook_such_as_an_adapters_is_not_passed_over():
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_such_as_an_adapters_is_not_passed_over(kind):
     model = random_llama(attention="causal")
-    model.norm.register_forward_hook(lambda *_: torch.zeros(1, 1, 32))
+    getattr(model.norm, kind)(lambda *_: torch.zeros(1, 1, 32))
     assert model.generate(random_tokens(1, 4), 3, 0.0)[0, 4:].tolist() == [0, 0, 0]
 
 

@@ -130,7 +130,8 @@ def test_the_short_table_stars_what_is_significant_and_gives_the_others_as_a_ran
     members = [
         study("sst", "plain", [right], test=[right + right], model=figures.MODEL),
         study("sst", "lora", [right], test=[wrong + right], model=figures.MODEL),
-        study("sst", "smart", [right], test=["0" + right[1:] + right], model=figures.MODEL),
+        study("sst", "smart", [right], test=[wrong[:6] + right[6:] + right], model=figures.MODEL),
+        study("sst", "norms", [right], test=[wrong[:9] + right[9:] + right], model=figures.MODEL),
         study("sst", "mixout", [right], test=[right + wrong[:4] + right[:6]], model=figures.MODEL),
         study("sst", "l2sp", [right], test=[right + right], model=figures.MODEL),
         study("sst", "adapter", [right], test=[wrong + wrong], model="other"),
@@ -139,8 +140,9 @@ def test_the_short_table_stars_what_is_significant_and_gives_the_others_as_a_ran
         rows = cells(report.glance(members, language))
         name = {m: f"{words[language]} (`{m}`)" for m, words in report.GLANCE.items()}
         assert rows[""] == ["SST test"]
-        assert rows[name["lora"]] == ["0.500*"]  # p 2 / 2**10, times 4
-        assert rows[name["smart"]] == ["0.950"]
+        assert rows[name["lora"]] == ["0.500*"]  # p 2 / 2**10, times 5
+        assert rows[name["norms"]] == ["0.550*"]  # p 2 / 2**9, times 4 is 0.016
+        assert rows[name["smart"]] == ["0.700"]  # p 2 / 2**6 alone is 0.031, times 3 no more
         assert rows[name["plain"]] == ["1.000"]
         assert name["head"] not in rows  # nobody ran it
         assert rows[others] == ["0.800 - 1.000"]

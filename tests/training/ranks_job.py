@@ -17,21 +17,23 @@ from training.state import StateFile  # noqa: E402
 from utils import InputError  # noqa: E402
 
 CASES = [
-    # attention, pooling, batch size (of 10 sentences), r_drop, max_grad_norm
-    ("full", "position", 4, 0.0, None),
-    ("causal", "last", 4, 0.0, 0.5),
-    ("full", "mean", 10, 0.7, None),
-    ("causal", "mean", 1, 0.0, None),  # less than the ranks
+    # attention, pooling, batch size (of 10 sentences), r_drop, max_grad_norm, output is tied
+    ("full", "position", 4, 0.0, None, True),
+    ("causal", "last", 4, 0.0, 0.5, True),
+    ("full", "mean", 10, 0.7, None, False),
+    ("causal", "mean", 1, 0.0, None, True),  # less than the ranks
 ]
 SETTINGS = {"lr": 1e-3}
 
 
-def train_case(attention, pooling, batch_size, r_drop, max_grad_norm, **options) -> dict:
+def train_case(
+    attention, pooling, batch_size, r_drop, max_grad_norm, is_tied=True, **options
+) -> dict:
     """Train in float64; return the weights and what is reported and predicted."""
-    model, n_passes = (
-        classifier(pooling, n_labels=3, attention=attention).double(),
-        itertools.count(),
-    )
+    model = classifier(pooling, n_labels=3, attention=attention).double()
+    n_passes = itertools.count()
+    if not is_tied:
+        model.llama.output.weight = torch.nn.Parameter(model.llama.output.weight.detach().clone())
     if r_drop:
         model.classifier_head.register_forward_hook(  # so that its two passes differ
             lambda head, _, output: output * 1.5 ** (head.training and next(n_passes) % 2)
@@ -49,6 +51,19 @@ def train_case(attention, pooling, batch_size, r_drop, max_grad_norm, **options)
     }
 
 
+def dropout_masks() -> list[float]:
+    """Return a number for the first dropout mask of each of two epochs."""
+    model, masks = classifier(n_labels=3), []
+    model.llama.dropout.p = 0.5
+    model.llama.dropout.register_forward_hook(
+        lambda drop, _, output: (
+            masks.append((output != 0).double().mean().item()) if drop.training else None
+        )
+    )
+    train(model, random_data(3, n_labels=3), batch_size=3, lr=1e-30)
+    return masks
+
+
 @mock.patch.object(state, "source_digest", lambda: "whatever is edited meanwhile")
 def main(out: str) -> None:
     """Rank 0 writes the results to `out`, and the state behind one epoch to `out`.state.pt."""
@@ -56,14 +71,17 @@ def main(out: str) -> None:
         results = [train_case(*case) for case in CASES]
         train_case(*CASES[0], epochs=1, state_file=StateFile(f"{out}.state.pt", SETTINGS))
         messages = []
-        for settings in ({"seed": 3}, {"seed": distributed.rank()}):
+        for seed in (3, distributed.rank()):  # StateFile compares the settings of all ranks
             try:
-                distributed.require_same(settings)
+                StateFile(f"{out}.absent.pt", {"seed": seed})
             except InputError as error:
                 messages.append(str(error))
+        masks = torch.zeros(distributed.world_size(), 2, dtype=torch.float64)
+        masks[distributed.rank()] = torch.tensor(dropout_masks())
+        masks = distributed.all_sum(masks).flatten().tolist()
         assert sum(distributed.all_sum(torch.ones(2)).tolist()) == 2 * distributed.world_size()
         if distributed.is_main():
-            torch.save({"results": results, "messages": messages}, out)
+            torch.save({"results": results, "messages": messages, "masks": masks}, out)
 
 
 if __name__ == "__main__":

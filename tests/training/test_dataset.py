@@ -1,6 +1,7 @@
 """What a line of a data file may be, what becomes of it, and what is said of every other line."""
 
 import hashlib
+import itertools
 import json
 import re
 
@@ -317,6 +318,8 @@ def test_training_reads_every_sentence_once_an_epoch_in_another_order_each(simil
         assert sorted(int(s) for batch in batches for s in batch) == list(range(1001))
     assert epochs(0) == [first, second]
     assert epochs(1)[0] != first
+    widths = [max(len(data[int(s)].tokens) for s in batch) for batch in first]
+    assert sum(a <= b for a, b in itertools.pairwise(widths)) < 0.7 * len(widths)  # not sorted
     together = [{frozenset(batch) for batch in batches} for batches in (first, second)]
     assert len(together[0] & together[1]) < 125  # which sentences meet changes, too
 

@@ -34,6 +34,7 @@ def test_ranks_end_in_the_weights_and_numbers_of_one_process(tmp_path):
             assert theirs[key] == ours[key], case
     said = "ranks [1, 2] were started with options or data files that differ from rank 0's"
     assert ranks["messages"] == [said]
+    assert len(set(ranks["masks"])) == 6  # of three ranks in two epochs
 
     state_file = StateFile(tmp_path / "ranks.pt.state.pt", ranks_job.SETTINGS, "resume")
     assert state_file.saved["progress"]["epoch"] == 1

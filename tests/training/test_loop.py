@@ -23,6 +23,7 @@ from training.checkpoint import load_classifier, save_classifier
 from training.dataset import SentenceDataset, make_train_loader
 from training.evaluation import Evaluation, evaluate, forward_pass, predict_probs
 from training.loop import DivergedError, Recipe
+from training.state import StateFile
 from utils import InputError
 
 
@@ -158,6 +159,13 @@ def test_train_accuracy_is_of_the_train_data_and_dev_accuracy_of_the_dev_data():
     assert report.dev_accuracy == pytest.approx(1 - accuracy)
 
 
+def test_running_train_accuracy_is_that_of_the_model_while_it_trains():
+    data, recipe = random_data(9), Recipe(train_acc="running")
+    contrary = SentenceDataset([e._replace(label=1 - e.label) for e in data.examples], 3)
+    (report,) = train(classifier(), data, contrary, epochs=1, lr=1e-30, recipe=recipe)
+    assert report.train_accuracy == evaluate(classifier(), data, 4, CPU).accuracy
+
+
 def scripted(monkeypatch, dev_accuracies: list[float]) -> None:
     given = iter(dev_accuracies)
 
@@ -227,7 +235,7 @@ def test_a_loss_that_is_not_finite_is_an_error_of_its_own_class_that_names_the_p
         train(classifier(), random_data())
 
 
-def test_weights_that_are_not_finite_reach_no_checkpoint(monkeypatch):
+def test_weights_that_are_not_finite_reach_no_checkpoint_and_no_state(monkeypatch, tmp_path):
     take_step, reported = loop.take_step, []
 
     def diverging(optimizers, *given):
@@ -236,9 +244,11 @@ def test_weights_that_are_not_finite_reach_no_checkpoint(monkeypatch):
             optimizers[0].param_groups[0]["params"][0][0, 0] = math.inf
 
     monkeypatch.setattr(loop, "take_step", diverging)
-    with pytest.raises(DivergedError, match=r"llama\.tok_embeddings\.weight; lower --lr"):
-        train(classifier(), random_data(4), on_epoch=lambda *report: reported.append(report))
-    assert reported == []
+    state_file = StateFile(tmp_path / "run.state.pt", {}, minutes=0)  # due after every batch
+    for options in ({}, {"state_file": state_file}):
+        with pytest.raises(DivergedError, match=r"llama\.tok_embeddings\.weight; lower --lr"):
+            train(classifier(), random_data(4), on_epoch=lambda *r: reported.append(r), **options)
+    assert reported == [] and list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- evaluation

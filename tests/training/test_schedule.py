@@ -93,6 +93,7 @@ def test_the_peak_survives_saving_and_loading_the_optimizer():
 def test_precision_rules_the_products_and_never_the_weights_or_gradients(bf16):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(64, 8, bias=False), torch.randn(5, 64)
+    math_sdp = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     with precision(CPU, bf16):
         y = layer(x)
     expected = x.numpy().astype(float) @ layer.weight.detach().numpy().astype(float).T
@@ -102,6 +103,7 @@ def test_precision_rules_the_products_and_never_the_weights_or_gradients(bf16):
     y.float().sum().backward()
     assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
     assert layer(x).dtype == torch.float32  # and nothing is left behind
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == math_sdp
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
