@@ -25,6 +25,10 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of files written 
 _MAX_INSTRUCTIONS, _MAX_TUPLES = 500_000, 50_000
 
 
+class DoesNotFitError(InputError):
+    """A file takes more memory than there is."""
+
+
 def is_torch_file(path: str | os.PathLike) -> bool:
     """Return whether a file begins as a torch file does, whatever its name."""
     with open(path, "rb") as file:
@@ -35,8 +39,8 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
     """Return the dict in a torch file, with tensors on the CPU.
 
     Raises OSError if the file cannot be opened and InputError with its name if it is damaged, holds
-    anything except plain data and dense tensors, or declares far more memory than it has bytes.
-    Errors of too little memory pass.
+    anything except plain data and dense tensors, or declares far more memory than it has bytes. Its
+    subclass DoesNotFitError leaves open whether the file or the memory is at fault.
     """
     try:
         with warnings.catch_warnings():  # torch warns of odd tensors, Python of escapes in a pickle
@@ -44,8 +48,12 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, Any]:
             _require_bounded(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, KeyError and others
-        if is_memory_error(error) or (isinstance(error, OSError) and error.filename is not None):
+        if isinstance(error, OSError) and error.filename is not None:
             raise
+        if is_memory_error(error):
+            raise DoesNotFitError(
+                f"{path}: does not fit in the free memory, or is damaged"
+            ) from error
         raise InputError(f"{path}: {_reason(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dict")

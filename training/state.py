@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from formats.torch_file import load_torch_file, save_torch_file
+from formats.torch_file import DoesNotFitError, load_torch_file, save_torch_file
 from training import distributed
 from utils import InputError, hidden_neighbor, is_device, real_path, sha256_of
 
@@ -94,6 +94,8 @@ class StateFile:
         try:
             saved = load_torch_file(self.path)
             changed = differences(saved["settings"], self.settings)
+        except DoesNotFitError:  # it may be whole: neither rename nor replace it
+            raise
         except (InputError, LookupError, TypeError, AttributeError) as error:
             if mode == "resume":
                 raise self.damaged() from error

@@ -261,7 +261,7 @@ def test_too_little_memory_is_no_damage(saved_run, error, monkeypatch):
         raise error
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(type(error)):
+    with pytest.raises(InputError, match=r"run\.state\.pt: does not fit in the free memory"):
         StateFile(saved_run, SETTINGS)
     assert saved_run.exists()
 
