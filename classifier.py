@@ -116,7 +116,7 @@ class LlamaZeroShotClassifier(_Classifier):
 
     @property
     def label_room(self) -> int:
-        """The positions that the longest label needs behind the prompt: all its tokens but one."""
+        """The positions that the longest label needs after the prompt: all its tokens but one."""
         return max(len(ids) for ids in self.label_name_ids) - 1
 
     def _log_probs(

@@ -5,7 +5,7 @@
     python run_llama.py --option finetune --train FILE --dev FILE --test FILE --label-names FILE
 
 This is the assignment's command line. Functions with the assignment's names keep its signatures,
-so its scripts still run. An option of ours that their `args` lacks has its default.
+so its scripts still run. Options that their `args` does not define take their defaults.
 """
 
 import fast  # noqa: F401, before PyTorch
@@ -30,7 +30,7 @@ from training import distributed, options
 from training.checkpoint import load_classifier, provenance, save_classifier
 from training.dataset import Example, SentenceDataset, encode_examples, warn_of_truncation
 from training.evaluation import Evaluation, evaluate, forward_pass, scores, write_predictions
-from training.labelled import read_label_names, read_sentences
+from training.labeled import read_label_names, read_sentences
 from training.loop import EpochReport, train_classifier
 from training.state import StateFile, only_writer, require_space, state_path
 from utils import (
@@ -313,7 +313,7 @@ def create_data(
     """Read a file into (sentence, label, tokens); with flag "train" also the number of labels, the
     largest label + 1."""
     examples = []
-    for sentence, label in read_sentences(filename, unlabelled=flag == "test"):
+    for sentence, label in read_sentences(filename, unlabeled=flag == "test"):
         sentence = sentence.lower() if lower else sentence
         sentence = sentence if prompt_suffix is None else f"{sentence} {prompt_suffix}"
         examples.append(Example(sentence, label, tokenizer.encode(sentence, bos=True, eos=eos)))
@@ -452,7 +452,7 @@ def _read_dev_and_test(
     n_labels = len(label_names)
     return {
         "dev": read_sentences(args.dev, n_labels, label_names=label_names),
-        "test": read_sentences(args.test, n_labels, unlabelled=True, label_names=label_names),
+        "test": read_sentences(args.test, n_labels, unlabeled=True, label_names=label_names),
     }
 
 

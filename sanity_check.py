@@ -172,8 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         pairs = [mini]
         print(
-            f"sanity_check.py: {PUBLISHED[0]} not found, checking the bundled {MINI[0]} alone; "
-            "`bash setup.sh` downloads it",
+            f"sanity_check.py: {PUBLISHED[0]} not found, checking only the bundled {MINI[0]}; "
+            f"`bash setup.sh` downloads {PUBLISHED[0]}",
             file=sys.stderr,
         )
     missing = [path for pair in pairs for path in pair if not Path(path).is_file()]

@@ -22,7 +22,7 @@ from tokenizer import Tokenizer
 from training.checkpoint import provenance, save_classifier
 from training.dataset import SentenceDataset, encode_examples, warn_of_truncation
 from training.evaluation import Evaluation, evaluate
-from training.labelled import read_label_names, read_sentences
+from training.labeled import read_label_names, read_sentences
 from training.loop import Recipe
 from training.options import dataset_name
 from training.templates import Template, choose_template, find_templates
@@ -66,7 +66,7 @@ class Experiment:
         names = {"n_labels": self.n_labels, "label_names": self.label_names}
         self.train: Rows = read_sentences(files["train"], **names)
         self.dev: Rows = read_sentences(files["dev"], **names)
-        self.test: Rows = read_sentences(files["test"], unlabelled=True, **names)
+        self.test: Rows = read_sentences(files["test"], unlabeled=True, **names)
         self._require_enough_sentences()
         self.tokenizer = Tokenizer(tokenizer_model=files["tokenizer_path"])
         path = Path(files["pretrained_model_path"])

@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from training.evaluation import Evaluation
-from training.labelled import NO_GOLD_LABEL
+from training.labeled import NO_GOLD_LABEL
 from training.state import differences
 from utils import InputError, atomic_write
 

@@ -4,7 +4,7 @@
     python -m advanced.run --method pretrain --method lora --seeds 1,2,3 --grid lr=1e-3,2e-3
     python -m advanced.run --method norms --folds 5 --seeds 1 --results_dir DIR --runs_dir DIR
 
-A finished run is recorded in results/records/<data set>-<method>-<model>.json and not repeated. The
+A finished run is recorded in runs/records/<data set>-<method>-<model>.json and not repeated. The
 same command resumes an interrupted run. Weights and states are in runs/. With --grid the first seed
 tries every combination, and all seeds use the one with the best dev accuracy. The test split is
 evaluated after all training.
@@ -63,7 +63,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{split}_out", metavar="FILE", help=f"file for the {split} predictions of the seed "
             f"with the best dev accuracy, such as sst-{split}-advanced-output.txt (default: "
             "none)")  # fmt: skip
-    add("--results_dir", default="results/records", metavar="DIR",
+    add("--results_dir", default="runs/records", metavar="DIR",
         help="folder of the records (default: %(default)s)")  # fmt: skip
     add("--runs_dir", default="runs", metavar="DIR",
         help="folder of weights and states (default: %(default)s)")  # fmt: skip

@@ -26,7 +26,7 @@ from tools.export import weights_of
 from tools.predict import load_predictor
 from training.dataset import SentenceDataset, encode_examples
 from training.evaluation import evaluate
-from training.labelled import read_label_names, read_sentences
+from training.labeled import read_label_names, read_sentences
 from training.options import DEMO_DATA, fill_model, positive_int
 from training.state import ROOT
 from utils import ArgumentParser, run_script

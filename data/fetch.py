@@ -4,7 +4,7 @@
     .venv/bin/python data/fetch.py tokenizer.model    # download this file only
     .venv/bin/python data/fetch.py --assets-from DIR  # copy from a folder, without a network
 
-data/manifest.json lists the files with their addresses, sizes, checksums and licences. A new file
+data/manifest.json lists the files with their addresses, sizes, checksums and licenses. A new file
 gets its name after it passed its check. An existing file is checked and never overwritten, nor is
 a link that leads nowhere. No other script of the project uses the network.
 
@@ -117,7 +117,7 @@ def fetch_all(files: Sequence[dict], folder: Path | None) -> int:
     for file in files:
         word = words[file["name"]] = fetch(file, folder, failures)
         is_unproven = file["sha256"] is None and word in ("ok", "fetched", "copied")
-        hint = "  (no checksum is published; sanity_check.py proves it)" if is_unproven else ""
+        hint = "  (no published checksum; sanity_check.py verifies it)" if is_unproven else ""
         if word != "missing":
             print(f"{word:8} {file['name']}{hint}", flush=True)
     if missing := [name for name, word in words.items() if word == "missing"]:

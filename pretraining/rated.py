@@ -1,4 +1,4 @@
-"""Reviews with ratings -> text that ends in a judgement, so that a model learns to answer in words.
+"""Reviews with ratings -> text that ends in a judgment, so that a model learns to answer in words.
 
 An example is a review, or one to three sentences of it, then words that ask for the rating, then
 the answer:
@@ -126,7 +126,7 @@ def is_binary(reviews: list[Document]) -> bool:
     return {review.rating for review in reviews} <= {0.0, 1.0}
 
 
-def labelled_lines(reviews: list[Document], binary: bool) -> str:
+def labeled_lines(reviews: list[Document], binary: bool) -> str:
     """Write whole reviews as `label ||| sentence` lines, the labels those of the questions."""
     return "".join(
         f"{int(rating) if binary else label_of(rating)} ||| {' '.join(text.split())}\n"

@@ -37,7 +37,7 @@ from pretraining.rated import (
     draw_passages,
     encode_examples,
     is_binary,
-    labelled_lines,
+    labeled_lines,
 )
 from tokenizer import Tokenizer, find_tokenizer_model
 from training import distributed, options
@@ -260,7 +260,7 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
         fixed = random.Random(0)  # the same held-out questions in every run
         chosen = draw_passages(heldout[path], args.heldout, fixed)
         corpus.heldout_examples[name_of(path)] = ask(chosen, subject, binary[path], fixed)
-        corpus.heldout_lines[heldout_file(path)] = labelled_lines(heldout[path], binary[path])
+        corpus.heldout_lines[heldout_file(path)] = labeled_lines(heldout[path], binary[path])
     return corpus
 
 

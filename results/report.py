@@ -63,8 +63,11 @@ GLANCE = {  # the rows of the short table, in the languages of the READMEs
 }
 GLANCE_ENDS = (
     ("always the largest class", "一律選最大的類別"),
-    ("all others, lowest and highest mean", "其他方法平均的最低與最高"),
-    ("stories42M in the assignment's mode, published", "stories42M 以作業的方式微調，作業公布"),
+    ("the other methods measured, lowest and highest mean", "其他量過的方法，平均的最低與最高"),
+    (
+        "for comparison: stories42M in the assignment's mode, published",
+        "stories42M 以作業的方式微調，作業公布，供對照",
+    ),
 )
 
 
@@ -87,9 +90,12 @@ class Column(NamedTuple):
         study = self.studies.get(method)
         return mean_std(scores(study, self.split)) if study else ""
 
-    def starred(self, method: str) -> str:
-        comparison = self.comparisons.get(method)
-        return self.accuracy(method) + "*" * (comparison is not None and comparison.p < 0.05)
+    def marked(self, method: str) -> str:
+        """Return the accuracy with an arrow if it differs significantly from that of `plain`."""
+        comparison, arrow = self.comparisons.get(method), ""
+        if comparison is not None and comparison.p < 0.05:
+            arrow = " ↑" if comparison.difference > 0 else " ↓"
+        return self.accuracy(method) + arrow
 
     def range_without(self, methods: Collection[str]) -> str:
         """Return the lowest and the highest mean of the other methods."""
@@ -140,8 +146,8 @@ def table(studies: list[Study], model: str) -> str:
 def glance(studies: list[Study], language: int) -> str:
     """Return the short table of a README, for the bundled model on all training data.
 
-    `language` is 0 for English, 1 for Chinese. A star marks a significant difference from `plain`:
-    p < 0.05, corrected by Holm's method.
+    `language` is 0 for English, 1 for Chinese. An arrow marks a significant difference from
+    `plain`: p < 0.05, corrected by Holm's method.
     """
     columns = _columns(select(studies, model=figures.MODEL, train_share=1.0))
     columns = [column for column in columns if column.comparisons is not None]
@@ -150,7 +156,7 @@ def glance(studies: list[Study], language: int) -> str:
     for method, words in GLANCE.items():
         if any(method in column.studies for column in columns):
             name = f"{words[language]} (`{method}`)"
-            rows.append([name, *(column.starred(method) for column in columns)])
+            rows.append([name, *(column.marked(method) for column in columns)])
     rows.append([others, *(column.range_without(GLANCE) for column in columns)])
     rows.append([reference, *(column.published() for column in columns)])
     return markdown(["", *(column.name for column in columns)], rows)

@@ -26,7 +26,7 @@ from llama import load_pretrained
 from tokenizer import Tokenizer
 from training.checkpoint import load_classifier, save_classifier
 from training.dataset import Example, SentenceDataset, encode_examples
-from training.labelled import read_label_names, read_sentences
+from training.labeled import read_label_names, read_sentences
 from training.loop import train_classifier
 from training.state import StateFile
 from utils import run_script
@@ -291,7 +291,7 @@ LABELS = st.one_of(
 
 
 def read_data() -> None:
-    rows = read_sentences("toy-dev.txt", 2, unlabelled=True)
+    rows = read_sentences("toy-dev.txt", 2, unlabeled=True)
     tokenizer = Tokenizer(tokenizer_model=sound_tokenizer())
     examples, _ = encode_examples(rows, tokenizer, max_tokens=64, suffix="Is this movie good?")
     assert len(examples) == len(rows)

@@ -21,7 +21,7 @@ LIMIT = 300  # seconds, for a process that hangs
 
 
 def random_data(n: int = 10, seed: int = 0, n_labels: int = 2) -> SentenceDataset:
-    """Sentences of 2 to 7 random tokens, labelled 0, 1, 0, ..."""
+    """Sentences of 2 to 7 random tokens, labeled 0, 1, 0, ..."""
     rng = torch.Generator().manual_seed(seed)
     examples = []
     for i in range(n):

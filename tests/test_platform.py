@@ -1,4 +1,4 @@
-"""The same behaviour on every system: letters, folders, file names, encodings, processes."""
+"""The same behavior on every system: letters, folders, file names, encodings, processes."""
 
 import argparse
 import ast

@@ -25,7 +25,7 @@ from tokenizer import Tokenizer
 from training import loop, state
 from training.checkpoint import load_classifier, save_classifier
 from training.evaluation import Evaluation
-from training.labelled import read_sentences
+from training.labeled import read_sentences
 from training.options import PREFIX
 from utils import InputError, seed_everything
 
@@ -468,8 +468,8 @@ def test_what_differs_begins_anew_and_the_old_state_lies_beside_it(
     run_llama.seed_everything(args.seed)
     assert [report.epoch for report in run_llama.train(args)] == [0, 1]
     out, err = capsys.readouterr()
-    assert f"my-model.state.pt is not continued {words}" in err
-    assert f"it is kept as {OLD}" in err and "continue my-model" not in out
+    assert f"my-model.state.pt is not resumed {words}" in err
+    assert f"it is renamed to {OLD}" in err and "continue my-model" not in out
     assert load_torch_file(OLD)["progress"]["epoch"] == 1
 
 

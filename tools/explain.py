@@ -218,7 +218,7 @@ def read_mistakes(path: str, top: int) -> list[tuple[str, str, str]]:
     ]
 
 
-def read_labelled(sentences: list[str], names: list[str]) -> list[tuple[str, str, str | None]]:
+def read_labeled(sentences: list[str], names: list[str]) -> list[tuple[str, str, str | None]]:
     """Return ("", sentence, gold label) of the command line's sentences."""
     lines = read_arguments(sentences, names)
     if not lines:
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.errors is not None:
         items = read_mistakes(args.errors, args.top)
     else:
-        items = read_labelled(args.sentences, predictor.label_names)
+        items = read_labeled(args.sentences, predictor.label_names)
     explanations = []
     for heading, sentence, gold in items:
         if heading:

@@ -132,9 +132,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         ".bin (default: stories42M.pt, else data/mini/model.pt)")  # fmt: skip
     add("--tokenizer_path", metavar="FILE", help="SentencePiece model (default: the .model file "
         "beside the checkpoint, else tokenizer.model)")  # fmt: skip
-    add("--attention", choices=ATTENTION_MODES,
-        help="tokens that a token reads; full: all, causal: itself and earlier ones (default: the "
-        "mode in the checkpoint, else full)")  # fmt: skip
+    add("--attention", choices=ATTENTION_MODES, default="causal",
+        help="tokens that a token reads; full: all, causal: itself and earlier ones, as language "
+        "models are trained (default: %(default)s)")  # fmt: skip
     add("--max_new_tokens", type=non_negative_int, default=75, metavar="N",
         help="tokens to generate (default: %(default)s)")  # fmt: skip
     add("--temperature", type=non_negative_float, default=1.0, metavar="T",

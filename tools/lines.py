@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from training.labelled import (
+from training.labeled import (
     NO_GOLD_LABEL,
     PLACEHOLDER_SIZE,
     SEPARATOR,
@@ -54,7 +54,7 @@ def read_lines(
     None says that reading the next line may block. Placeholder labels count as unknown. Raises
     InputError with file, line number and value.
     """
-    is_labelled = None
+    is_labeled = None
     for numbered in arriving_lines(file, name):
         if numbered is None:
             yield None
@@ -64,9 +64,9 @@ def read_lines(
             continue
         place = f"{name}:{number}"
         has_label = SEPARATOR in f"{text} "  # an editor may have cut the last space
-        is_labelled = has_label if is_labelled is None else is_labelled
-        if is_labelled:
-            sentence, gold = parse_labelled(text, place, label_names)
+        is_labeled = has_label if is_labeled is None else is_labeled
+        if is_labeled:
+            sentence, gold = parse_labeled(text, place, label_names)
             is_known = gold != NO_GOLD_LABEL and not has_placeholders
             yield Line(number, sentence, gold if is_known else None)
         elif not has_label:
@@ -78,7 +78,7 @@ def read_lines(
             )
 
 
-def parse_labelled(text: str, place: str, label_names: list[str]) -> tuple[str, int]:
+def parse_labeled(text: str, place: str, label_names: list[str]) -> tuple[str, int]:
     """Return (sentence, label) of `label ||| sentence`, whose label is a number or a name."""
     label, separator, _ = f"{text} ".partition(SEPARATOR)
     label = label.strip()

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from training.labelled import decode
+from training.labeled import decode
 from utils import InputError, brief
 
 

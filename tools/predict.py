@@ -30,7 +30,7 @@ from tools.lines import Line, in_blocks, is_typed, read_arguments, read_input
 from training.checkpoint import load_classifier
 from training.dataset import SentenceDataset, encode_examples
 from training.evaluation import predict_probs
-from training.labelled import NO_GOLD_LABEL
+from training.labeled import NO_GOLD_LABEL
 from training.options import positive_int
 from utils import ArgumentParser, InputError, pick_device, printable, run_script
 
@@ -143,8 +143,8 @@ def print_predictions(
     speed = n_lines / max(time.monotonic() - started, 1e-3)
     print(f"{n_lines:,} sentence{'s' * (n_lines != 1)}, {speed:.1f} per second", file=sys.stderr)
     if n_truncated:
-        print(f"warning: {n_truncated:,} sentences lost their end because they exceed the model's "
-            "positions", file=sys.stderr)  # fmt: skip
+        noun = "sentence was" if n_truncated == 1 else "sentences were"
+        print(f"warning: {n_truncated:,} {noun} truncated to the model's context", file=sys.stderr)
     if confusion.any():
         print(summary(confusion, names), file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Turn labelled sentences into examples, and these into right-padded batches with lengths."""
+"""Turn labeled sentences into examples, and these into right-padded batches with lengths."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ def warn_of_truncation(n_truncated: int, n: int, max_tokens: int, path: str | No
     if n_truncated:
         distributed.say(
             f"warning: {'' if path is None else f'{path}: '}{n_truncated} of {n} sentences are "
-            f"longer than the model's {max_tokens} positions and lose their end"
+            f"longer than the model's context of {max_tokens} tokens and are truncated"
         )
 
 

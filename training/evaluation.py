@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from training import distributed
 from training.dataset import SentenceDataset
-from training.labelled import NO_GOLD_LABEL
+from training.labeled import NO_GOLD_LABEL
 from training.schedule import precision
 from utils import atomic_write
 

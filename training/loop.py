@@ -287,6 +287,7 @@ def _restore(
         torch.Generator().set_state(state.shuffle_state)  # or a TypeError here, not in the loop
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise state_file.damaged() from error
+    state_file.saved = None  # it would keep a second copy of the weights
     if distributed.is_main():
         print(f"continue {state_file.path} in epoch {state.epoch} after {state.n_batches} batches")
     return state

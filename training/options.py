@@ -99,8 +99,8 @@ def add_data_options(
     add("--max_sentence_len", type=positive_int, metavar="N",
         help="tokens to keep of a sentence (default: as many as the model has positions)")
     add("--attention", choices=ATTENTION_MODES, default=attention,
-        help="tokens that a token reads; full: all (the assignment), causal: itself and earlier "
-        f"ones (default: {attention or 'the mode in the checkpoint, else full'})")
+        help="full: every token attends to all others (the assignment), causal: to itself and to "
+        f"earlier ones (default: {attention or 'the mode in the checkpoint, else full'})")
     add("--pooling", choices=POOLINGS, default=pooling,
         help="state that the classifier reads; position: of the batch's last column, last: of the "
         "last real token, mean: the mean of the real tokens "
@@ -127,8 +127,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=probability_below_one, default=0.0, metavar="SHARE",
         help="share of all steps over which the learning rate rises to its peak (default: 0)")
     add("--lr_decay", nargs="?", choices=("linear", "cosine"), const="linear",
-        help="shape in which the rate falls to 0 after the warm-up; linear if no shape is given "
-        "(default: the rate stays constant)")
+        help="decay to 0 after the warm-up; linear if no shape is given (default: the rate stays "
+        "constant)")
     add("--layer_decay", type=share, default=1.0, metavar="FACTOR",
         help="learning rate of a layer divided by the rate of the layer above (default: 1)")
     add("--max_grad_norm", type=positive_float, metavar="NORM",
@@ -197,7 +197,7 @@ def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> None:
         missing = [key for key in read if getattr(args, key) is None]
         if missing:
             files = ", ".join(f"--{key.replace('_', '-')} {data[key]}" for key in missing)
-            distributed.say(f"not given, so the assignment's: {files}")
+            distributed.say(f"not given, using the assignment's files: {files}")
     else:
         data, is_bundled = _choose(DATA, DEMO_DATA, splits)
         if is_bundled:
@@ -211,18 +211,18 @@ def fill_inputs(args: argparse.Namespace, splits: Sequence[str]) -> None:
 
 
 def fill_model(args: argparse.Namespace) -> None:
-    """Fill in the model, and its learning rate in commands that have one.
+    """Fill in the model, and the learning rate of the bundled one in commands that have a rate.
 
     The bundled model is used if stories42M.pt is missing. A line on standard error says so.
     """
-    if args.pretrained_model_path is not None:
-        return
-    paths, is_bundled = _choose({"model": MODEL}, {"model": MINI_MODEL}, ["model"])
-    args.pretrained_model_path = paths["model"]
-    if is_bundled:
-        _say_model_stands_in(getattr(args, "lr", MINI_LR))
-        if hasattr(args, "lr") and args.lr is None:
-            args.lr = MINI_LR
+    if args.pretrained_model_path is None:
+        paths, is_bundled = _choose({"model": MODEL}, {"model": MINI_MODEL}, ["model"])
+        args.pretrained_model_path = paths["model"]
+        if is_bundled:
+            _say_model_stands_in(getattr(args, "lr", MINI_LR))
+    is_mini = real_path(args.pretrained_model_path) == real_path(ROOT / MINI_MODEL)
+    if is_mini and getattr(args, "lr", MINI_LR) is None:
+        args.lr = MINI_LR
 
 
 def _say_model_stands_in(lr: float | None) -> None:

@@ -79,7 +79,7 @@ class StateFile:
         distributed.barrier()  # rank 0 renames nothing before all have read
         if why_not is not None:
             old = self.path.with_name(f"{self.path.name.removesuffix('.pt')}.old.pt")
-            distributed.say(f"{self.path} is not continued ({why_not}); it is kept as {old.name}")
+            distributed.say(f"{self.path} is not resumed ({why_not}); it is renamed to {old.name}")
             if distributed.is_main():
                 self.path.replace(old)
 

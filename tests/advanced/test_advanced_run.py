@@ -227,7 +227,7 @@ def test_an_abandoned_run_of_other_settings_begins_anew_and_leaves_no_epoch_behi
     torch.save({"settings": {}}, Path(path).with_suffix(".state.pt"))
     record_path("last_epochs").unlink()
     code, _, err = advanced(*options)
-    assert code == 0 and "is not continued" in err
+    assert code == 0 and "is not resumed" in err
     assert_same(weights(), {path: clean})
     assert not left.exists()
 

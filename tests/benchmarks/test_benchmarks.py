@@ -15,7 +15,7 @@ from conftest import ROOT, random_llama, shared_asset
 from formats import llama2c as llama2c_format
 from tokenizer import Tokenizer
 from training.dataset import encode_examples
-from training.labelled import read_sentences
+from training.labeled import read_sentences
 from utils import InputError
 
 CONTENDERS = ("naive", "ours", "transformers")

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from conftest import ROOT, shared_asset
-from training.labelled import read_label_names, read_sentences
+from training.labeled import read_label_names, read_sentences
 
 SPLITS = {"train": 400, "dev": 100, "test": 100}
 

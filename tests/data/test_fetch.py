@@ -200,7 +200,7 @@ def test_without_a_published_checksum_any_whole_checkpoint_is_accepted(server, r
     for word in ("fetched", "ok"):
         assert run(root, entry(server.url + "checkpoint", **UNPUBLISHED)) == 0
         out = capsys.readouterr().out
-        assert out.startswith(word) and "sanity_check.py proves it" in out
+        assert out.startswith(word) and "sanity_check.py verifies it" in out
 
 
 @pytest.mark.parametrize("habit", ["altered", "gone", "breaks-off", "stalls", "nonsense"])
@@ -319,9 +319,9 @@ def test_the_manifest_lists_what_the_scripts_need():
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file["name"])
 def test_an_entry_of_the_manifest_is_complete_and_describes_the_file_in_shared(file):
-    assert list(file) == ["name", "urls", "sha256", "bytes", "licence", "note", "assets"]
+    assert list(file) == ["name", "urls", "sha256", "bytes", "license", "note", "assets"]
     assert all(url.startswith("https://") for url in file["urls"])
-    assert file["licence"] and file["note"]
+    assert file["license"] and file["note"]
     assert (file["sha256"] is None) == (file["bytes"] is None) == (file["name"] == "stories42M.pt")
     if file["sha256"] and (SHARED / file["assets"]).is_file():
         content = (SHARED / file["assets"]).read_bytes()

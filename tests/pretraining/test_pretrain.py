@@ -37,7 +37,7 @@ from pretraining.loop import (
 from pretraining.rated import Example, encode_examples
 from tokenizer import Tokenizer
 from training import distributed
-from training.labelled import read_sentences
+from training.labeled import read_sentences
 from training.loop import DivergedError
 from training.state import StateFile
 from utils import run_script

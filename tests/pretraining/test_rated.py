@@ -114,10 +114,10 @@ def test_reviews_of_two_ratings_are_binary():
 
 def test_held_out_reviews_become_lines_of_the_assignments_form():
     graded = [Document("A\n B.", 0.0), Document("C ||| D", 0.5), Document("E", 0.95)]
-    assert rated.labelled_lines(graded, False) == "0 ||| A B.\n2 ||| C ||| D\n4 ||| E\n"
+    assert rated.labeled_lines(graded, False) == "0 ||| A B.\n2 ||| C ||| D\n4 ||| E\n"
     extremes = [Document("A", 1.0), Document("B", 0.0)]
-    assert rated.labelled_lines(extremes, True) == "1 ||| A\n0 ||| B\n"
-    assert rated.labelled_lines(extremes, False) == "4 ||| A\n0 ||| B\n"  # of a graded file
+    assert rated.labeled_lines(extremes, True) == "1 ||| A\n0 ||| B\n"
+    assert rated.labeled_lines(extremes, False) == "4 ||| A\n0 ||| B\n"  # of a graded file
 
 
 def test_the_answer_begins_where_a_prompt_ends(tokenizer):

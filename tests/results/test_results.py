@@ -125,7 +125,7 @@ def test_the_majority_class_is_the_largest_share_of_gold_labels():
     assert rows[MAJORITY_CLASS][:2] == ["0", "0.250"]
 
 
-def test_the_short_table_stars_what_is_significant_and_gives_the_others_as_a_range():
+def test_the_short_table_marks_what_is_significant_and_gives_the_others_as_a_range():
     right, wrong = "1" * 10, "0" * 10
     members = [
         study("sst", "plain", [right], test=[right + right], model=figures.MODEL),
@@ -140,8 +140,8 @@ def test_the_short_table_stars_what_is_significant_and_gives_the_others_as_a_ran
         rows = cells(report.glance(members, language))
         name = {m: f"{words[language]} (`{m}`)" for m, words in report.GLANCE.items()}
         assert rows[""] == ["SST test"]
-        assert rows[name["lora"]] == ["0.500*"]  # p 2 / 2**10, times 5
-        assert rows[name["norms"]] == ["0.550*"]  # p 2 / 2**9, times 4 is 0.016
+        assert rows[name["lora"]] == ["0.500 ↓"]  # p 2 / 2**10, times 5
+        assert rows[name["norms"]] == ["0.550 ↓"]  # p 2 / 2**9, times 4 is 0.016
         assert rows[name["smart"]] == ["0.700"]  # p 2 / 2**6 alone is 0.031, times 3 no more
         assert rows[name["plain"]] == ["1.000"]
         assert name["head"] not in rows  # nobody ran it

@@ -96,9 +96,10 @@ def test_standard_output_is_the_texts_alone_and_a_seed_repeats_them(command, tok
     options = ("this film", "--max_new_tokens", "9", "--num_samples", "2", "--seed", "5")
     code, out, err = command(*options)
     torch.manual_seed(5)
-    texts = continue_text(load_pretrained("model.pt"), tokenizer, "this film", 9, num_samples=2)
+    model = load_pretrained("model.pt", "causal")  # also of a checkpoint that records no mode
+    texts = continue_text(model, tokenizer, "this film", 9, num_samples=2)
     assert (code, out) == (0, "\n---------------\n".join(texts) + "\n")
-    assert err == "model.pt: full attention, cpu\n"
+    assert err == "model.pt: causal attention, cpu\n"
     assert command(*options)[1] == out
     assert command(*options[:-1], "6")[1] != out
 
@@ -106,9 +107,9 @@ def test_standard_output_is_the_texts_alone_and_a_seed_repeats_them(command, tok
 def test_quantize_generates_by_int8_weights(command, tokenizer):
     options = ("this film", "--max_new_tokens", "9", "--temperature", "0")
     code, out, err = command(*options, "--quantize", "int8")
-    model = load_pretrained("model.pt", quantize="int8")
+    model = load_pretrained("model.pt", "causal", quantize="int8")
     assert (code, out) == (0, f"{continue_text(model, tokenizer, 'this film', 9, top_k=1)[0]}\n")
-    assert err == "model.pt: full attention, int8 weights, cpu\n"
+    assert err == "model.pt: causal attention, int8 weights, cpu\n"
 
 
 def test_standard_input_is_a_prefix_and_too_long_a_prefix_is_said(command, monkeypatch):

@@ -311,7 +311,7 @@ def test_the_checkpoint_decides_the_cut_and_the_names(command):
     write_checkpoint(label_names=5)
     assert "kept.pt: its label_names are 5, not a list of words" in command("good")[2]
     write_checkpoint()
-    assert "warning: 1 sentences lost their end" in command("good " * 200, "good")[2]
+    assert "warning: 1 sentence was truncated" in command("good " * 200, "good")[2]
 
 
 def test_a_tokenizer_that_was_moved_can_be_named_and_another_is_refused(command, workplace):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, shared_asset
 from tokenizer import Tokenizer
-from training import labelled
+from training import labeled
 from training.dataset import Example, SentenceDataset, encode_examples, make_train_loader
-from training.labelled import (
+from training.labeled import (
     PLACEHOLDER_SHA256,
     parse_line,
     read_label_names,
@@ -71,7 +71,7 @@ def test_only_line_feed_and_carriage_return_end_a_line(write, character):
 
 def test_label_minus_one_is_for_test_files(write):
     path = write("-1 ||| a\n1 ||| b\n")
-    assert read_sentences(path, n_labels=2, unlabelled=True) == [("a", -1), ("b", 1)]
+    assert read_sentences(path, n_labels=2, unlabeled=True) == [("a", -1), ("b", 1)]
     assert "allowed in test files only" in refusal(read_sentences, path, n_labels=2)
 
 
@@ -112,7 +112,7 @@ TEXT = st.text(CHARACTERS, max_size=6)
 def test_every_line_is_read_or_refused_in_one_line(line):
     fields = re.fullmatch(r"\s*(-1|[01])\s* \|\|\| (.*)", line)
     try:
-        sentence, label = parse_line(line, "f:1", n_labels=2, unlabelled=True)
+        sentence, label = parse_line(line, "f:1", n_labels=2, unlabeled=True)
     except InputError as error:
         assert str(error).startswith("f:1: ") and "\n" not in str(error)
         assert fields is None or not fields[2].strip()
@@ -151,11 +151,11 @@ def test_a_missing_file_is_named_with_the_remedy(read, tmp_path):
 def test_placeholder_labels_are_unknown_labels(write, monkeypatch):
     content = b"0 ||| a\n0 ||| b\n"
     path = write(content)
-    assert read_sentences(path, unlabelled=True) == [("a", 0), ("b", 0)]
-    monkeypatch.setattr(labelled, "PLACEHOLDER_SHA256", hashlib.sha256(content).hexdigest())
+    assert read_sentences(path, unlabeled=True) == [("a", 0), ("b", 0)]
+    monkeypatch.setattr(labeled, "PLACEHOLDER_SHA256", hashlib.sha256(content).hexdigest())
     assert "placeholder labels; use it for --test only" in refusal(read_sentences, path)
     for same in (content, b"0 ||| a\r\n0 ||| b\r\n", b"\xef\xbb\xbf0 ||| a\n0 ||| b"):
-        assert read_sentences(write(same), unlabelled=True) == [("a", -1), ("b", -1)]
+        assert read_sentences(write(same), unlabeled=True) == [("a", -1), ("b", -1)]
     assert read_sentences(write(content + b"1 ||| c\n")) == [("a", 0), ("b", 0), ("c", 1)]
 
 
@@ -163,7 +163,7 @@ def test_the_placeholder_file_is_the_published_one():
     files = json.loads((ROOT / "data/manifest.json").read_text(encoding="utf-8"))["files"]
     published = {entry["sha256"] for entry in files if entry["name"] == "data/cfimdb-test.txt"}
     assert published == {PLACEHOLDER_SHA256}
-    rows = read_sentences(shared_asset("data/cfimdb-test.txt"), n_labels=2, unlabelled=True)
+    rows = read_sentences(shared_asset("data/cfimdb-test.txt"), n_labels=2, unlabeled=True)
     assert len(rows) == 488 and {label for _, label in rows} == {-1}
 
 

@@ -304,8 +304,8 @@ def test_accuracy_and_f1_are_scikit_learns_over_the_examples_with_gold_labels():
     assert partly.predictions == result.predictions
     assert partly.accuracy == pytest.approx(hits[:7].mean())
     none = SentenceDataset([e._replace(label=-1) for e in data], 3)
-    unlabelled = evaluate(model, none, 3, CPU)
-    assert unlabelled == replace(result, labels=[-1] * 30, accuracy=None, macro_f1=None)
+    unlabeled = evaluate(model, none, 3, CPU)
+    assert unlabeled == replace(result, labels=[-1] * 30, accuracy=None, macro_f1=None)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

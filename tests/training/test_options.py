@@ -75,6 +75,15 @@ def test_the_bundled_files_stand_in_and_a_line_each_says_so(place, capsys, optio
 
 
 @pytest.mark.parametrize(("lr", "is_too_small"), [("2e-5", True), ("1e-3", False), ("5e-4", False)])
+@pytest.mark.parametrize("path", [options.MINI_MODEL, str(ROOT / options.MINI_MODEL)])
+def test_the_bundled_model_has_its_rate_also_if_it_is_named(monkeypatch, path):
+    monkeypatch.chdir(ROOT)
+    for given, expected in ((None, options.MINI_LR), (0.1, 0.1)):
+        args = argparse.Namespace(pretrained_model_path=path, lr=given)
+        options.fill_model(args)
+        assert (args.pretrained_model_path, args.lr) == (path, expected)
+
+
 def test_a_typed_rate_stays_and_one_that_cannot_move_the_bundled_model_is_said(
     place, capsys, lr, is_too_small
 ):
@@ -96,7 +105,7 @@ def test_what_is_read_beside_a_typed_path_is_said(place, capsys, option):
     place(*OWN)
     run_llama.get_args(["--option", option, "--train", "own.txt", "--dev", "own.txt"])
     taken = "--test data/cfimdb-test.txt, --label-names data/cfimdb-label-mapping.json"
-    line = "" if option == "generate" else f"not given, so the assignment's: {taken}\n"
+    line = "" if option == "generate" else f"not given, using the assignment's files: {taken}\n"
     assert capsys.readouterr().err.partition(": ")[2] == line
 
 

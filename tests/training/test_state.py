@@ -199,8 +199,8 @@ def test_other_settings_begin_anew_say_what_differs_and_keep_the_old_state(saved
     assert StateFile(saved_run, changed).saved is None
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "is not continued (lr: saved 0.001, now 0.1; train_sha256: saved None, now 000" in err
-    assert f"it is kept as {OLD}" in err
+    assert "is not resumed (lr: saved 0.001, now 0.1; train_sha256: saved None, now 000" in err
+    assert f"it is renamed to {OLD}" in err
     assert not saved_run.exists() and saved_run.with_name(OLD).read_bytes() == content
 
 
@@ -239,7 +239,7 @@ def test_the_digest_of_the_source_code_is_of_every_module_that_training_runs(tmp
 
 def test_restart_begins_anew_and_keeps_the_old_state(saved_run, capsys):
     assert StateFile(saved_run, SETTINGS, "restart").saved is None
-    assert f"(--restart); it is kept as {OLD}" in capsys.readouterr().err
+    assert f"(--restart); it is renamed to {OLD}" in capsys.readouterr().err
     assert saved_run.with_name(OLD).exists()
     assert StateFile(saved_run, SETTINGS, "restart").saved is None  # with nothing there, too
 

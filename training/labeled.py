@@ -47,27 +47,27 @@ def read_label_names(path: str | os.PathLike) -> list[str]:
 def read_sentences(
     path: str | os.PathLike,
     n_labels: int | None = None,
-    unlabelled: bool = False,
+    unlabeled: bool = False,
     label_names: Sequence[str] = (),
 ) -> list[tuple[str, int]]:
     """Read (sentence, label) from every line that is not blank, in the file's order.
 
     Lines are UTF-8 and read `label ||| sentence`, split at the first separator. Labels lie in
-    [0, n_labels); None sets no upper bound. With `unlabelled`, for test files, -1 is an unknown
+    [0, n_labels); None sets no upper bound. With `unlabeled`, for test files, -1 is an unknown
     label, and placeholder labels are read as -1. Raises InputError with file, line and value for
     any other line. With `label_names` the message for a name gives the number to write.
     """
     path = Path(path)
     content = _read_bytes(path)
     rows = [
-        parse_line(line, f"{path}:{number}", n_labels, unlabelled, label_names)
+        parse_line(line, f"{path}:{number}", n_labels, unlabeled, label_names)
         for number, line in enumerate(decode(content, path).split("\n"), start=1)
         if line.strip()
     ]
     if not rows:
         raise InputError(f"{path}: has no sentences; write 'label{SEPARATOR}sentence' lines")
     if has_placeholder_labels(content):
-        if not unlabelled:
+        if not unlabeled:
             raise InputError(f"{path}: has placeholder labels; use it for --test only")
         rows = [(sentence, NO_GOLD_LABEL) for sentence, _ in rows]
     return rows
@@ -106,7 +106,7 @@ def parse_line(
     line: str,
     place: str,
     n_labels: int | None,
-    unlabelled: bool = False,
+    unlabeled: bool = False,
     label_names: Sequence[str] = (),
     accepts_names: bool = False,
 ) -> tuple[str, int]:
@@ -131,7 +131,7 @@ def parse_line(
         raise InputError(
             f"{place}: label {label_text[:60]!r} is not an integer; labels are {known}"
         )
-    if label == NO_GOLD_LABEL and not unlabelled:
+    if label == NO_GOLD_LABEL and not unlabeled:
         raise InputError(f"{place}: label -1 (unknown) is allowed in test files only")
     if label < NO_GOLD_LABEL or (n_labels is not None and label >= n_labels):
         raise InputError(f"{place}: label {label} does not exist; labels are {known}")
