@@ -64,8 +64,8 @@ def blocks(page: Path, language: str = r"\w*") -> list[str]:
 # repeats a bare command with the number of threads, a batch size, or the defaults written out.
 LEFT_OUT = re.compile(
     r"setup\.sh|fetch\.py|stories42M|stories260K|data/(sst|cfimdb)|2e-5|finetune --pretrained"
-    r"|ANDREWID|FILE|ADDRESS|torchrun|pytest|fuzz\.py|ruff|benchmarks|results\.|advanced\.run --method"
-    r"|--use_gpu|--batch_size|\$|^(OMP_NUM_THREADS|git|cd|rm|sed -n)\b"
+    r"|ANDREWID|FILE|ADDRESS|torchrun|pytest|fuzz\.py|ruff|benchmarks|results\."
+    r"|advanced\.run --method|--use_gpu|--batch_size|\$|^(OMP_NUM_THREADS|git|cd|rm|sed -n)\b"
 )
 
 

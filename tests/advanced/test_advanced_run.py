@@ -149,7 +149,7 @@ def test_a_long_sentence_leaves_room_for_a_label_of_several_tokens(advanced, met
     Path("toy-dev.txt").write_text(f"0 ||| {'a good film ' * 99}\n1 ||| warm\n", encoding="utf-8")
     code, _, err = advanced("--method", method, "--seeds=3", "--epochs=1")
     assert code == 0, err
-    max_tokens = int(re.search("1 of 2 sentences .* the model's ([0-9]+) positions", err)[1])
+    max_tokens = int(re.search("1 of 2 sentences .* context of ([0-9]+) tokens", err)[1])
     assert max_tokens < load_pretrained("model.pt").config.max_seq_len
 
 
