@@ -78,16 +78,23 @@ class StateFile:
         self.saved, why_not = self._read(mode)
         distributed.barrier()  # rank 0 renames nothing before all have read
         if why_not is not None:
-            old = self.path.with_name(f"{self.path.name.removesuffix('.pt')}.old.pt")
+            old = self._old_path()
             distributed.say(f"{self.path} is not resumed ({why_not}); it is renamed to {old.name}")
             if distributed.is_main():
                 self.path.replace(old)
+
+    def _old_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name.removesuffix('.pt')}.old.pt")
 
     def _read(self, mode: str) -> tuple[dict[str, Any] | None, str | None]:
         """Return the state, or None and the reason why the existing state is not resumed."""
         if not self.path.exists():
             if mode == "resume":
-                raise InputError(f"{self.path}: no saved state to --resume; leave that option out")
+                old = self._old_path()
+                renamed = f", or rename {old.name}, an older one" if old.exists() else ""
+                raise InputError(
+                    f"{self.path}: no saved state to --resume; leave that option out{renamed}"
+                )
             return None, None
         if mode == "restart":
             return None, "--restart"
