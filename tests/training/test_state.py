@@ -208,7 +208,7 @@ def test_to_insist_on_another_runs_state_is_an_error(saved_run):
     with pytest.raises(InputError, match=r"of another run \(seed: saved 7, now 8\); use that run"):
         StateFile(saved_run, {**SETTINGS, "seed": 8}, "resume")
     assert StateFile(saved_run, SETTINGS, "resume").saved
-    with pytest.raises(InputError, match="no saved state to --resume; leave that option out$"):
+    with pytest.raises(InputError, match=r"no saved state to --resume; leave that option out$"):
         StateFile(saved_run.with_name("other.state.pt"), SETTINGS, "resume")
     saved_run.rename(saved_run.with_name(OLD))
     with pytest.raises(InputError, match=r"option out, or rename run\.state\.old\.pt, an older"):
