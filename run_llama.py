@@ -286,8 +286,7 @@ def finetune(args: argparse.Namespace) -> None:
         state_path(checkpoint_path(args)).unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- functions of the assignment's
-# scripts, which nothing here calls except `write_predictions_to_file`
+# ---------------------------------------------------------------- for the assignment's scripts
 
 
 class LlamaDataset(SentenceDataset):

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contenders import SHAPES, batches_of, make_classifier, make_data, make_optimizer
-from benchmarks.processor import describe, processor_name, speed_file
-from benchmarks.report import keep, ranks_table, read_kept
+from benchmarks.processor import describe
+from benchmarks.report import keep, output_file, ranks_table
 from fast.memory import keep_freed_memory
 from training import distributed
-from training.options import positive_int, require_outputs
+from training.options import positive_int
 from utils import ArgumentParser, pick_device, run_script
 
 N_ROWS = 80  # sentences of a step: the assignment's batch
@@ -77,9 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     keep_freed_memory()
     with distributed.joined(args.use_gpu):
-        out = args.out or speed_file(processor_name())
-        require_outputs([str(out)], [])
-        read_kept(out, describe())  # an error now, not after the measurement
+        out = output_file(args.out)
         n_ranks, device = distributed.world_size(), pick_device(args.use_gpu)
         alone, tokens_of_row, gradient_bytes = make_step(args.shape, device, is_alone=True)
         together, *_ = make_step(args.shape, device, is_alone=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from benchmarks.processor import speed_files
+from benchmarks.processor import describe, processor_name, speed_file, speed_files
 from training.options import require_outputs
 from utils import ArgumentParser, InputError, atomic_write, require_package, run_script
 
@@ -54,6 +54,17 @@ def read_kept(path: Path, processor: dict[str, Any]) -> dict[str, Any]:
         before, now = described(content["processor"]), described(processor)
         raise InputError(f"{path}: holds times of {before}, not of {now}; name another --out")
     return content
+
+
+def output_file(given: Path | None) -> Path:
+    """Return `given` or the file of this processor.
+
+    Raises InputError, before anything is measured, if the file cannot take this processor's times.
+    """
+    path = given or speed_file(processor_name())
+    require_outputs([str(path)], [])
+    read_kept(path, describe())
+    return path
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -33,8 +33,8 @@ import torch
 import fast
 from benchmarks import llama2c
 from benchmarks.contenders import SEED, SHAPES, make_llama
-from benchmarks.processor import describe, processor_name, speed_file
-from benchmarks.report import BESIDE, all_tables, keep, read_kept
+from benchmarks.processor import describe
+from benchmarks.report import BESIDE, all_tables, keep, output_file
 from benchmarks.rows import (
     MACHINE,
     Row,
@@ -49,7 +49,7 @@ from benchmarks.rows import (
 from fast.linear import chosen_library
 from fast.memory import forget_peak_memory, keep_freed_memory, peak_memory_mb
 from fast.threads import USUAL_LENGTH, choose_threads, generation_rows
-from training.options import positive_int, require_outputs
+from training.options import positive_int
 from utils import ArgumentParser, InputError, require_package, run_script, seed_everything
 
 SHORTEST = 0.3  # s of work in a turn; shorter work is repeated, and the mean counts
@@ -227,9 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
     command = shlex.join(["python", "-m", "benchmarks.run", *given])
-    out = args.out or speed_file(processor_name())
-    require_outputs([str(out)], [])
-    read_kept(out, describe())  # an error now, not after the measurement
+    out = output_file(args.out)
     require_package("transformers")
     with tempfile.TemporaryDirectory() as folder:
         programs: tuple[str, ...] = ()

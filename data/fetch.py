@@ -45,6 +45,8 @@ NETWORK_ERRORS = (  # any other OSError comes from the disk
 
 def problem_with(path: Path, file: dict) -> str | None:
     """Return "found ..., expected ..." if `path` differs from the published file."""
+    if not path.exists():
+        return "is a link to a file that is missing"
     n_bytes = path.stat().st_size
     if file["bytes"] not in (None, n_bytes):
         return f"found {n_bytes} bytes, expected {file['bytes']}"
@@ -89,8 +91,7 @@ def fetch(file: dict, folder: Path | None, failures: dict[str, str]) -> str:
     """Place one file and return "ok", "differs", "fetched", "copied", "failed" or "missing"."""
     target, word = ROOT / file["name"], "missing"
     if target.is_symlink() or target.exists():
-        is_there = target.exists()
-        problem = problem_with(target, file) if is_there else "is a link to a file that is missing"
+        problem = problem_with(target, file)
         if problem:
             complain(f"{file['name']}: {problem}; delete it to fetch it again")
         return "differs" if problem else "ok"

@@ -145,10 +145,12 @@ def train_size(studies: list[Study]) -> "Figure":
             marker="o",
             capsize=2,
         )
-        place = (100 * line[0]["train_share"], np.mean(values[0]))
-        if place[0] == shares[0]:
-            first[method] = place[1]
-        panel.annotate(method, place, (-8, 0), textcoords="offset points", ha="right", va="center")
+        share, mean = 100 * line[0]["train_share"], np.mean(values[0])
+        if share == shares[0]:
+            first[method] = mean
+        panel.annotate(
+            method, (share, mean), (-8, 0), textcoords="offset points", ha="right", va="center"
+        )
     panel.set_xscale("log")
     panel.set_xticks(shares, [f"{share:g}" for share in shares])
     panel.set_xticks([], minor=True)

@@ -177,9 +177,8 @@ def test_a_failed_step_says_what_to_do_and_stops(step, tree):
 
 
 def test_ctrl_c_leaves_no_half_environment(tree):
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a background suite ignores it
+    # A suite in the background ignores SIGINT, and so would setup.sh.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert tree.run(INTERRUPT="1").returncode != 0
     finally:
