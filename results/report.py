@@ -48,25 +48,29 @@ COLUMNS = (
 
 
 GLANCE = {  # the rows of the short table, in the languages of the READMEs
-    "zero_shot": ("no training, words chosen by training labels", "不訓練，用訓練標籤選用詞"),
-    "assignment": ("finetuned in the assignment's mode", "以作業的方式微調"),
+    "zero_shot": ("no training, words chosen by training labels", "不訓練，依訓練標籤挑選提示用詞"),
+    "assignment": ("finetuned in the assignment's mode", "照作業的做法微調"),
     "full_last": (
         "the same, padding masked, last real token",
-        "同上，遮住填充，讀最後一個真實詞元",
+        "同上，但遮住填充，讀最後一個真實詞元",
     ),
-    "masked": ("causal, last real token", "因果，讀最後一個真實詞元"),
-    "plain": ("causal, mean of the real tokens", "因果，讀真實詞元的平均"),
+    "masked": ("causal, last real token", "因果注意力，讀最後一個真實詞元"),
+    "plain": ("causal, mean of the real tokens", "因果注意力，讀真實詞元的平均"),
     "lora": ("LoRA", "LoRA"),
     "smart": ("SMART", "SMART"),
     "norms": ("only the gains of the norms", "只訓練正規化的增益"),
     "head": ("only the head", "只訓練分類頭"),
 }
+NAMED = ("{} (`{}`)", "{}（`{}`）")  # a row and its method
 GLANCE_ENDS = (
-    ("always the largest class", "一律選最大的類別"),
-    ("the other methods measured, lowest and highest mean", "其他量過的方法，平均的最低與最高"),
+    ("always the largest class", "一律猜樣本最多的類別"),
+    (
+        "the other methods measured, lowest and highest mean",
+        "其他測過的方法，平均準確率的最低與最高值",
+    ),
     (
         "for comparison: stories42M in the assignment's mode, published",
-        "stories42M 以作業的方式微調，作業公布，供對照",
+        "對照：stories42M 照作業的做法微調（作業公布的數字）",
     ),
 )
 
@@ -104,7 +108,7 @@ class Column(NamedTuple):
             for method, study in self.studies.items()
             if method not in methods
         ]
-        return f"{min(means):.3f} - {max(means):.3f}" if means else ""
+        return f"{min(means):.3f}–{max(means):.3f}" if means else ""
 
     def difference(self, method: str) -> str:
         comparison = self.comparisons.get(method)
@@ -155,7 +159,7 @@ def glance(studies: list[Study], language: int) -> str:
     rows = [[largest, *(column.majority() for column in columns)]]
     for method, words in GLANCE.items():
         if any(method in column.studies for column in columns):
-            name = f"{words[language]} (`{method}`)"
+            name = NAMED[language].format(words[language], method)
             rows.append([name, *(column.marked(method) for column in columns)])
     rows.append([others, *(column.range_without(GLANCE) for column in columns)])
     rows.append([reference, *(column.published() for column in columns)])

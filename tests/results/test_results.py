@@ -138,14 +138,17 @@ def test_the_short_table_marks_what_is_significant_and_gives_the_others_as_a_ran
     ]
     for language, (first, others, published) in enumerate(zip(*report.GLANCE_ENDS, strict=True)):
         rows = cells(report.glance(members, language))
-        name = {m: f"{words[language]} (`{m}`)" for m, words in report.GLANCE.items()}
+        name = {
+            m: report.NAMED[language].format(words[language], m)
+            for m, words in report.GLANCE.items()
+        }
         assert rows[""] == ["SST test"]
         assert rows[name["lora"]] == ["0.500 ↓"]  # p 2 / 2**10, times 5
         assert rows[name["norms"]] == ["0.550 ↓"]  # p 2 / 2**9, times 4 is 0.016
         assert rows[name["smart"]] == ["0.700"]  # p 2 / 2**6 alone is 0.031, times 3 no more
         assert rows[name["plain"]] == ["1.000"]
         assert name["head"] not in rows  # nobody ran it
-        assert rows[others] == ["0.800 - 1.000"]
+        assert rows[others] == ["0.800–1.000"]
         assert rows[published] == ["0.418 (0.017)"]
         assert first in rows
 
