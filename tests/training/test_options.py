@@ -83,7 +83,9 @@ def test_the_bundled_model_has_its_rate_also_if_it_is_named(monkeypatch, path):
         assert (args.pretrained_model_path, args.lr) == (path, expected)
 
 
-@pytest.mark.parametrize(("lr", "is_too_small"), [("2e-5", True), ("1e-3", False), ("5e-4", False)])
+@pytest.mark.parametrize(
+    ("lr", "is_too_small"), [("2e-5", True), ("7.5e-5", False), ("5e-4", False)]
+)
 def test_a_typed_rate_stays_and_one_that_cannot_move_the_bundled_model_is_said(
     place, capsys, lr, is_too_small
 ):
