@@ -110,7 +110,7 @@ def make_classifier(contender: str, shape: str, attention: str) -> nn.Module:
     llama = make_llama(contender, shape, attention)
     torch.manual_seed(SEED)
     if contender == "naive":
-        return naive.NaiveClassifier(llama, N_LABELS, 0.3, masked=attention == "causal")
+        return naive.NaiveClassifier(llama, N_LABELS, 0.3)
     settings = SimpleNamespace(num_labels=N_LABELS, hidden_dropout_prob=0.3, option="finetune")
     return LlamaEmbeddingClassifier(settings, llama)
 

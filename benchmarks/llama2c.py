@@ -5,6 +5,7 @@ the prompt, which ours reads in one pass, and leaves out the start of the proces
 favors the programs.
 """
 
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from tools.export import weights_of
 from utils import InputError
 
 PROGRAMS = ("run.c", "runq.c")
-GROUP = 64  # weights that share a scale, halved until it divides dim and hidden_dim
+GROUP = 64  # weights that share a scale, a power of 2; fewer if it does not divide both sizes
 
 
 def compile_programs(source: Path, folder: Path) -> None:
@@ -45,9 +46,7 @@ def write_q8(path: Path, sizes: dict[str, int], weights: dict[str, torch.Tensor]
 
     Each matrix is its int8 numbers, then a float32 scale for each group: weight = number * scale.
     """
-    group = GROUP
-    while sizes["dim"] % group or sizes["hidden_dim"] % group:
-        group //= 2
+    group = math.gcd(GROUP, sizes["dim"], sizes["hidden_dim"])
     header = struct.pack("<Ii7iBi", 0x616B3432, 2, *(sizes[key] for key in llama2c.SIZES), 1, group)
     with open(path, "wb") as file:
         file.write(header.ljust(256, b"\0"))

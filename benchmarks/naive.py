@@ -13,7 +13,7 @@ Shapes: B batch, T sequence, H query heads, K key/value heads, D head size, F fe
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,10 @@ class NaiveRMSNorm(nn.Module):
         return x / norm * self.weight
 
 
-def rotate(x: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
+def rotate(x: torch.Tensor) -> torch.Tensor:
     """Turn the pairs of x (B, T, heads, D) by their positions."""
     T, D = x.shape[1], x.shape[3]
-    frequencies = 1.0 / theta ** (torch.arange(0, D, 2).float() / D)  # (D/2,)
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, D, 2).float() / D)  # (D/2,)
     angles = torch.outer(torch.arange(T).float(), frequencies)  # (T, D/2)
     cos, sin = angles.cos()[None, :, None, :], angles.sin()[None, :, None, :]
     real, imag = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)  # (B, T, heads, D/2)
@@ -124,9 +124,15 @@ class NaiveLlama(nn.Module):
     def forward(
         self, tokens: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens (B, T) -> logits of the last token (B, 1, V), hidden states (B, T, dim)"""
+        """tokens (B, T) -> logits of the last token (B, 1, V), hidden states (B, T, dim)
+
+        `lengths` are for causal mode, in which no real token reads the padding behind it.
+        """
         h = self.dropout(self.tok_embeddings(tokens))
-        allowed = self._allowed(tokens, lengths)
+        allowed = None
+        if self.config.attention == "causal":
+            B, T = tokens.shape
+            allowed = torch.ones(T, T, dtype=torch.bool).tril().expand(B, 1, T, T)
         for layer in self.layers:
             h = layer(h, allowed)
         h = self.norm(h)
@@ -134,15 +140,6 @@ class NaiveLlama(nn.Module):
         if lengths is not None:
             last = torch.stack([row[n - 1 : n] for row, n in zip(h, lengths, strict=True)])
         return self.output(last), h
-
-    def _allowed(self, tokens: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor | None:
-        B, T = tokens.shape
-        if self.config.attention == "causal":
-            return torch.ones(T, T, dtype=torch.bool).tril().expand(B, 1, T, T)
-        if lengths is None:
-            return None
-        real = torch.arange(T)[None, :] < lengths[:, None]  # (B, T)
-        return real[:, None, None, :].expand(B, 1, T, T)
 
     @torch.no_grad()
     def generate(
@@ -160,17 +157,16 @@ class NaiveLlama(nn.Module):
 
 
 class NaiveClassifier(nn.Module):
-    """Classify by the last column, or with `masked` by each row's last real token."""
+    """Classify by the last column in full mode, by each row's last real token in causal mode."""
 
-    def __init__(self, llama: NaiveLlama, n_labels: int, dropout: float, masked: bool):
+    def __init__(self, llama: NaiveLlama, n_labels: int, dropout: float):
         super().__init__()
         self.llama = llama
-        self.masked = masked
         self.dropout = nn.Dropout(dropout)
         self.classifier_head = nn.Linear(llama.config.dim, n_labels)
 
     def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        if not self.masked:
+        if self.llama.config.attention == "full":
             _, hidden = self.llama(tokens)
             pooled = hidden[:, -1]
         else:
@@ -240,7 +236,7 @@ def train(
     return losses
 
 
-def evaluate(model: Callable[..., torch.Tensor], batches: list[Batch]) -> list[int]:
+def evaluate(model: nn.Module, batches: list[Batch]) -> list[int]:
     """Predict every batch; as in the assignment, autograd keeps a graph."""
     model.eval()
     predictions = []

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contenders import SHAPES, batches_of, make_classifier, make_data, make_optimizer
-from benchmarks.processor import describe
 from benchmarks.report import keep, output_file, ranks_table
 from fast.memory import keep_freed_memory
 from training import distributed
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--shape {args.shape} --repeats {args.repeats}{' --use_gpu' * args.use_gpu}",
         }  # fmt: skip
         if distributed.is_main():
-            keep(out, "ranks", measured, describe())
+            keep(out, "ranks", measured)
             print(ranks_table([measured]))
 
 

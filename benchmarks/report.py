@@ -32,26 +32,25 @@ PLOTTED = {
 Measured = dict[str, Any]  # an entry of a file
 
 
-def keep(path: Path, kind: str, measured: Measured, processor: dict[str, Any]) -> None:
+def keep(path: Path, kind: str, measured: Measured) -> None:
     """Write a measurement to the file; it replaces an earlier one of the same name."""
-    content = read_kept(path, processor)
+    content = read_kept(path)
     name = ("shape", "row", "device", "bf16", "n_ranks")
-    rows = content.setdefault(kind, [])
-    same = [all(row.get(key) == measured.get(key) for key in name) for row in rows]
-    place = same.index(True) if any(same) else len(rows)
-    rows[place : place + 1] = [measured]
+    rows = [*content.get(kind, []), measured]
+    content[kind] = list({tuple(map(row.get, name)): row for row in rows}.values())
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1) + "\n")
 
 
-def read_kept(path: Path, processor: dict[str, Any]) -> dict[str, Any]:
+def read_kept(path: Path) -> dict[str, Any]:
     """Return the file's content, without measurements if there is no file.
 
     Raises InputError if the file belongs to another processor or PyTorch.
     """
-    content = read(path) if path.exists() else {"processor": processor}
-    if content["processor"] != processor:
-        before, now = described(content["processor"]), described(processor)
+    here = describe()
+    content = read(path) if path.exists() else {"processor": here}
+    if content["processor"] != here:
+        before, now = described(content["processor"]), described(here)
         raise InputError(f"{path}: holds times of {before}, not of {now}; name another --out")
     return content
 
@@ -63,7 +62,7 @@ def output_file(given: Path | None) -> Path:
     """
     path = given or speed_file(processor_name())
     require_outputs([str(path)], [])
-    read_kept(path, describe())
+    read_kept(path)
     return path
 
 
@@ -77,8 +76,8 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def speed_table(paths: Sequence[Path] | None = None, shape: str = SHAPE) -> str:
-    """Return a table of the rows of one shape, with the processors side by side under letters.
+def speed_table(paths: Sequence[Path] | None = None) -> str:
+    """Return a table of the rows of SHAPE, with the processors side by side under letters.
 
     Each processor has three columns: our rate, and its ratios to naive and to transformers.
     """
@@ -88,7 +87,7 @@ def speed_table(paths: Sequence[Path] | None = None, shape: str = SHAPE) -> str:
         processor = content["processor"]
         legend.append(f"- {letter}: {described(processor, content.get('rows', []))}")
         head += [f"{letter}: ours", f"{letter} / naive", f"{letter} / transformers"]
-        rows = [row for row in content.get("rows", []) if row["shape"] == shape]
+        rows = [row for row in content.get("rows", []) if row["shape"] == SHAPE]
         for row in rows:
             if "naive" in row["contenders"]:
                 cells = by_row.setdefault(f"{row['row']} ({row['unit']})", {})
@@ -169,8 +168,13 @@ def beside_table(rows: list[Measured]) -> str:
 
 
 def _rate_of(row: Measured, name: str) -> str:
-    measured = row["contenders"].get(name)
-    return _rate(row, measured["median"]) if measured else ""
+    if name not in row["contenders"]:
+        return ""
+    seconds = row["contenders"][name]["median"]
+    if row["unit"] == "s":
+        return f"{seconds:.3f}"
+    rate = row["amount"] / seconds
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def _ratio(row: Measured, fast: str, slow: str) -> str:
@@ -181,13 +185,6 @@ def _ratio(row: Measured, fast: str, slow: str) -> str:
 
 def _ratios(row: Measured) -> list[str]:
     return [_ratio(row, "ours", name) for name in ("naive", "transformers")]
-
-
-def _rate(row: Measured, seconds: float) -> str:
-    if row["unit"] == "s":
-        return f"{seconds:.3f}"
-    rate = row["amount"] / seconds
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def seconds_of(row: Measured, way: str, parts: Sequence[int] = (0, 1, 2)) -> float:
@@ -249,12 +246,8 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("files", type=Path, nargs="*", metavar="FILE",
         help="output of benchmarks.run or .ranks (default: results/speed-*.json)")  # fmt: skip
-    add(
-        "--plot",
-        type=Path,
-        metavar="PNG",
-        help="draw the speed-ups of each FILE (default: no picture)",
-    )
+    add("--plot", type=Path, metavar="PNG",
+        help="draw the speed-ups of each FILE (default: no picture)")  # fmt: skip
     args = parser.parse_args(argv)
     files = args.files or speed_files()
     contents = [read(path) for path in files]

@@ -27,7 +27,7 @@ from benchmarks.contenders import (
     make_optimizer,
     make_zero_shot,
 )
-from benchmarks.report import BESIDE
+from benchmarks.report import BESIDE, CONTENDERS
 from fast.linear import linear
 from formats.torch_file import save_torch_file
 from llama import Llama
@@ -53,7 +53,7 @@ class Row(NamedTuple):
     unit: str
     build: Callable[..., Work]
     args: tuple[Any, ...] = ()  # of `build`, behind contender and shape
-    contenders: tuple[str, ...] = ("naive", "ours", "transformers")
+    contenders: tuple[str, ...] = CONTENDERS
 
 
 def n_parameters(shape: str) -> int:
@@ -174,7 +174,7 @@ def adamw(contender: str, shape: str, is_late: bool = False) -> Work:
         m, v = (tensor for tensor in tensors if tensor.shape == embedding.shape)
         m[len(embedding) // 4 :], v[len(embedding) // 4 :] = 1e-40, 1e-12
     # read theta, gradient, m and v, write theta, m and v
-    return Work(lambda: optimizer.step(), bytes=7 * 4 * n_parameters(shape))
+    return Work(optimizer.step, bytes=7 * 4 * n_parameters(shape))
 
 
 _TOKENIZE = """
@@ -240,7 +240,7 @@ def machine(contender: str, shape: str) -> Work:
 MACHINE = Row("machine", "s", machine, (), ("read 256 MB", "multiply, BLAS", "multiply, ours"))
 
 
-OURS = ("naive", "ours")
+NAIVE_AND_OURS = ("naive", "ours")
 ALONE_AND_BESIDE = tuple(name + end for name in ("ours", "transformers") for end in ("", BESIDE))
 
 
@@ -249,18 +249,18 @@ def all_rows(folder: str, programs: tuple[str, ...] = ()) -> list[Row]:
 
     `folder` has the compiled `programs` and receives the files that they and start-up read.
     """
-    generating = ("naive", "ours", "transformers", "ours int8", *programs)
+    generating = (*CONTENDERS, "ours int8", *programs)
     beside = "beside a busy process, "
     return [
         Row("generate, causal", "tokens/s", generate, ("causal", folder), generating),
-        Row("generate, full", "tokens/s", generate, ("full",), OURS),
+        Row("generate, full", "tokens/s", generate, ("full",), NAIVE_AND_OURS),
         Row("finetune, full, sst x 80", "padded tokens/s", finetune, ("sst", 80, 2)),
         Row("finetune, full, cfimdb x 10", "padded tokens/s", finetune, ("cfimdb", 10, 2)),
         Row("epoch, masked, sst x 80", "sentences/s", epoch, ("sst", 80, 5)),
         Row("epoch, masked, cfimdb x 10", "sentences/s", epoch, ("cfimdb", 10, 5)),
         Row("prompt, masked, sst x 10", "sentences/s", prompt, ("sst", 10, 20)),
-        Row("AdamW step", "s", adamw, (), OURS),
-        Row("AdamW step, late", "s", adamw, (True,), OURS),
+        Row("AdamW step", "s", adamw, (), NAIVE_AND_OURS),
+        Row("AdamW step, late", "s", adamw, (True,), NAIVE_AND_OURS),
         Row("start-up to first token", "s", start_up, (folder,)),
         Row(f"{beside}generating", "tokens/s", generate, ("causal",), ALONE_AND_BESIDE),
         Row(f"{beside}training", "padded tokens/s", finetune, ("sst", 8, 1), ALONE_AND_BESIDE),

@@ -33,7 +33,6 @@ import torch
 import fast
 from benchmarks import llama2c
 from benchmarks.contenders import SEED, SHAPES, make_llama
-from benchmarks.processor import describe
 from benchmarks.report import BESIDE, all_tables, keep, output_file
 from benchmarks.rows import (
     MACHINE,
@@ -127,8 +126,8 @@ def busy_processes(n: int) -> Iterator[None]:
 @contextlib.contextmanager
 def environment(contender: str) -> Iterator[None]:
     """Start the processes of others without the variables that importing `fast` has set."""
-    names = () if contender.startswith("ours") else [*fast.VARIABLES]
-    removed = {name: os.environ.pop(name) for name in names if name in os.environ}
+    names = () if contender.startswith("ours") else fast.VARIABLES
+    removed = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:
@@ -230,10 +229,9 @@ def main(argv: list[str] | None = None) -> None:
     out = output_file(args.out)
     require_package("transformers")
     with tempfile.TemporaryDirectory() as folder:
-        programs: tuple[str, ...] = ()
-        if args.llama2c:
+        programs = llama2c.PROGRAMS if args.llama2c else ()
+        if programs:
             llama2c.compile_programs(args.llama2c, Path(folder))
-            programs = llama2c.PROGRAMS
         every = all_rows(folder, programs)
         chosen = [row for row in every if args.rows in row.name]
         if not chosen:
@@ -243,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         for shape, row in itertools.product(dict.fromkeys(args.shapes), chosen):
             measured = measure_row(row, shape, rates, args.repeats, args.threads)
             measured["command"] = command
-            keep(out, "rows", measured, describe())
+            keep(out, "rows", measured)
             last_lines = [text.splitlines()[-1] for text in all_tables([measured])]
             print(*last_lines, measured["ours_vs_naive"] or "", sep="\n", flush=True)
     print(f"wrote {out}; python -m benchmarks.report prints and draws it")

@@ -1,8 +1,8 @@
 """Plot a pretraining history: held-out bits per byte, and nats per answer, against tokens read.
 
-    python -m results.history data/mini/history.csv data/mini/loss.png
     python -m results.history data/mini/history.csv LOSS.png
     python -m results.history DIR/history.csv DIR/loss.png
+    python -m results.history DIR/history.old.csv LOSS.png
 
 The command needs matplotlib, which `bash setup.sh --dev` installs.
 """

@@ -173,9 +173,8 @@ def tables(studies: list[Study]) -> str:
 
 def _methods(columns: list[Column]) -> list[str]:
     """Return the methods in row order: baselines, then by SST dev, then those without SST dev."""
-    methods = dict.fromkeys(method for column in columns for method in column.studies)
-    place = {method: i for i, method in enumerate(BASELINES)}
-    return sorted(methods, key=lambda method: place.get(method, len(BASELINES)))
+    found = [method for column in columns for method in column.studies]
+    return [method for method in dict.fromkeys([*BASELINES, *found]) if method in found]
 
 
 def _seeds_cell(found: dict[str, Study]) -> str:

@@ -76,14 +76,12 @@ def correct_answers(study: Study, split: str) -> np.ndarray:
     return np.array([[int(c) for run in runs for c in run[split]["right"]] for runs in seeds])
 
 
-def majority_share(group: list[Study], split: str) -> float | None:
+def majority_share(group: list[Study], split: str) -> float:
     """Return the share of the largest class, from any study of the group with gold labels."""
-    for study in group:
-        if scores(study, split):
-            runs = next(iter(finished_seeds(study).values()))
-            counts = np.sum([run[split]["confusion"] for run in runs], axis=(0, 2))  # of each class
-            return float(counts.max() / counts.sum())
-    return None
+    study = next(study for study in group if scores(study, split))
+    runs = next(iter(finished_seeds(study).values()))
+    counts = np.sum([run[split]["confusion"] for run in runs], axis=(0, 2))  # of each class
+    return float(counts.max() / counts.sum())
 
 
 def ranked(studies: list[Study]) -> list[Study]:

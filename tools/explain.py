@@ -30,7 +30,7 @@ from tools.lines import open_input, read_arguments
 from tools.mistakes import find_mistakes
 from tools.predict import Predictor, load_predictor
 from tools.rendering import Explanation, page, table
-from training.dataset import Example, SentenceDataset
+from training.dataset import SentenceDataset
 from training.evaluation import forward_pass
 from training.options import positive_int, require_outputs
 from utils import (
@@ -52,7 +52,7 @@ class Reading(NamedTuple):
     """A sentence, its tokens and its words."""
 
     sentence: str
-    example: Example  # the tokens that the model reads, bos first
+    data: SentenceDataset  # the sentence alone: the tokens that the model reads, bos first
     spans: list[tuple[int, int]]  # the words, in characters
     word_of_token: list[int]  # without bos; len(spans) for a space after the last word
 
@@ -80,13 +80,13 @@ def read(predictor: Predictor, sentence: str) -> Reading:
     spans = [match.span() for match in re.finditer(r"\S+", sentence)]
     if not spans:
         raise InputError(f"the sentence {brief(sentence)} has no word")
-    example = predictor.encode([sentence])[0].examples[0]
+    data, _ = predictor.encode([sentence])
     ends = [end for _, end in spans]
     encoded = predictor.tokenizer.sp_model.encode(sentence, return_type="offset_mapping")
     # A character that the vocabulary lacks is several byte tokens; all except the last are empty.
     last_characters = [max(begin, end - 1) for begin, end in encoded["offsets"]]
     word_of_token = [bisect_right(ends, character) for character in last_characters]
-    return Reading(sentence, example, spans, word_of_token[: len(example.tokens) - 1])
+    return Reading(sentence, data, spans, word_of_token[: len(data.examples[0].tokens) - 1])
 
 
 def explain(
@@ -101,7 +101,7 @@ def explain(
     model's positions cut the sentence.
     """
     reading = read(predictor, sentence)
-    probs = predictor.probs(_dataset(predictor, reading.example), 1)[0]  # (n_labels,)
+    probs = predictor.probs(reading.data, 1)[0]  # (n_labels,)
     predicted = int(probs.argmax())
     label = predicted if label is None else label
     values = {}
@@ -138,14 +138,14 @@ def leave_one_out(predictor: Predictor, reading: Reading, label: int) -> dict[in
 def gradient_x_input(predictor: Predictor, reading: Reading, label: int) -> dict[int, float]:
     """Return the sum of `token_gradients_x_input` over the tokens of each word."""
     sums = dict.fromkeys(reading.read_words, 0.0)
-    values = token_gradients_x_input(predictor, reading.example, label)
+    values = token_gradients_x_input(predictor, reading, label)
     for word, value in zip(reading.word_of_token, values[1:], strict=True):
         if word in sums:
             sums[word] += value
     return sums
 
 
-def token_gradients_x_input(predictor: Predictor, example: Example, label: int) -> list[float]:
+def token_gradients_x_input(predictor: Predictor, reading: Reading, label: int) -> list[float]:
     """Return the gradient of log p(label) by each token's embedding times the embedding, bos first.
 
     Their sum is d/ds log p(label) at s = 1, where s scales every embedding.
@@ -156,15 +156,11 @@ def token_gradients_x_input(predictor: Predictor, example: Example, label: int) 
         embeddings.append(output.detach().requires_grad_())  # (1, T, dim)
         return embeddings[0]
 
-    batch = _dataset(predictor, example).collate_fn([example])
+    batch = reading.data.collate_fn(reading.data.examples)
     with predictor.model.llama.tok_embeddings.register_forward_hook(make_leaf):
         log_probs = forward_pass(predictor.model, batch, predictor.device)  # (1, n_labels)
     (gradient,) = torch.autograd.grad(log_probs[0, label], embeddings)
     return (gradient * embeddings[0].detach()).sum(dim=-1)[0].tolist()
-
-
-def _dataset(predictor: Predictor, example: Example) -> SentenceDataset:
-    return SentenceDataset([example], predictor.tokenizer.pad_id)
 
 
 METHODS = {"leave-one-out": leave_one_out, "gradient x input": gradient_x_input}

@@ -65,8 +65,21 @@ def continue_text(
     idx = torch.tensor([start], device=llama.norm.weight.device)  # (1, T)
     pick = partial(pick_next, temperature=temperature, top_k=top_k, top_p=top_p)
     ends = {tokenizer.eos_id, tokenizer.bos_id} if stop_at_eos else set()
-    stream = _Stream(tokenizer, on_text)
-    stream.show(start)
+    n_shown = 0
+
+    def show(ids: list[int], is_complete: bool = False) -> None:
+        """Pass on the new characters. A character may take several tokens, one for each byte; until
+        the last of them arrives the decoded text ends in U+FFFD, which waits."""
+        nonlocal n_shown
+        if on_text is None:
+            return
+        text = tokenizer.decode(ids)
+        text = text if is_complete else text.rstrip("\ufffd")
+        if len(text) > n_shown:
+            on_text(text[n_shown:])
+            n_shown = len(text)
+
+    show(start)
     texts: list[list[int]] = []
     while len(texts) < num_samples:
         n = min(BATCH_SIZE, num_samples - len(texts))
@@ -78,34 +91,12 @@ def continue_text(
                 if row in unfinished:
                     rows[row].append(token)
             if not texts:
-                stream.show(rows[0])
+                show(rows[0])
             if not unfinished:
                 break
         texts += rows
-    stream.show(texts[0], is_complete=True)
+    show(texts[0], is_complete=True)
     return [tokenizer.decode(ids) for ids in texts]
-
-
-class _Stream:
-    """Pass on the characters that new tokens add to a text.
-
-    A character may take several tokens, one for each byte. Until the last of them arrives the
-    decoded text ends in U+FFFD, which waits.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None] | None):
-        self.tokenizer = tokenizer
-        self.on_text = on_text
-        self.n_shown = 0
-
-    def show(self, ids: list[int], is_complete: bool = False) -> None:
-        if self.on_text is None:
-            return
-        text = self.tokenizer.decode(ids)
-        text = text if is_complete else text.rstrip("\ufffd")
-        if len(text) > self.n_shown:
-            self.on_text(text[self.n_shown :])
-            self.n_shown = len(text)
 
 
 def read_prefix(prefix: str) -> str:

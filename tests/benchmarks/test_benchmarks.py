@@ -114,8 +114,8 @@ def test_a_run_keeps_its_rows_and_the_report_shows_them(tmp_path, monkeypatch, c
     monkeypatch.setattr(run, "measure_machine", lambda repeats, threads: rates)
     out, figure = tmp_path / "speed-mine.json", tmp_path / "speed.png"
     here = processor.describe()
-    report.keep(out, "rows", {"shape": "stories260K", "row": "AdamW step", "unit": "old"}, here)
-    report.keep(out, "rows", {"shape": "mini", "row": "AdamW step"}, here)
+    report.keep(out, "rows", {"shape": "stories260K", "row": "AdamW step", "unit": "old"})
+    report.keep(out, "rows", {"shape": "mini", "row": "AdamW step"})
     options = ["--shapes", "stories260K", "--repeats", "1", "--threads", "1", "--out", str(out)]
     run.main(options)
     content = json.loads(out.read_text(encoding="utf-8"))
@@ -126,8 +126,9 @@ def test_a_run_keeps_its_rows_and_the_report_shows_them(tmp_path, monkeypatch, c
     assert set(measured["library"].values()) <= {"BLAS", "oneDNN"}
     for contender in (*measured["contenders"].values(), *beside["contenders"].values()):
         assert contender["median"] > 0 and contender["peak_mb"] > 50
-    with pytest.raises(InputError, match="not of another"):
-        report.keep(out, "rows", {}, {**here, "name": "another"})
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="not of another"):
+        patch.setattr(report, "describe", lambda: {**here, "name": "another"})
+        report.keep(out, "rows", {})
     with pytest.raises(InputError, match="is an input and would be replaced"):
         report.main([str(out), "--plot", str(out)])
     other = tmp_path / "other.json"

@@ -82,7 +82,7 @@ def test_gradient_x_input_is_the_derivative_by_each_embeddings_scale(tokenizer, 
         return (log_p(1 + h * direction) - log_p(1 - h * direction)) / (2 * h)
 
     reading = explain.read(predictor, SENTENCE)
-    by_token = explain.token_gradients_x_input(predictor, reading.example, 0)
+    by_token = explain.token_gradients_x_input(predictor, reading, 0)
     each = torch.eye(ids.shape[1], dtype=torch.float64)[:, :, None]
     assert by_token == pytest.approx([derivative(one) for one in each], rel=1e-5, abs=1e-7)
     by_word = np.bincount(reading.word_of_token, weights=by_token[1:])[:-1]  # less the last spaces
@@ -115,7 +115,7 @@ def test_the_tokens_of_a_word_decode_to_it_and_without_it_the_others_stay(tokeni
     assert reading.words == sentence.split()
     assert reading.read_words == list(range(len(reading.words)))
     assert reading.word_of_token == sorted(reading.word_of_token)
-    pairs = list(zip(reading.example.tokens[1:], reading.word_of_token, strict=True))
+    pairs = list(zip(reading.data.examples[0].tokens[1:], reading.word_of_token, strict=True))
     for index, word in enumerate(reading.words):
         assert tokenizer.decode([i for i, of in pairs if of == index]).strip() == word
         others = reading.words[:index] + reading.words[index + 1 :]
