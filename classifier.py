@@ -10,7 +10,7 @@ which hidden states they read:
   trailing pads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -114,11 +114,6 @@ class LlamaZeroShotClassifier(_Classifier):
             scores.append(score)
         return torch.stack(scores, dim=1)
 
-    @property
-    def label_room(self) -> int:
-        """The positions that the longest label needs after the prompt: all its tokens but one."""
-        return max(len(ids) for ids in self.label_name_ids) - 1
-
     def _log_probs(
         self, ids: torch.Tensor, lengths: torch.Tensor | None, beginning: tuple[int, ...]
     ) -> torch.Tensor:
@@ -188,6 +183,11 @@ def prompt_suffix(label_names: Sequence[str], subject: str = "movie") -> str:
     else:
         choices = f"{', '.join(label_names[:-1])}, or {label_names[-1]}"
     return f"Is this {subject} {choices}? This {subject} is "
+
+
+def label_room(tokenizer: Tokenizer, labels: Iterable[str]) -> int:
+    """Return the positions that the longest label needs after a prompt: all its tokens but one."""
+    return max(len(tokenizer.encode(label, bos=False, eos=False)) for label in labels) - 1
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The sizes of a Llama model, checked once so that no later line has to."""
 
+from types import SimpleNamespace
 from typing import Any
 
 from utils import InputError, brief
@@ -12,7 +13,7 @@ MAX_SIZE = 2**28  # the product of any two sizes fits PyTorch's 64-bit indices
 MAX_TABLE = 2**24  # max_seq_len * head size: the numbers in the rotary table, 64 MiB in float32
 
 
-class LlamaConfig:
+class LlamaConfig(SimpleNamespace):  # for its == and its repr
     """Hyperparameters of `llama.Llama`.
 
     `attention` is "full" (no mask: what the assignment's reference computes) or "causal" (each
@@ -90,12 +91,6 @@ class LlamaConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the keyword arguments that build this config again: `model_args`."""
         return dict(vars(self))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LlamaConfig) and vars(self) == vars(other)
-
-    def __repr__(self) -> str:
-        return f"LlamaConfig({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
 
 
 def require_classifier_config(config: Any) -> None:

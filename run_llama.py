@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier, prompt_suffix
+from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier, label_room, prompt_suffix
 from fast.linear import bfloat16_gain
 from fast.memory import keep_freed_memory
 from fast.threads import USUAL_LENGTH, choose_threads, generation_rows
@@ -97,10 +97,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def checkpoint_path(args: argparse.Namespace) -> str:
     """Return `args.filepath` if a script set it, else OPTION-DATASET-EPOCHS-LR.pt."""
-    dataset = options.dataset_name(args.train)
-    return getattr(args, "filepath", None) or (
-        f"{args.option}-{dataset}-{args.epochs}-{args.lr}.pt"
-    )
+    name = f"{args.option}-{options.dataset_name(args.train)}-{args.epochs}-{args.lr}.pt"
+    return getattr(args, "filepath", None) or name
 
 
 def output_files(args: argparse.Namespace) -> list[str]:
@@ -177,7 +175,7 @@ def test_with_prompting(args: argparse.Namespace) -> None:
     suffix = prompt_suffix(label_names)
     if llama.config.attention == "causal":
         suffix = suffix.rstrip()  # its last space is a token that " good" never follows
-    max_tokens = llama.config.max_seq_len - model.label_room
+    max_tokens = llama.config.max_seq_len - label_room(tokenizer, label_names)
     for split, rows in splits.items():
         data = _encode(args, split, rows, tokenizer, max_tokens, suffix)
         _evaluate_and_write(args, split, model, data, device)

@@ -9,7 +9,6 @@ without a mask. The bundled model's reference was computed in float64 NumPy, for
 modes. Exit codes: 0 all agree, 1 some do not (with a diagnosis), 2 a file is missing.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def pair_halves(model: Llama) -> None:
     """
     head_dim = model.config.head_dim
     for name, weight in model.named_parameters():
-        if re.search(r"compute_(query|key)\.weight", name):
+        if name.endswith(("compute_query.weight", "compute_key.weight")):
             pairs = weight.data.view(-1, head_dim // 2, 2, weight.shape[1])
             weight.data = pairs.transpose(1, 2).reshape(weight.shape)
 

@@ -14,7 +14,7 @@ from advanced import compose
 from advanced.methods import prompting
 from advanced.methods.continued import continue_pretraining
 from advanced.record import Run, metrics_of
-from classifier import LlamaEmbeddingClassifier
+from classifier import LlamaEmbeddingClassifier, label_room
 from fast.threads import USUAL_LENGTH, choose_threads
 from formats.torch_file import load_torch_file, save_torch_file
 from llama import load_pretrained
@@ -167,7 +167,7 @@ class Experiment:
         limits = {"max_tokens": self.max_seq_len, "max_sentence_len": settings.max_sentence_len}
         if self.templates:
             template = choose_template(self.templates, settings.template)
-            limits["max_tokens"] -= prompting.label_room(self.tokenizer, template)
+            limits["max_tokens"] -= label_room(self.tokenizer, sum(template.labels, ()))
             examples, n_cut = prompting.encode_prompts(rows, self.tokenizer, template, **limits)
         else:
             examples, n_cut = encode_examples(rows, self.tokenizer, **limits)

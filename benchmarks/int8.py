@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from classifier import LlamaZeroShotClassifier, prompt_suffix
+from classifier import LlamaZeroShotClassifier, label_room, prompt_suffix
 from fast import int8
 from llama import load_pretrained
 from pretraining.corpus import read_documents, split_heldout
@@ -56,7 +56,7 @@ def measure_model(args: argparse.Namespace, quantize: str | None) -> dict[str, s
     classifier = LlamaZeroShotClassifier(
         SimpleNamespace(num_labels=len(names)), tokenizer, names, model
     )
-    max_tokens = model.config.max_seq_len - classifier.label_room
+    max_tokens = model.config.max_seq_len - label_room(tokenizer, names)
     rows, question = read_sentences(args.data, len(names)), prompt_suffix(names).rstrip()
     examples, _ = encode_examples(rows, tokenizer, max_tokens=max_tokens, suffix=question)
     result = evaluate(classifier, SentenceDataset(examples, tokenizer.pad_id), BATCH_SIZE, CPU)

@@ -9,6 +9,7 @@ both. Every other device and dtype, and a PyTorch without the operator, uses F.l
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache, partial
 
 import torch
@@ -17,17 +18,10 @@ from torch import nn
 
 from utils import InputError
 
-
-def _find_onednn_linear() -> "torch._ops.OpOverload | None":
-    if not torch.backends.mkldnn.is_available():
-        return None
-    try:
-        return torch.ops.mkldnn._linear_pointwise.default
-    except AttributeError:
-        return None
-
-
-_onednn_linear = _find_onednn_linear()
+_onednn_linear = None
+if torch.backends.mkldnn.is_available():
+    with suppress(AttributeError):  # a PyTorch without the operator
+        _onednn_linear = torch.ops.mkldnn._linear_pointwise.default
 # oneDNN is slower below these numbers of multiplications, of one row and of several: its call costs
 # more, and each new number of rows builds a kernel.
 MIN_PRODUCTS_ONE_ROW, MIN_PRODUCTS = 2**18, 2**23

@@ -70,11 +70,10 @@ def parse_checkpoint(
     if absent:
         held = listed(content) or "nothing"
         raise InputError(f"{path}: has no dict {' and no '.join(absent)}; it holds {held}")
+    weights: Weights = {}
     for name, tensor in content["model"].items():
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
             raise InputError(f"{path}: model[{brief(name)}] is not a named tensor")
-    weights: Weights = {}
-    for name, tensor in content["model"].items():
         name = _ATTENTION.sub(lambda m: f"compute_{_CMU_NAMES[m[1]]}", _PREFIXES.sub("", name))
         if _DERIVED.fullmatch(name):
             continue

@@ -340,8 +340,7 @@ def main(argv: list[str] | None = None) -> None:
         recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
         shape = {name: getattr(args, name) or default for name, default in SHAPE.items()}
         seed_everything(args.seed)
-        depth = args.n_layers if args.init else None
-        model = make_model(args.init, shape, tokenizer_path, args.seq_len, depth).to(device)
+        model = make_model(args.init, shape, tokenizer_path, args.seq_len, args.n_layers).to(device)
         choose_threads(model, args.micro_tokens or recipe.batch_tokens)
         folder.mkdir(parents=True, exist_ok=True)
         names = [*OUTPUTS, *dict.fromkeys(heldout_file(path) for _, path in args.rated)]

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from classifier import PAD_ID, LlamaEmbeddingClassifier, LlamaZeroShotClassifier, choose_pooling
+from classifier import (
+    PAD_ID,
+    LlamaEmbeddingClassifier,
+    LlamaZeroShotClassifier,
+    choose_pooling,
+    label_room,
+)
 from conftest import LABEL_NAMES, LENGTHS, TOKENS, random_llama, save_llama
 from training.checkpoint import load_classifier, save_classifier
 from utils import InputError
@@ -157,7 +163,7 @@ def test_one_token_labels_score_their_log_probability_at_the_last_position(token
     assert [len(label) for label in ids] == [1, 1]
     log_probs = F.log_softmax(model.llama(TOKENS)[0][:, -1], dim=-1)
     torch.testing.assert_close(model(TOKENS), log_probs[:, [ids[0][0], ids[1][0]]])
-    assert model.label_room == 0
+    assert label_room(tokenizer, LABEL_NAMES) == 0
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,8 @@ def test_labels_of_several_tokens_score_by_the_chain_rule(tokenizer, attention, 
                 logits, _ = model.llama(torch.tensor([prompt + label[:i]]))
                 expected += F.log_softmax(logits[0, -1].double(), dim=-1)[token].item()
             assert scores[row, column].item() == pytest.approx(expected, rel=1e-4)
-    assert model.label_room == len(tokenizer.encode("bad xyz", bos=False, eos=False)) - 1
+    n_tokens = len(tokenizer.encode("bad xyz", bos=False, eos=False))
+    assert label_room(tokenizer, names) == n_tokens - 1
 
 
 def test_zero_shot_model_is_frozen(tokenizer):

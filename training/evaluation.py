@@ -77,15 +77,11 @@ def evaluate(
     description: str = "eval",
 ) -> Evaluation:
     """Predict every example and compare with the gold labels."""
-    confidences, predictions = predict_probs(
-        model, data, batch_size, device, bf16, description
-    ).max(dim=1)
+    probs = predict_probs(model, data, batch_size, device, bf16, description)
+    confidences, predictions = (values.tolist() for values in probs.max(dim=1))
     labels = [example.label for example in data.examples]
     sentences = [example.sentence for example in data.examples]
-    accuracy, macro_f1 = scores(predictions.tolist(), labels)
-    return Evaluation(
-        accuracy, macro_f1, predictions.tolist(), labels, sentences, confidences.tolist()
-    )
+    return Evaluation(*scores(predictions, labels), predictions, labels, sentences, confidences)
 
 
 def scores(predictions: list[int], labels: list[int]) -> tuple[float | None, float | None]:

@@ -124,7 +124,7 @@ def parse_line(
     if re.fullmatch(r"-?[0-9]{1,9}", label_text):
         label = int(label_text)
     elif label_text in label_names:
-        label = list(label_names).index(label_text)
+        label = label_names.index(label_text)
         if not accepts_names:
             raise InputError(f"{place}: label {label_text!r} is not an integer; write {label}")
     else:

@@ -288,8 +288,7 @@ def _restore(
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise state_file.damaged() from error
     state_file.saved = None  # it would keep a second copy of the weights
-    if distributed.is_main():
-        print(f"continue {state_file.path} in epoch {state.epoch} after {state.n_batches} batches")
+    print(f"continue {state_file.path} in epoch {state.epoch} after {state.n_batches} batches")
     return state
 
 

@@ -13,11 +13,7 @@ from torch.optim import Optimizer
 
 
 def learning_rate_factor(
-    step: int,
-    progress: float,
-    warmup_steps: int = 0,
-    decay_from: float = 1.0,
-    cosine: bool = False,
+    step: int, progress: float, warmup_steps: int, decay_from: float, cosine: bool = False
 ) -> float:
     """Return the factor of the peak learning rate at `step` (0, 1, ...): a trapezoid.
 

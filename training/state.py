@@ -27,15 +27,7 @@ from training import distributed
 from utils import InputError, hidden_neighbor, is_device, real_path, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
-HASHED_FOLDERS = (
-    "",
-    "formats/",
-    "fast/",
-    "training/",
-    "pretraining/",
-    "advanced/",
-    "advanced/methods/",
-)
+HASHED_ROOMS = ("formats", "fast", "training", "pretraining", "advanced")  # and the top level
 UNHASHED_FILES = ("prepare_submit.py", "sanity_check.py", "optimizer_test.py", "rope_test.py")
 
 
@@ -75,7 +67,7 @@ class StateFile:
         self.saved_at = time.monotonic()
         found = sha256_of(self.path) if self.path.exists() else None
         distributed.require_same({**self.settings, "mode": mode, "state": found})
-        self.saved, why_not = self._read(mode)
+        self.saved, why_not = self._read()
         distributed.barrier()  # rank 0 renames nothing before all have read
         if why_not is not None:
             old = self._old_path()
@@ -86,17 +78,17 @@ class StateFile:
     def _old_path(self) -> Path:
         return self.path.with_name(f"{self.path.name.removesuffix('.pt')}.old.pt")
 
-    def _read(self, mode: str) -> tuple[dict[str, Any] | None, str | None]:
+    def _read(self) -> tuple[dict[str, Any] | None, str | None]:
         """Return the state, or None and the reason why the existing state is not resumed."""
         if not self.path.exists():
-            if mode == "resume":
+            if self.mode == "resume":
                 old = self._old_path()
                 renamed = f", or rename {old.name}, an older one" if old.exists() else ""
                 raise InputError(
                     f"{self.path}: no saved state to --resume; leave that option out{renamed}"
                 )
             return None, None
-        if mode == "restart":
+        if self.mode == "restart":
             return None, "--restart"
         try:
             saved = load_torch_file(self.path)
@@ -104,17 +96,17 @@ class StateFile:
         except DoesNotFitError:  # it may be whole: neither rename nor replace it
             raise
         except (InputError, LookupError, TypeError, AttributeError) as error:
-            if mode == "resume":
+            if self.mode == "resume":
                 raise self.damaged() from error
             return None, "it is damaged or of another version"
         source = changed.pop("source", None)
         what = "; ".join(f"{key}: {words}" for key, words in changed.items())
-        if changed and mode == "resume":
+        if changed and self.mode == "resume":
             raise InputError(
                 f"{self.path}: is the state of another run ({what}); use that run's options, or "
                 "--restart to start over"
             )
-        if changed or (source and mode == "auto"):
+        if changed or (source and self.mode == "auto"):
             return None, what or "the source code has changed"
         if source:
             distributed.say(f"warning: {self.path} was saved by other source code")
@@ -142,7 +134,8 @@ class StateFile:
 def source_digest() -> str:
     """Return the SHA-256 of the project's modules that a training may run."""
     digest = hashlib.sha256()
-    for path in sorted(path for room in HASHED_FOLDERS for path in ROOT.glob(f"{room}*.py")):
+    in_rooms = [path for room in HASHED_ROOMS for path in ROOT.glob(f"{room}/**/*.py")]
+    for path in sorted([*ROOT.glob("*.py"), *in_rooms]):
         if path.name not in UNHASHED_FILES:
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -44,16 +44,11 @@ class LowRankUpdate(nn.Module):
             return weight + self.scale * (self.B @ self.A)
 
 
-def add_lora(
-    model: nn.Module,
-    rank: int,
-    alpha: float,
-    targets: Sequence[str] = ("compute_query", "compute_value"),
-) -> None:
+def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> None:
     """Freeze `model.llama` and give the named Linears of every layer a `LowRankUpdate`.
 
-    The default targets are the paper's (section 7.1). Everything outside the Llama stays trainable.
-    Raise InputError, before any change, for a rank that exceeds the smallest side of a target.
+    The paper's targets are query and value (section 7.1). Everything outside the Llama stays
+    trainable. Raise InputError, before any change, for a rank above the smallest side of a target.
     """
     linears = [
         module

@@ -45,7 +45,7 @@ def encode_prompts(
     """Return (examples of the rendered sentences, the number of truncated ones).
 
     A sentence that is too long loses its end; the template stays whole. `max_tokens` should be
-    max_seq_len - `label_room`, to leave room for the label.
+    max_seq_len - `classifier.label_room`, to leave room for the label.
     """
     before = tokenizer.encode(template.before, bos=True, eos=False)
     examples, n_truncated = encode_examples(
@@ -94,12 +94,6 @@ class PromptClassifier(LlamaZeroShotClassifier):
 
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         return F.log_softmax(self.scores(input_ids, lengths) + self.bias, dim=-1)
-
-
-def label_room(tokenizer: Tokenizer, template: Template) -> int:
-    """Return the positions that a label needs behind the prompt: all its tokens except the last."""
-    strings = [string for group in template.labels for string in group]
-    return max(len(tokenizer.encode(string, bos=False, eos=False)) for string in strings) - 1
 
 
 def unbiased_probs(model: PromptClassifier, examples: list[Example]) -> torch.Tensor:

@@ -81,7 +81,7 @@ def test_factors_and_head_are_trained_in_closed_form():
         for layer in model.llama.layers
         for linear in (layer.attention.compute_query, layer.attention.compute_value)
     ]
-    add_lora(model, rank, 8.0)
+    add_lora(model, rank, 8.0, ["compute_query", "compute_value"])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = sum(parameter.numel() for parameter in model.classifier_head.parameters())
     expected = sum(rank * (n_in + n_out) for n_out, n_in in shapes) + head
@@ -127,5 +127,5 @@ def test_a_language_model_generates_the_same_before_and_after_merging():
 def test_a_rank_beyond_the_smallest_side_is_refused_and_changes_nothing(rank):
     model = classifier()  # dim 32, 2 key/value heads of size 8
     with pytest.raises(InputError, match=rf"--lora_rank {rank}: .*1\.\.16"):
-        add_lora(model, rank, 8.0)
+        add_lora(model, rank, 8.0, ["compute_query", "compute_value"])
     assert all(parameter.requires_grad for parameter in model.parameters())

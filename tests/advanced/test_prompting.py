@@ -10,7 +10,6 @@ from advanced.methods.prompting import (
     PromptClassifier,
     calibrate,
     encode_prompts,
-    label_room,
     unbiased_probs,
 )
 from conftest import random_llama
@@ -102,8 +101,6 @@ def test_scores_are_the_summed_probabilities_of_a_labels_strings(tokenizer):
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     log_probs = model(*batch(tokenizer, texts))
     torch.testing.assert_close(log_probs, expected - expected.logsumexp(1, keepdim=True))
-    n_tokens = len(tokenizer.encode("warm xyz", bos=False, eos=False))
-    assert model.label_room == label_room(tokenizer, BOTH) == n_tokens - 1
 
 
 def test_padding_and_other_rows_change_nothing(tokenizer):
