@@ -228,10 +228,7 @@ def fill_model(args: argparse.Namespace) -> None:
 def _say_model_stands_in(lr: float | None) -> None:
     line = f"{MODEL} not found, using the bundled {MINI_MODEL}; `bash setup.sh` downloads {MODEL}"
     if lr is not None and lr < MINI_LR / 10:
-        line += (
-            f"; --lr {lr} is {MODEL}'s rate and hardly moves the bundled model, "
-            f"which needs --lr {MINI_LR}"
-        )
+        line += f"; with --lr {lr} the bundled model learns slowly, its default is {MINI_LR}"
     distributed.say(line)
 
 
