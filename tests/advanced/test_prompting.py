@@ -12,6 +12,7 @@ from advanced.methods.prompting import (
     encode_prompts,
     unbiased_probs,
 )
+from classifier import label_room
 from conftest import random_llama
 from helpers import train
 from training.dataset import Example, SentenceDataset
@@ -101,6 +102,8 @@ def test_scores_are_the_summed_probabilities_of_a_labels_strings(tokenizer):
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     log_probs = model(*batch(tokenizer, texts))
     torch.testing.assert_close(log_probs, expected - expected.logsumexp(1, keepdim=True))
+    n_tokens = len(tokenizer.encode("warm xyz", bos=False, eos=False))
+    assert label_room(tokenizer, sum(BOTH.labels, ())) == n_tokens - 1
 
 
 def test_padding_and_other_rows_change_nothing(tokenizer):

@@ -84,7 +84,8 @@ def test_the_bundled_model_has_its_rate_also_if_it_is_named(monkeypatch, path):
 
 
 @pytest.mark.parametrize(
-    ("lr", "is_too_small"), [("2e-5", True), ("7.5e-5", False), ("5e-4", False)]
+    ("lr", "is_too_small"),
+    [("2e-5", True), ("7.5e-5", False), ("5e-4", False), ("1e-3", False)],
 )
 def test_a_typed_rate_stays_and_one_that_is_small_for_the_bundled_model_is_said(
     place, capsys, lr, is_too_small
