@@ -58,7 +58,7 @@ GLANCE = {  # the rows of the short table, in the languages of the READMEs
     "plain": ("causal, mean of the real tokens", "因果注意力，讀真實詞元的平均"),
     "lora": ("LoRA", "LoRA"),
     "smart": ("SMART", "SMART"),
-    "norms": ("only the gains of the norms", "只訓練正規化的增益"),
+    "norms": ("only the gains of the norms and the head", "只訓練正規化的增益與分類頭"),
     "head": ("only the head", "只訓練分類頭"),
 }
 NAMED = ("{} (`{}`)", "{}（`{}`）")  # a row and its method
