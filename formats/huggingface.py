@@ -76,7 +76,7 @@ def write_model(
 
 
 def read_model(folder: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
-    """Return a causal config, and float32 weights under CMU names.
+    """Return a causal config, and the weights under CMU names.
 
     Reads only safetensors, runs no code of the folder, and uses no network. Raises InputError,
     without the folder's name, for a model that our Llama cannot compute.
@@ -108,7 +108,7 @@ def read_model(folder: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
         )
     args = {ours: getattr(config, theirs) for ours, theirs in _ARGS.items()}
     c = LlamaConfig(**args, attention="causal")
-    ours = {names[name]: tensor.float() for name, tensor in weights.items()}
+    ours = {names[name]: tensor for name, tensor in weights.items()}
     return c, {name: _permuted(c, name, w, (2, -1)) for name, w in ours.items()}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+import helpers
 import hostile
 import run_llama
 from classifier import LlamaEmbeddingClassifier
@@ -27,7 +28,6 @@ from tokenizer import Tokenizer
 from training.checkpoint import load_classifier, save_classifier
 from training.dataset import Example, SentenceDataset, encode_examples
 from training.labeled import read_label_names, read_sentences
-from training.loop import train_classifier
 from training.state import StateFile
 from utils import run_script
 
@@ -187,9 +187,9 @@ def read_model() -> None:
 
 @cache
 def classifier() -> dict[str, Any]:
+    config = SimpleNamespace(num_labels=2, option="finetune", hidden_dropout_prob=0.3)
+    model = LlamaEmbeddingClassifier(config, random_llama(**TINY))
     with tempfile.TemporaryDirectory() as folder:
-        config = SimpleNamespace(num_labels=2, option="finetune", hidden_dropout_prob=0.3)
-        model = LlamaEmbeddingClassifier(config, random_llama(**TINY))
         save_classifier(Path(folder, "model.pt"), model, config, label_names=["bad", "good"])
         return load_torch_file(Path(folder, "model.pt"))
 
@@ -226,30 +226,19 @@ def state() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            train(epochs=1, mode="auto")
+            resume(epochs=1, mode="auto")
             return load_torch_file("run.state.pt")
         finally:
             os.chdir(home)
 
 
-def train(epochs: int = 2, mode: str = "resume") -> None:
+def resume(epochs: int = 2, mode: str = "resume") -> None:
     """On four sentences, in batches of two."""
     torch.manual_seed(0)
-    config = {"num_labels": 2, "option": "finetune", "hidden_dropout_prob": 0.3, "pooling": "last"}
-    llama = random_llama(**TINY, attention="causal")
+    model = helpers.classifier("last", dropout=0.3, attention="causal", **TINY)
     data = SentenceDataset([Example("a", i % 2, [1, 2, 3 + i]) for i in range(4)], pad_id=3)
-    train_classifier(
-        LlamaEmbeddingClassifier(SimpleNamespace(**config), llama),
-        data,
-        data,
-        epochs=epochs,
-        batch_size=2,
-        lr=1e-3,
-        seed=0,
-        device=torch.device("cpu"),
-        on_epoch=lambda report, is_best: None,
-        state_file=StateFile("run.state.pt", {"lr": 1e-3}, mode),
-    )
+    state_file = StateFile("run.state.pt", {"lr": 1e-3}, mode)
+    helpers.train(model, data, epochs=epochs, batch_size=2, state_file=state_file)
 
 
 # ---------------------------------------------------------------- text and tokenizers
@@ -352,7 +341,7 @@ TARGETS = {
         _target("bin", bin_files(), read_model, "model.pt", words=("logits",), share=2),
         _target("classifier", changed(classifier), read_classifier, "model.pt", words=("label",)),
         _target(
-            "state", changed(state, depth=1), train, "run.state.pt", words=("infinite", "loss")
+            "state", changed(state, depth=1), resume, "run.state.pt", words=("infinite", "loss")
         ),
         _target("data", DATA, read_data, "toy-dev.txt", share=2),
         _target("labels", LABELS, read_labels, "labels.json", words=("label", "question")),

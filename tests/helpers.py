@@ -1,4 +1,4 @@
-"""A small classifier and its data, and the project's commands as processes of their own."""
+"""A small classifier and its data, the project's commands, and processes of their own."""
 
 import os
 import signal
@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from classifier import LlamaEmbeddingClassifier
-from conftest import ROOT, random_llama
+from conftest import LABEL_NAMES, ROOT, random_llama, randomize
+from training.checkpoint import save_classifier
 from training.dataset import Example, SentenceDataset
 from training.loop import EpochReport, train_classifier
+from utils import InputError, sha256_of
 
 CPU = torch.device("cpu")
 LIMIT = 300  # seconds, for a process that hangs
@@ -44,6 +47,19 @@ def classifier(
         return LlamaEmbeddingClassifier(config, llama)
 
 
+def write_classifier(
+    path: str | Path, pooling: str = "mean", attention: str = "causal", **changes
+) -> LlamaEmbeddingClassifier:
+    """Write a random classifier of bad and good as finetuning does, with ./tokenizer.model."""
+    model = classifier(pooling, scale=5.0, attention=attention).eval()
+    randomize(model, lambda name: name.startswith("classifier_head"), 1.0)
+    config = SimpleNamespace(num_labels=2, option="finetune", hidden_dropout_prob=0.3)
+    tokenizer = Path("tokenizer.model").absolute()
+    recorded = {"tokenizer_path": str(tokenizer), "tokenizer_sha256": sha256_of(tokenizer)}
+    save_classifier(path, model, config, **{"label_names": LABEL_NAMES, **recorded, **changes})
+    return model
+
+
 def train(
     model: torch.nn.Module, data: SentenceDataset, dev: SentenceDataset | None = None, **options
 ) -> list[EpochReport]:
@@ -63,13 +79,30 @@ def move(model: torch.nn.Module, by: float = 0.1) -> None:
             parameter.add_(by * torch.randn_like(parameter))
 
 
+def refusal(read: Callable, path: Path | str, *args, longest: int = 1000, **options) -> str:
+    """What is said of a bad file, behind its name: one line, however long the file's own words."""
+    with pytest.raises(InputError) as caught:
+        read(path, *args, **options)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:"), message
+    assert "\n" not in message and len(message) < len(str(path)) + longest, message
+    return message.removeprefix(f"{path}:").lstrip()
+
+
 def assert_same_weights(ours: dict, theirs: dict, atol: float = 0.0) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        assert (tensor - theirs[name]).abs().max().item() <= atol, name
+        torch.testing.assert_close(tensor, theirs[name], rtol=0.0, atol=atol, msg=name)
 
 
-# ---------------------------------------------------------------- processes
+# ---------------------------------------------------------------- commands and processes
+
+
+def error_line(answer: tuple[int, str, str]) -> str:
+    """Return the one line in which a command ended that printed nothing else."""
+    code, out, err = answer
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    return err
 
 
 def environment() -> dict[str, str]:

@@ -127,20 +127,13 @@ def test_a_value_of_any_length_and_depth_is_refused_in_a_short_message(key):
         assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("arguments", [{}, OTHER, {"n_heads": 2, "n_kv_heads": None}])
+@pytest.mark.parametrize("arguments", [OTHER, {"n_heads": 2, "n_kv_heads": None}])
 def test_a_config_is_built_again_from_its_dict_and_from_its_repr(arguments):
     config = LlamaConfig(**arguments)
     assert LlamaConfig(**config.to_dict()) == eval(repr(config)) == config
-    assert config != config.to_dict()
+    assert LlamaConfig(**{**arguments, "max_seq_len": 76}) != config
     config.to_dict()["dim"] = 7  # a copy
     assert config.dim != 7
-
-
-def test_configs_that_differ_anywhere_are_unequal():
-    for key in OTHER:
-        other = {"n_heads": 12, "n_kv_heads": 1, "dim": 96}.get(key, vars(LlamaConfig())[key])
-        assert other != OTHER[key]
-        assert LlamaConfig(**{**OTHER, key: other}) != LlamaConfig(**OTHER), key
 
 
 SOUND = {"num_labels": 2, "hidden_dropout_prob": 0.3, "option": "finetune", "pooling": "last"}

@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,8 @@ import torch
 import oracle
 from advanced import run as advanced_run
 from advanced.compose import METHODS
-from conftest import LENGTHS, ROOT, TOKENS, ended, random_llama
+from conftest import LENGTHS, TOKENS, ended, random_llama
+from helpers import finetune_command, finish, start, torchrun
 from tools import explain, predict
 from training import loop
 from training.checkpoint import load_classifier
@@ -163,25 +162,20 @@ def test_every_method_runs(workplace, method, capsys):
 # ---------------------------------------------------------------- several processes
 
 
-def torchrun(n: int, *options: str) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    command = [sys.executable, *launch, str(ROOT / "run_llama.py"), "--option", "finetune"]
-    return subprocess.run(
-        [*command, *DATA, *options], capture_output=True, encoding="utf-8", check=False
-    )
+def torchrun_finetuning(n: int, *options: str) -> tuple[int, str, str]:
+    return finish(start(torchrun(n, *finetune_command("--use_gpu", *options)), Path.cwd()))
 
 
 def test_a_process_over_nccl_trains_as_one_alone(run, workplace):
     options = [*TRAIN, "--hidden_dropout_prob", "0"]
     code, expected, err = run("finetune", "--use_gpu", *options)
     assert code == 0, err
-    done = torchrun(1, *options, "--restart")
-    assert done.returncode == 0, done.stderr
-    assert losses_in(done.stdout) == pytest.approx(losses_in(expected), rel=1e-3)
+    code, printed, err = torchrun_finetuning(1, *options, "--restart")
+    assert code == 0, err
+    assert losses_in(printed) == pytest.approx(losses_in(expected), rel=1e-3)
 
 
 def test_more_processes_than_devices_are_one_line(workplace):
-    done = torchrun(torch.cuda.device_count() + 1, *TRAIN)
-    assert done.returncode
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("run_llama.py: ")]
-    assert "lower --nproc-per-node" in line
+    code, _, err = torchrun_finetuning(torch.cuda.device_count() + 1, *TRAIN)
+    (line,) = [line for line in err.splitlines() if line.startswith("run_llama.py: ")]
+    assert code != 0 and "lower --nproc-per-node" in line

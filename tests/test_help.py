@@ -44,10 +44,6 @@ COMMANDS = {  # what is typed after `python`, and the function that makes the pa
 PROGRAMS = ("python", ".venv/bin/python", "torchrun --nproc-per-node 2")
 
 
-class ParserMadeError(Exception):
-    """Carries the parser of a command out of the function that makes it."""
-
-
 @pytest.fixture(params=COMMANDS)
 def command(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -60,13 +56,12 @@ def parser(command: str) -> argparse.ArgumentParser:
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     def parse_args(self: argparse.ArgumentParser, *_: object) -> None:
-        raise ParserMadeError(self)
+        raise SystemExit(self)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as made:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        with pytest.raises(ParserMadeError) as made:
-            COMMANDS[command]()
-    return made.value.args[0]
+        COMMANDS[command]()
+    return made.value.code
 
 
 def examples_of(parser: argparse.ArgumentParser) -> list[str]:

@@ -1,6 +1,5 @@
 """prepare_submit.py packs what belongs into ID.zip, and names all that is wrong in one error."""
 
-import ast
 import os
 import random
 import re
@@ -61,26 +60,20 @@ def script(tmp_path):
     return call
 
 
-def problems(path, aid=ID) -> list[str]:
+def problems(path) -> list[str]:
     """The lines of the error that `main` raises, without the headline, whose count they match."""
     with pytest.raises(AssertionError) as caught:
-        prepare_submit.main(path, aid)
+        prepare_submit.main(path, ID)
     headline, *lines = str(caught.value).split("\n")
     assert int(re.match(r"(\d+) problems? in ", headline)[1]) == len(lines)
     return [line.strip() for line in lines]
 
 
-def packed(folder, aid=ID) -> set[str]:
-    prepare_submit.main(folder, aid)
-    with zipfile.ZipFile(f"{aid}.zip") as archive:
-        assert all(name.startswith(f"{aid}/") for name in archive.namelist())
-        return {name.removeprefix(f"{aid}/") for name in archive.namelist()}
-
-
-def test_the_file_imports_nothing_but_the_standard_library():
-    tree = ast.parse((ROOT / "prepare_submit.py").read_bytes())
-    modules = {module for _, module, _ in prepare_submit.imports("prepare_submit.py", tree)}
-    assert {module.split(".")[0] for module in modules} <= sys.stdlib_module_names
+def packed(folder) -> set[str]:
+    prepare_submit.main(folder, ID)
+    with zipfile.ZipFile(f"{ID}.zip") as archive:
+        assert all(name.startswith(f"{ID}/") for name in archive.namelist())
+        return {name.removeprefix(f"{ID}/") for name in archive.namelist()}
 
 
 def test_complete_folder_becomes_one_zip_of_its_files_that_passes_the_check(folder, here, capsys):
@@ -104,10 +97,8 @@ def test_what_the_submission_does_not_need_stays_out_and_is_listed(folder, capsy
         **{"venv/lib/a.py": "", "tests/__pycache__/a.pyc": "", "advanced/run.py": ""},
     }
     assert packed(put(folder, needless)) == set(FILES)
-    expected = (
-        "CHANGELOG.md, advanced/, benchmarks/, docs/, old.zip, results/, stories42M.pt, tests/"
-    )
-    assert f"left out: {expected}\n" in capsys.readouterr().out
+    left_out = "CHANGELOG.md, advanced/, benchmarks/, docs/, old.zip, results/, stories42M.pt"
+    assert f"left out: {left_out}, tests/\n" in capsys.readouterr().out
 
 
 def test_advanced_code_travels_with_advanced_outputs(folder):
@@ -124,9 +115,8 @@ def test_advanced_code_travels_with_advanced_outputs(folder):
     assert packed(put(folder, outputs | code)) == {*FILES, *outputs, *code}
 
 
-@pytest.mark.parametrize("outside", [".git/data", "venv", "__pycache__/a.zip"])
-def test_names_above_the_folder_do_not_matter(tmp_path, outside):
-    assert packed(put(tmp_path / outside / "env", FILES)) == set(FILES)
+def test_names_above_the_folder_do_not_matter(tmp_path):
+    assert packed(put(tmp_path / ".git/venv/__pycache__/a.zip/env", FILES)) == set(FILES)
 
 
 def test_same_files_give_the_same_bytes_also_from_within_the_folder(folder, tmp_path, monkeypatch):
@@ -154,7 +144,7 @@ CHANGES = {  # file: (its text or None if it is missing, what the violation begi
     "rope.py": (" \r\n", "empty file: rope.py"),
     "generated-sentence-temp-1.txt": ("\ufeff\n", "empty file: generated-sentence-temp-1.txt"),
     "sst-dev-advanced-output.txt": (RIGHT, "half a pair: sst-dev-advanced-output.txt and sst-test"),
-    "training/state.py": (None, "training/loop.py:4: imports training.state, which is neither"),
+    "training/state.py": (None, "training/loop.py:4: imports training.state, which is neither in"),
     "utils.py": ("import os\nx = (\n", "utils.py:2: not Python ("),
     "config.py": ("def f():\n    import transformers.models\n", "config.py:2: imports transfor"),
     "data/sst-label-mapping.json": ('["bad"]', "data/sst-label-mapping.json: is not a JSON list"),
@@ -165,9 +155,17 @@ CHANGES = {  # file: (its text or None if it is missing, what the violation begi
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_each_violation_is_reported_alone(name):
-    text, expected = CHANGES[name]
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        *((name, *change) for name, change in CHANGES.items()),
+        ("training/loop.py", None, "run_llama.py:2: imports training.loop, which"),
+        ("formats/checkpoint.py", None, "llama.py:2: imports formats.checkpoint, which"),
+        ("formats/deep/torch_file.py", None, "training/state.py:1: imports formats.deep.torch_f"),
+        ("formats/deep/names.py", None, "formats/deep/__init__.py:1: imports formats.deep.names"),
+    ],
+)
+def test_each_violation_is_reported_alone(name, text, expected):
     files = {n: t for n, t in (FILES | {name: text}).items() if t is not None}
     (line,) = problems(zip_of(files))
     assert line.startswith(expected)
@@ -177,21 +175,6 @@ def test_every_required_file_must_be_there(folder):
     for name in REQUIRED:
         (folder / name).unlink()
     assert {f"missing required file: {name}" for name in REQUIRED} <= {*problems(folder)}
-
-
-@pytest.mark.parametrize(
-    ("removed", "importer", "module"),
-    [
-        ("training/loop.py", "run_llama.py:2", "training.loop"),
-        ("formats/checkpoint.py", "llama.py:2", "formats.checkpoint"),
-        ("formats/deep/torch_file.py", "training/state.py:1", "formats.deep.torch_file"),
-        ("formats/deep/names.py", "formats/deep/__init__.py:1", "formats.deep.names"),
-    ],
-)
-def test_modules_imported_by_the_required_ones_must_travel(removed, importer, module):
-    files = {name: text for name, text in FILES.items() if name != removed}
-    (line,) = problems(zip_of(files))
-    assert line.startswith(f"{importer}: imports {module}, which is neither in the submission nor ")
 
 
 def test_all_violations_come_in_one_error_and_leave_the_old_zip_as_it_was(folder, here):
@@ -209,12 +192,10 @@ def test_all_violations_come_in_one_error_and_leave_the_old_zip_as_it_was(folder
 
 
 def test_a_zip_that_was_written_wrong_never_takes_its_name(folder, here, monkeypatch):
-    put(here, {f"{ID}.zip": "old"})
     write = zipfile.ZipFile.writestr
     monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda z, info, text: write(z, info, b""))
     assert "empty file: rope.py" in problems(folder)
-    assert (here / f"{ID}.zip").read_text(encoding="utf-8") == "old"
-    assert [path.name for path in here.iterdir()] == [f"{ID}.zip"]
+    assert not list(here.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -224,14 +205,9 @@ def test_a_zip_that_was_written_wrong_never_takes_its_name(folder, here, monkeyp
         (RIGHT.replace("1 |||", "3 |||"), "2: label 3 does not exist; labels are 0 to 2"),
         (RIGHT.replace("1 |||", "-1 |||"), "2: label -1 does not exist; labels are 0 to 2"),
         (RIGHT.replace("0 |||", "0,"), "1: '0, sst in dev is good' is not 'label ||| sentence'"),
-        (
-            RIGHT.replace("dev é", "dev E"),
-            "3: 'sst in dev E' found, data/sst-dev.txt has 'sst",
-        ),
-        (
-            RIGHT + "1 ||| more\n",
-            "5: 'more' found, data/sst-dev.txt has nothing (5 sentences",
-        ),
+        (RIGHT.replace("dev é", "dev E"), "3: 'sst in dev E' found, data/sst-dev.txt has 'sst"),
+        (RIGHT.replace("é", "x" * 99), f"3: 'sst in dev {'x' * 29}...' found, data/sst-dev"),
+        (RIGHT + "1 ||| more\n", "5: 'more' found, data/sst-dev.txt has nothing (5 sentences"),
         (RIGHT[: RIGHT.rindex("1 |||")], "end: nothing found, data/sst-dev.txt has 'sst in"),
         ("".join(reversed(RIGHT.splitlines(True))), "1: 'sst in dev was bad' found"),
         (predictions("sst", "test"), "1: 'sst in test is good' found, data/sst-dev.txt has"),
@@ -245,12 +221,7 @@ def test_each_wrong_output_is_one_violation_with_its_first_wrong_line_and_remedy
     assert line.endswith("; write the file again")
 
 
-def test_a_long_sentence_is_shown_where_it_differs():
-    line = prepare_submit.excerpt("a" * 900 + "X" + "b" * 900, "a" * 900 + "Y")
-    assert line == repr("..." + "a" * 15 + "X" + "b" * 24 + "...")
-
-
-@pytest.mark.parametrize("end", [f" {QUESTION}\n", f"\n\n{QUESTION}\n", "\r\n", " \n", "\n"])
+@pytest.mark.parametrize("end", [f" {QUESTION}\n", f"\n\n{QUESTION}\n", "\r\n", " \n"])
 def test_outputs_of_the_assignments_own_script_carry_the_question_and_pass(folder, end):
     prompted = [name for name in OUTPUTS if "prompting" in name]
     files = {name: predictions(*name.split("-")[:2], end) for name in prompted}
@@ -284,17 +255,6 @@ def test_a_submission_is_compared_with_the_splits_of_its_folder_or_zip_and_a_not
     prepare_submit.main(zip_of(FILES | {"data/sst-dev.txt": RIGHT}), ID)
     expected = "note: sentences were not compared with data/sst-test.txt, data/cfimdb-dev.txt, "
     assert expected in capsys.readouterr().out
-
-
-def test_the_imports_of_the_assignments_own_utils_pass(folder):
-    put(
-        folder,
-        {
-            "utils.py": "from tqdm.auto import tqdm\nfrom urllib.parse import urlparse\n"
-            "import requests\nfrom filelock import FileLock\nimport importlib_metadata\n"
-        },
-    )
-    assert packed(folder) == set(FILES)
 
 
 LINK = zipfile.ZipInfo(f"{ID}/link.md")
@@ -358,10 +318,9 @@ def test_a_zip_with_bytes_changed_at_random_fails_in_words_or_passes():
         assert [path.name for path in Path().iterdir()] == ["made.zip"], seed
 
 
-@pytest.mark.parametrize("flags", [(), ("-O",), ("-X", "dev")])
-def test_a_lone_copy_of_the_file_packs_and_checks_in_a_python_without_packages(
-    folder, script, flags
-):
+def test_a_lone_copy_of_the_file_packs_and_checks_in_a_python_without_packages(folder, script):
+    """Nor does it need `assert`, which -O removes, or leave files open, of which -X dev warns."""
+    flags = ("-O", "-X", "dev")
     for path in (folder, f"{ID}.zip"):
         done = script(path, ID, flags=flags)
         assert (done.returncode, done.stderr) == (0, "") and f"{ID}/rope.py\n" in done.stdout

@@ -8,121 +8,122 @@ import torch
 import llama
 import oracle
 import sanity_check
-from conftest import random_llama, save_llama, shared_asset
-from utils import run_script
+from conftest import ended, random_llama, save_llama, shared_asset
 
 
 @pytest.fixture
-def pair(tmp_path, monkeypatch):
-    """A checkpoint with the vocabulary of stories42M, one that plays the bundled model, and what
-    float64 NumPy makes of them, in the two forms of reference files."""
+def run(tmp_path, monkeypatch, capsys):
+    """run(*options) returns exit code, output and error of sanity_check.py in a folder with two
+    checkpoints, one with the vocabulary of stories42M and one that plays the bundled model, and
+    with what float64 NumPy makes of them, in the two forms of reference files."""
     monkeypatch.chdir(tmp_path)
-    model = random_llama(vocab_size=32000, n_layers=3)
-    save_llama(model, tmp_path / "stories42M.pt")
-    logits, hidden = oracle.forward(model.state_dict(), model.config, sanity_check.TOKEN_IDS)
-    reference = {
-        "logits": torch.tensor(logits[:, -1:]).float(),
-        "hidden_states": torch.tensor(hidden).float(),
-    }
-    torch.save(reference, tmp_path / "sanity_check.data")
+    save_llama(random_llama(vocab_size=32000, n_layers=3), "stories42M.pt")
+    oracle.main("stories42M.pt", "both-modes.data")
+    torch.save(torch.load("both-modes.data", weights_only=True)["full"], "sanity_check.data")
     (tmp_path / "mini").mkdir()
-    save_llama(random_llama(seed=1), tmp_path / "mini/model.pt")
+    save_llama(random_llama(seed=1), "mini/model.pt")
     oracle.main("mini/model.pt", "mini/reference.data")
     monkeypatch.setattr(sanity_check, "MINI", ("mini/model.pt", "mini/reference.data"))
     monkeypatch.setattr(sanity_check, "__file__", str(tmp_path / "sanity_check.py"))
-    return tmp_path
+    return lambda *options: ended(lambda: sanity_check.main(list(options)), capsys)
 
 
-def test_right_models_pass_and_the_differences_are_printed(pair, capsys):
-    assert sanity_check.main([]) == 0
-    out = capsys.readouterr().out
+def test_right_models_pass_from_any_folder_and_the_differences_are_printed(
+    run, tmp_path, monkeypatch
+):
+    code, out, err = run()
+    assert (code, err) == (0, "")
     assert out.endswith("Your Llama implementation is correct!\n")
     assert out.count("largest difference") == 2 + 4  # two quantities; of the second, in two modes
     assert [out.count(f"attention: {mode}") for mode in ("full", "causal")] == [2, 1]
     assert "tolerance 2e-05" in out
+    (tmp_path / "another").mkdir()
+    monkeypatch.chdir("another")
+    code, there, err = run()  # checks the project's files
+    assert (code, there.replace(f"{tmp_path}/", ""), err) == (0, out, "")
 
 
-def test_without_the_download_the_bundled_model_is_checked_and_a_line_says_so(pair, capsys):
-    (pair / "stories42M.pt").unlink()
-    assert run() == 0
-    captured = capsys.readouterr()
-    assert captured.out.count("largest difference") == 4
-    assert captured.err.count("\n") == 1
-    assert "stories42M.pt not found" in captured.err
-    assert "setup.sh" in captured.err
+def test_without_the_download_the_bundled_model_is_checked_and_a_line_says_so(run, tmp_path):
+    (tmp_path / "stories42M.pt").unlink()
+    code, out, err = run()
+    assert (code, out.count("largest difference"), err.count("\n")) == (0, 4, 1)
+    assert "stories42M.pt not found" in err and "setup.sh" in err
 
 
-def test_a_wrong_bundled_model_fails_the_check_of_a_right_download(pair, capsys):
-    save_llama(random_llama(seed=2), pair / "mini/model.pt")
-    assert sanity_check.main([]) == 1
-    assert "is correct" not in capsys.readouterr().out
+def test_a_submission_without_the_bundled_model_checks_the_published_pair(run):
+    shutil.rmtree("mini")
+    code, out, _ = run()
+    assert (code, out.count("largest difference")) == (0, 2)
 
 
-def test_a_submission_without_the_bundled_model_checks_the_published_pair(pair, capsys):
-    shutil.rmtree(pair / "mini")
-    assert sanity_check.main([]) == 0
-    assert capsys.readouterr().out.count("largest difference") == 2
+def test_a_wrong_bundled_model_fails_the_check_of_a_right_download(run):
+    save_llama(random_llama(seed=2), "mini/model.pt")
+    code, out, _ = run()
+    assert code == 1 and "is correct" not in out
 
 
-def test_from_another_folder_the_projects_weights_are_checked(pair, monkeypatch, capsys):
-    (pair / "another").mkdir()
-    monkeypatch.chdir(pair / "another")
-    assert run() == 0
-    out, err = capsys.readouterr()
-    assert out.count("largest difference") == 2 + 4 and err == ""
-
-
-def test_a_reference_without_outputs_is_no_agreement(pair, capsys):
-    torch.save({"token_ids": torch.tensor([[1, 2]])}, "none.data")
-    assert run("--reference", "none.data") == 2
-    assert "none.data: holds token_ids and no outputs" in capsys.readouterr().err
-
-
-def test_a_reference_with_tokens_that_the_model_lacks_is_a_usage_error(pair, capsys):
-    assert run("--checkpoint", "mini/model.pt") == 2  # with the published reference's 32000 tokens
-    assert "do not belong together" in capsys.readouterr().err
+def test_nan_is_a_difference(run):
+    saved = torch.load("sanity_check.data", weights_only=True)
+    saved["hidden_states"][0, 0, 0] = torch.nan
+    torch.save(saved, "sanity_check.data")
+    code, out, _ = run()
+    assert code == 1 and "is correct" not in out
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("changed", "words"),
     [
-        ("token_ids", torch.tensor([[-1, 2]]), "token_ids are not"),
-        ("token_ids", torch.tensor([[0.5]]), "token_ids are not"),
-        ("token_ids", torch.tensor([1, 2]), "token_ids are not"),
-        ("token_ids", [[1, 2]], "token_ids are not"),
-        ("full", 3, "'full' is not an attention mode with its outputs"),
-        ("half", {}, "'half' is not an attention mode"),
-        ("full", {"logits": 3}, "holds nothing as logits"),
+        ({"token_ids": torch.tensor([[-1, 2]])}, "token_ids are not"),
+        ({"token_ids": torch.tensor([[0.5]])}, "token_ids are not"),
+        ({"token_ids": torch.tensor([1, 2])}, "token_ids are not"),
+        ({"token_ids": [[1, 2]]}, "token_ids are not"),
+        ({"full": ..., "causal": ...}, "holds token_ids and no outputs"),
+        ({"full": 3}, "'full' is not an attention mode with its outputs"),
+        ({"half": {}}, "'half' is not an attention mode"),
+        ({"full": {"logits": 3}}, "holds nothing as logits"),
     ],
 )
-def test_a_reference_of_another_form_is_a_usage_error(pair, capsys, key, value, words):
-    content = torch.load("mini/reference.data", weights_only=True)
-    torch.save({**content, key: value}, "odd.data")
-    assert run("--checkpoint", "mini/model.pt", "--reference", "odd.data") == 2
-    error = capsys.readouterr().err
-    assert "error: odd.data: " in error and words in error
+def test_a_reference_of_another_form_is_a_usage_error(run, changed, words):
+    content = torch.load("mini/reference.data", weights_only=True) | changed
+    torch.save({key: value for key, value in content.items() if value is not ...}, "odd.data")
+    code, _, err = run("--checkpoint", "mini/model.pt", "--reference", "odd.data")
+    assert code == 2 and "error: odd.data: " in err and words in err
 
 
-def test_a_model_that_forgets_its_mask_is_told_so(pair, monkeypatch, capsys):
-    init = llama.Attention.__init__
-
-    def without_mask(self, config):
-        init(self, config)
-        self.is_causal = False
-
-    monkeypatch.setattr(llama.Attention, "__init__", without_mask)
-    assert sanity_check.main([]) == 1
-    assert "It looks like no causal mask" in capsys.readouterr().out
+def test_a_checkpoint_and_a_reference_that_do_not_belong_together_are_a_usage_error(run):
+    save_llama(random_llama(vocab_size=32000, dim=64), "wide.pt")
+    for checkpoint in ("wide.pt", "mini/model.pt"):  # that has fewer tokens than the reference
+        code, _, err = run("--checkpoint", checkpoint)
+        assert code == 2 and "do not belong together" in err
 
 
-def causal_mask(monkeypatch):
-    init = llama.Attention.__init__
+@pytest.mark.parametrize(
+    ("missing", "options"),
+    [
+        *(("sanity_check.data", ()), ("mini/model.pt", ()), ("mini/reference.data", ())),
+        *(("absent.pt", (option, "absent.pt")) for option in ("--checkpoint", "--reference")),
+    ],
+)
+def test_missing_files_are_named_and_what_was_typed_is_never_replaced(
+    run, tmp_path, missing, options
+):
+    (tmp_path / missing).unlink(missing_ok=True)
+    code, _, err = run(*options)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"missing {missing}" in err and "setup.sh" in err
 
-    def with_mask(self, config):
-        init(self, config)
-        self.is_causal = True
 
-    monkeypatch.setattr(llama.Attention, "__init__", with_mask)
+def in_one_mode(is_causal):
+    def break_it(monkeypatch):
+        init = llama.Attention.__init__
+
+        def with_this_mode(self, config):
+            init(self, config)
+            self.is_causal = is_causal
+
+        monkeypatch.setattr(llama.Attention, "__init__", with_this_mode)
+
+    return break_it
 
 
 def halves_paired(monkeypatch):
@@ -160,56 +161,17 @@ def wrong_eps(monkeypatch):
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
-        (causal_mask, "a causal mask"),
+        (in_one_mode(is_causal=True), "a causal mask"),
+        (in_one_mode(is_causal=False), "no causal mask"),
         (halves_paired, "wrong RoPE pairing"),
         (attention_not_loaded, "random weights"),
         (wrong_eps, "none of the usual mistakes"),
     ],
 )
-def test_a_broken_model_fails_and_is_told_what_it_looks_like(
-    pair, monkeypatch, capsys, break_it, words
-):
+def test_a_broken_model_fails_and_is_told_what_it_looks_like(run, monkeypatch, break_it, words):
     break_it(monkeypatch)
-    assert sanity_check.main([]) == 1
-    out = capsys.readouterr().out
-    assert f"It looks like {words}" in out
-    assert "is correct" not in out
-
-
-def test_nan_is_a_difference(pair, capsys):
-    saved = torch.load("sanity_check.data", weights_only=True)
-    saved["hidden_states"][0, 0, 0] = torch.nan
-    torch.save(saved, "sanity_check.data")
-    assert sanity_check.main([]) == 1
-    assert "is correct" not in capsys.readouterr().out
-
-
-def run(*argv):
-    with pytest.raises(SystemExit) as ended:
-        run_script(lambda: sanity_check.main(list(argv)))
-    return ended.value.code
-
-
-@pytest.mark.parametrize("absent", ["sanity_check.data", "mini/model.pt", "mini/reference.data"])
-def test_missing_files_are_named_with_exit_code_2(pair, capsys, absent):
-    (pair / absent).unlink()
-    assert run() == 2
-    error = capsys.readouterr().err
-    assert absent in error
-    assert "setup.sh" in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("option", ["--checkpoint", "--reference"])
-def test_what_was_typed_is_never_replaced(pair, capsys, option):
-    assert run(option, "absent.pt") == 2
-    assert "missing absent.pt" in capsys.readouterr().err
-
-
-def test_a_reference_of_another_model_is_a_usage_error(pair, capsys):
-    save_llama(random_llama(vocab_size=32000, dim=64), pair / "other.pt")
-    assert run("--checkpoint", "other.pt") == 2
-    assert "do not belong together" in capsys.readouterr().err
+    code, out, _ = run()
+    assert code == 1 and f"It looks like {words}" in out and "is correct" not in out
 
 
 def test_published_reference_has_no_causal_mask():

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 import tokenizer as tokenizer_module
-from conftest import shared_asset, train_sentencepiece
+from conftest import ROOT, shared_asset, train_sentencepiece
 from hostile import sentencepiece_model
 from tokenizer import TOKENIZER_MODEL, Tokenizer, find_tokenizer_model, open_tokenizer
 from utils import InputError, sha256_of
@@ -32,8 +32,10 @@ def train_tiny(folder, **options) -> str:
 
 
 @pytest.mark.parametrize("model", REAL)
-def test_decoding_undoes_encoding_with_the_real_tokenizers(model):
+def test_the_real_tokenizers_have_llamas_special_tokens_and_decoding_undoes_encoding(model):
     tokenizer = Tokenizer(tokenizer_model=shared_asset(model))
+    tokenizer.require_vocab_size(REAL[model])
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
     for text in TEXTS:
         if "tok512" in model:  # its own normalization squeezes runs of spaces
             text = re.sub(" +", " ", text)
@@ -54,46 +56,32 @@ def test_bos_comes_first_and_eos_last_around_the_pieces(tokenizer, tokenizer_fil
 def test_a_path_that_is_not_utf8_is_a_path_like_any_other(tokenizer_file, tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.model")
     shutil.copyfile(tokenizer_file, path)
-    assert (
-        Tokenizer(tokenizer_model=path).n_words == Tokenizer(tokenizer_model=tokenizer_file).n_words
-    )
+    assert Tokenizer(tokenizer_model=path).n_words == 320
 
 
-@pytest.mark.parametrize("max_len", [1, 3, 100])
-def test_max_len_bounds_the_pieces_before_bos_and_eos_are_added(tokenizer, tokenizer_file, max_len):
-    short = Tokenizer(max_len=max_len, tokenizer_model=tokenizer_file)
+def test_max_len_is_positive_and_bounds_the_pieces_alone(tokenizer, tokenizer_file):
     text = "this movie is good and the story was bad"
-    pieces = tokenizer.encode(text, bos=False, eos=False)[:max_len]
-    assert short.encode(text, bos=False, eos=False) == pieces
-    assert short.encode(text, bos=True, eos=True) == [short.bos_id, *pieces, short.eos_id]
-
-
-@pytest.mark.parametrize("max_len", [0, -1])
-def test_max_len_is_positive(tokenizer_file, max_len):
-    with pytest.raises(InputError, match=f"max_len={max_len} "):
-        Tokenizer(max_len=max_len, tokenizer_model=tokenizer_file)
+    for max_len in (1, 3, 100):
+        short = Tokenizer(max_len=max_len, tokenizer_model=tokenizer_file)
+        pieces = tokenizer.encode(text, bos=False, eos=False)[:max_len]
+        assert short.encode(text, bos=False, eos=False) == pieces
+        assert short.encode(text, bos=True, eos=True) == [short.bos_id, *pieces, short.eos_id]
+    for max_len in (0, -1):
+        with pytest.raises(InputError, match=f"max_len={max_len} "):
+            Tokenizer(max_len=max_len, tokenizer_model=tokenizer_file)
 
 
 def test_padding_is_the_zero_byte_and_every_id_has_an_embedding(tokenizer):
     assert tokenizer.sp_model.id_to_piece(tokenizer.pad_id) == "<0x00>"
-    assert tokenizer.n_words == 320  # as the fixture was trained
     special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
-    assert len(special) == 3
-    assert special <= set(range(tokenizer.n_words))
-
-
-@pytest.mark.parametrize("model", REAL)
-def test_the_real_tokenizers_have_llamas_special_tokens(model):
-    tokenizer = Tokenizer(tokenizer_model=shared_asset(model))
-    assert tokenizer.n_words == REAL[model]
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
-    tokenizer.require_vocab_size(REAL[model])
+    assert len(special & set(range(tokenizer.n_words))) == 3
 
 
 # ---------------------------------------------------------------- files
 
 
 def test_without_a_name_the_tokenizer_at_the_root_is_read(tokenizer_file, monkeypatch):
+    assert TOKENIZER_MODEL == ROOT / "tokenizer.model"
     monkeypatch.setattr(tokenizer_module, "TOKENIZER_MODEL", tokenizer_file)
     assert Tokenizer().model_path == str(tokenizer_file)
     assert Tokenizer().n_words == 320
@@ -106,58 +94,43 @@ def test_a_missing_tokenizer_is_named_with_the_remedy(tmp_path):
         assert caught.value.filename == str(path)
 
 
+def refusal(path) -> str:
+    with pytest.raises(InputError) as caught:
+        Tokenizer(tokenizer_model=path)
+    return str(caught.value)
+
+
 def test_a_git_lfs_pointer_is_told_to_be_pulled(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", encoding="utf-8"
     )
-    with pytest.raises(InputError) as caught:
-        Tokenizer(tokenizer_model=path)
-    assert str(caught.value).startswith(f"{path}: is a git-lfs pointer")
-    assert "`git lfs pull`" in str(caught.value)
+    assert re.match(f"{path}: is a git-lfs pointer.*`git lfs pull`", refusal(path))
 
 
-@pytest.mark.parametrize("content", ["empty", "text", "bytes", "zeros", "truncated"])
-def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, tokenizer_file, content):
-    real = tokenizer_file.read_bytes()
+PIECES = [(b"<unk>", 0.0, 2), (b"<s>", 0.0, 3), (b"</s>", 0.0, 3)]
+PIECES += [(b"<0x%02X>" % i, 0.0, 6) for i in range(256)]
+
+
+def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, capfd):
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(
-        {
-            "empty": b"",
-            "text": b"<!DOCTYPE html><title>Not found</title>",
-            "bytes": bytes(reversed(range(256))) * 8,
-            "zeros": bytes(1000),
-            "truncated": real[: len(real) // 2],
-        }[content]
+    sound, pieceless, no_text = (
+        sentencepiece_model(pieces, [(3, 2), (35, 1)], [])
+        for pieces in (PIECES, [], [*PIECES, (b"a\xe2\x96", 0.0, 1)])
     )
-    with pytest.raises(InputError) as caught:
-        Tokenizer(tokenizer_model=path)
-    assert str(caught.value) == f"{path}: is not a SentencePiece model"
-
-
-@pytest.mark.parametrize("pieces", ["none", "not UTF-8"])
-def test_a_model_without_a_piece_or_with_one_that_is_no_text_is_named(tmp_path, pieces):
-    sound = [(b"<unk>", 0.0, 2), (b"<s>", 0.0, 3), (b"</s>", 0.0, 3)]
-    sound += [(b"<0x%02X>" % i, 0.0, 6) for i in range(256)]
-    path = tmp_path / "tokenizer.model"
-
-    def write(pieces) -> None:
-        path.write_bytes(sentencepiece_model(pieces, [(3, 2), (35, 1)], []))
-
-    write(sound)
+    path.write_bytes(sound)
     assert Tokenizer(tokenizer_model=path).n_words == 259
-    write([] if pieces == "none" else [*sound, (b"a\xe2\x96", 0.0, 1)])
-    with pytest.raises(InputError) as caught:
-        Tokenizer(tokenizer_model=path)
-    assert str(caught.value) == f"{path}: is not a SentencePiece model"
+    page = b"<!DOCTYPE html><title>Not found</title>"
+    for content in (b"", page, bytes(1000), sound[: len(sound) // 2], pieceless, no_text):
+        path.write_bytes(content)
+        assert refusal(path) == f"{path}: is not a SentencePiece model"
+        assert capfd.readouterr().err == ""  # SentencePiece itself adds nothing
 
 
 @pytest.mark.parametrize("lacking", [{"bos_id": -1}, {"eos_id": -1}])
 def test_a_model_without_bos_or_eos_is_refused(tmp_path, lacking):
     path = train_tiny(tmp_path, **lacking)
-    with pytest.raises(InputError) as caught:
-        Tokenizer(tokenizer_model=path)
-    assert str(caught.value) == f"{path}: has no bos or no eos; train it with both"
+    assert refusal(path) == f"{path}: has no bos or no eos; train it with both"
 
 
 def test_a_model_without_byte_fallback_works_until_padding_is_needed(tmp_path):
@@ -165,39 +138,24 @@ def test_a_model_without_byte_fallback_works_until_padding_is_needed(tmp_path):
     tokenizer = Tokenizer(tokenizer_model=path)
     ids = tokenizer.encode("a good film", bos=True, eos=False)
     assert tokenizer.decode(ids) == "a good film"
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=f"{path}: has no <0x00> to pad .* with byte fallback"):
         _ = tokenizer.pad_id
-    assert str(caught.value).startswith(f"{path}: has no <0x00> to pad batches with")
-    assert "byte fallback" in str(caught.value)
 
 
 def test_a_vocabulary_of_another_size_is_refused_naming_both(tokenizer, tokenizer_file):
     tokenizer.require_vocab_size(320)
-    for size in (319, 321, 32000):
-        with pytest.raises(InputError) as caught:
+    for size in (319, 321):
+        words = f"{tokenizer_file} has 320 tokens, the checkpoint has {size}: .*--tokenizer_path"
+        with pytest.raises(InputError, match=words):
             tokenizer.require_vocab_size(size)
-        message = str(caught.value)
-        assert message.startswith(str(tokenizer_file))
-        assert "has 320 tokens" in message
-        assert f"the checkpoint has {size}" in message
-        assert "--tokenizer_path" in message
-
-
-def test_of_several_tokenizers_beside_a_checkpoint_none_is_guessed(tmp_path):
-    for name in ("z.model", "a.model"):
-        (tmp_path / name).touch()
-    with pytest.raises(InputError, match=r"beside it are a.model, z.model; .* --tokenizer_path"):
-        find_tokenizer_model(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(
     ("beside", "found"),
     [
-        (["tokenizer.model"], "tokenizer.model"),
         (["tok512.model"], "tok512.model"),
         (["a.model", "tokenizer.model", "z.model"], "tokenizer.model"),
         (["tokenizer.model.bak", "tokenizer.txt"], None),
-        ([], None),
     ],
 )
 def test_a_checkpoint_takes_the_tokenizer_beside_it_or_else_the_one_at_the_root(
@@ -205,13 +163,19 @@ def test_a_checkpoint_takes_the_tokenizer_beside_it_or_else_the_one_at_the_root(
 ):
     for name in beside:
         (tmp_path / name).touch()
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below" / "tokenizer.model").touch()  # not beside
+    (tmp_path / "folder.model").mkdir()
+    (tmp_path / "folder.model/tokenizer.model").touch()  # not beside
     expected = tmp_path / found if found else TOKENIZER_MODEL
     assert find_tokenizer_model(tmp_path / "model.pt") == expected
-    assert find_tokenizer_model(str(tmp_path / "model.pt")) == expected
     monkeypatch.chdir(tmp_path)
     assert find_tokenizer_model("model.pt") == expected
+
+
+def test_of_several_tokenizers_beside_a_checkpoint_none_is_guessed(tmp_path):
+    for name in ("z.model", "a.model"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"beside it are a.model, z.model; .* --tokenizer_path"):
+        find_tokenizer_model(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("recorded", ["a" * 5000, "gone.model", "", "\0"])
@@ -240,19 +204,9 @@ def test_a_finetuned_checkpoint_finds_its_tokenizer_and_refuses_another(tmp_path
         open_tokenizer(checkpoint, saved)
 
 
-def test_a_folder_is_no_tokenizer(tmp_path):
-    (tmp_path / "data.model").mkdir()
-    assert find_tokenizer_model(tmp_path / "model.pt") == TOKENIZER_MODEL
-
-
 def test_a_linked_checkpoint_has_the_tokenizer_beside_the_link(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "model.pt").touch()
     (tmp_path / "link.pt").symlink_to(tmp_path / "elsewhere" / "model.pt")
     (tmp_path / "tokenizer.model").touch()
     assert find_tokenizer_model(tmp_path / "link.pt") == tmp_path / "tokenizer.model"
-
-
-def test_the_root_is_where_the_code_lies():
-    assert TOKENIZER_MODEL.name == "tokenizer.model"
-    assert (TOKENIZER_MODEL.parent / "run_llama.py").is_file()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, ended
 from utils import (
     ArgumentParser,
     InputError,
@@ -24,13 +24,6 @@ from utils import (
     seed_everything,
     sha256_of,
 )
-
-
-def end_of(main):
-    with pytest.raises(SystemExit) as ended:
-        run_script(main)
-    return ended.value.code or 0
-
 
 # ---------------------------------------------------------------- errors and scripts
 
@@ -47,38 +40,25 @@ class Terminated(KeyboardInterrupt):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "words"),
+    ("main", "code", "words"),
     [
-        (InputError("a\nb"), 2, "error: a b"),
-        (FileNotFoundError(2, "no such file", "x.txt"), 2, "error: x.txt: no such file"),
-        (MemoryError(), 2, "error: out of memory; use smaller batches or shorter sentences"),
-        (torch.OutOfMemoryError("CUDA"), 2, "error: out of memory; use smaller batches or shorter"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (Terminated("saved"), 143, "saved"),
+        (raising(InputError("a\nb")), 2, "error: a b"),
+        (raising(FileNotFoundError(2, "no such file", "x.txt")), 2, "error: x.txt: no such file"),
+        (raising(MemoryError()), 2, "error: out of memory; use smaller batches or shorter"),
+        (raising(torch.OutOfMemoryError("CUDA")), 2, "error: out of memory"),
+        (lambda: torch.empty(2**50), 2, "error: out of memory"),
+        (raising(KeyboardInterrupt()), 130, "interrupted"),
+        (raising(Terminated("saved")), 143, "saved"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_a_code(error, code, words, monkeypatch, capsys):
+def test_what_a_user_can_mend_is_one_line_and_a_code(main, code, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["folder/script.py"])
-    assert end_of(raising(error)) == code
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1
-    assert err.startswith(f"script.py: {words}")
+    exit_code, out, err = ended(main, capsys)
+    assert (exit_code, out) == (code, "")
+    assert err.count("\n") == 1 and err.startswith(f"script.py: {words}")
 
 
-def test_a_cpu_without_memory_is_one_line(capsys):
-    assert end_of(lambda: torch.empty(2**50)) == 2
-    assert "error: out of memory" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "bug",
-    [
-        ZeroDivisionError(),
-        ValueError("too many values to unpack"),
-        OSError("no file is named"),
-        RuntimeError("Tensors must have the same number of dimensions"),
-    ],
-)
+@pytest.mark.parametrize("bug", [ValueError("1 + 1"), OSError("no file"), RuntimeError("a shape")])
 def test_a_bug_keeps_its_traceback(bug):
     with pytest.raises(type(bug)):
         run_script(raising(bug))
@@ -95,7 +75,7 @@ def test_a_bug_keeps_its_traceback(bug):
 def test_a_full_disk_behind_standard_output_is_one_line(end, err):
     program = f"from utils import *\ndef main():\n    print('lost')\n    {end}\nrun_script(main)"
     with open("/dev/full", "w", encoding="utf-8") as full:
-        ended = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", program],
             cwd=ROOT,
             env={**os.environ, "PYTHONUNBUFFERED": ""},
@@ -103,11 +83,11 @@ def test_a_full_disk_behind_standard_output_is_one_line(end, err):
             stderr=-1,
             encoding="utf-8",
         )
-    assert (ended.returncode, ended.stderr) == (2, err)
+    assert (done.returncode, done.stderr) == (2, err)
 
 
-def test_the_return_value_is_the_exit_code():
-    assert [end_of(lambda code=code: code) for code in (None, 0, 1)] == [0, 0, 1]
+def test_the_return_value_is_the_exit_code(capsys):
+    assert [ended(lambda n=n: n, capsys)[0] for n in (None, 0, 1)] == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +95,6 @@ def test_the_return_value_is_the_exit_code():
     [
         (["--data-file"], "argument --data-file: expected one argument"),
         (["--nothing-like-it"], "unrecognized arguments: --nothing-like-it"),
-        (["--nothing=1"], "unrecognized arguments: --nothing=1"),
         (["--data_file", "x"], "unknown option --data_file; did you mean --data-file?"),
         (["--data_file=x"], "did you mean --data-file?"),
         (["--max-epochs", "3"], "did you mean --max_epochs?"),
@@ -125,10 +104,8 @@ def test_a_usage_error_is_one_line_that_names_the_option_meant(typed, words, cap
     parser = ArgumentParser("Do it.\n\n    python script.py\n", prog="script.py")
     parser.add_argument("--data-file")
     parser.add_argument("--max_epochs", type=int)
-    with pytest.raises(SystemExit) as ended:
-        parser.parse_args(typed)
-    err = capsys.readouterr().err
-    assert ended.value.code == 2 and err.count("\n") == 1
+    code, _, err = ended(lambda: parser.parse_args(typed), capsys)
+    assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("script.py: error: ") and words in err and "--help" in err
 
 

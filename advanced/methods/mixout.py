@@ -44,8 +44,7 @@ class Mixout(nn.Module):
 def add_mixout(model: nn.Module, p: float) -> None:
     """Mix every Linear of `model.llama.layers` with its present weights.
 
-    `torch.nn.utils.parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)`
-    undoes this. A resumed run calls this on the pretrained model before it loads its state.
+    A resumed run calls this on the pretrained model before it loads its state.
     """
     for module in list(model.llama.layers.modules()):
         if isinstance(module, Linear):

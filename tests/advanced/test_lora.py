@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from advanced.methods.freezing import count_parameters
 from advanced.methods.lora import add_lora
 from conftest import TOKENS, log_probs, random_llama, randomize
 from helpers import classifier, weights_of
@@ -37,9 +38,8 @@ def test_fresh_updates_change_nothing_and_merge_into_the_same_bits():
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("targets", [("compute_query", "compute_value"), ALL, ["w2"]])
-def test_merged_weights_are_the_sum_of_equation_3_and_keep_the_outputs(targets):
-    model, rank, alpha = classifier(), 3, 12.0
+def test_merged_weights_are_the_sum_of_equation_3_and_keep_the_outputs():
+    model, rank, alpha, targets = classifier(), 3, 12.0, ("compute_key", "w2")
     plain = weights_of(model)
     add_lora(model, rank, alpha, targets)
     randomized(model)
@@ -58,8 +58,6 @@ def test_merged_weights_are_the_sum_of_equation_3_and_keep_the_outputs(targets):
         A, B = (factors[f"{update}.{letter}"].double().numpy() for letter in "AB")
         expected = plain[name].double().numpy() + alpha / rank * B @ A
         np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-6)
-        difference = tensor.double() - plain[name].double()
-        assert 0 < torch.linalg.matrix_rank(difference, rtol=1e-4) <= rank
     assert n_updated == 2 * len(targets)
 
 
@@ -75,32 +73,30 @@ def test_the_weights_trained_under_autocast_are_those_that_merging_leaves():
 
 
 def test_factors_and_head_are_trained_in_closed_form():
-    model, rank = classifier(), 3
-    shapes = [
-        linear.weight.shape
-        for layer in model.llama.layers
-        for linear in (layer.attention.compute_query, layer.attention.compute_value)
-    ]
+    model, rank, n_layers, dim, kv_dim = classifier(), 3, 2, 32, 16
     add_lora(model, rank, 8.0, ["compute_query", "compute_value"])
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = sum(parameter.numel() for parameter in model.classifier_head.parameters())
-    expected = sum(rank * (n_in + n_out) for n_out, n_in in shapes) + head
-    assert sum(parameter.numel() for parameter in trained.values()) == expected
-    assert all(name.endswith((".A", ".B")) for name in trained if name.startswith("llama."))
+    n_trained, _ = count_parameters(model)
+    assert n_trained == n_layers * rank * ((dim + dim) + (dim + kv_dim)) + head
 
 
 def test_gradients_are_those_of_the_product_written_out():
-    """dL/dB = scale G A^T and dL/dA = scale B^T G, with G the gradient of a plain weight."""
+    """dL/dB = scale G A^T and dL/dA = scale B^T G, with G the gradient of the merged weight."""
     plain, model, rank, alpha = classifier(), classifier(), 2, 6.0
     add_lora(model, rank, alpha, ["w1"])
-    F.nll_loss(log_probs(plain), torch.tensor([0, 1, 1])).backward()
-    F.nll_loss(log_probs(model), torch.tensor([0, 1, 1])).backward()
-    for layer, plain_layer in zip(model.llama.layers, plain.llama.layers, strict=True):
-        update = layer.feed_forward.w1.parametrizations.weight[0]
-        G = plain_layer.feed_forward.w1.weight.grad
+    randomized(model)
+    pairs = [
+        (plain_layer.feed_forward.w1, layer.feed_forward.w1)
+        for plain_layer, layer in zip(plain.llama.layers, model.llama.layers, strict=True)
+    ]
+    for merged, updated in pairs:
+        merged.weight.data = updated.weight.detach()
+    for one in (plain, model):
+        F.nll_loss(log_probs(one), torch.tensor([0, 1, 1])).backward()
+    for merged, updated in pairs:
+        update, G = updated.parametrizations.weight[0], merged.weight.grad
         torch.testing.assert_close(update.B.grad, alpha / rank * G @ update.A.T)
-        assert update.B.grad.abs().max() > 0.0
-        assert update.A.grad.count_nonzero() == 0  # B is 0
+        torch.testing.assert_close(update.A.grad, alpha / rank * update.B.T @ G)
 
 
 def test_a_is_uniform_within_one_over_the_root_of_the_inputs_and_b_is_zero():

@@ -17,7 +17,6 @@ from conftest import random_llama
 from helpers import train
 from training.dataset import Example, SentenceDataset
 from training.templates import Template, render
-from utils import InputError
 
 PLAIN = Template("plain", "", "the movie is", (("bad",), ("good",)))
 BOTH = Template("both", "a story :", "it was a", (("bad", "film"), ("good", "warm xyz"), ("or",)))
@@ -60,7 +59,7 @@ def probs_by_hand(model, text: str) -> torch.Tensor:
 # ---------------------------------------------------------------- prompts
 
 
-@pytest.mark.parametrize("template", [PLAIN, BOTH, Template("bare", "", "", ())])
+@pytest.mark.parametrize("template", [BOTH, Template("bare", "", "", ())])
 def test_a_prompt_is_tokenized_as_the_rendered_text(tokenizer, template):
     rows = [("the story was bad", 0), ("a movie !", 1)]
     examples, n_truncated = encode_prompts(rows, tokenizer, template, max_tokens=90)
@@ -69,9 +68,8 @@ def test_a_prompt_is_tokenized_as_the_rendered_text(tokenizer, template):
     assert n_truncated == 0
 
 
-@pytest.mark.parametrize("template", [PLAIN, BOTH])
-def test_a_long_sentence_loses_its_end_and_no_word_of_the_template(tokenizer, template):
-    n_template = len(prompt(tokenizer, render(template, "")))  # with bos; "good" is one token
+def test_a_long_sentence_loses_its_end_and_no_word_of_the_template(tokenizer):
+    n_template = len(prompt(tokenizer, render(BOTH, "")))  # with bos; "good" is one token
     for n_words, max_tokens, longest, n_kept, n_cut in (
         (40, n_template + 9, None, 9, 1),
         (40, 90, 7, 7, 0),
@@ -80,47 +78,33 @@ def test_a_long_sentence_loses_its_end_and_no_word_of_the_template(tokenizer, te
         examples, n_truncated = encode_prompts(
             [(" ".join(["good"] * n_words), 0)],
             tokenizer,
-            template,
+            BOTH,
             max_tokens=max_tokens,
             max_sentence_len=longest,
         )
         kept = " ".join(["good"] * n_kept)
-        assert examples[0].tokens == prompt(tokenizer, render(template, kept))
+        assert examples[0].tokens == prompt(tokenizer, render(BOTH, kept))
         assert n_truncated == n_cut
 
 
 # ---------------------------------------------------------------- scores
 
 
-def test_scores_are_the_summed_probabilities_of_a_labels_strings(tokenizer):
+def test_scores_are_the_summed_probabilities_of_a_labels_strings_whatever_the_padding(tokenizer):
     model = classifier(tokenizer)
     texts = ["a story : the heart it was a", "a good"]
-    scores = model.scores(*batch(tokenizer, texts))
+    ids, lengths = batch(tokenizer, texts)
+    for row, length in enumerate(lengths):
+        ids[row, length:] = 7
+    scores = model.scores(ids, lengths)
     expected = torch.tensor(
         [[score_by_hand(model, text, strings) for strings in BOTH.labels] for text in texts]
     )
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-    log_probs = model(*batch(tokenizer, texts))
-    torch.testing.assert_close(log_probs, expected - expected.logsumexp(1, keepdim=True))
+    log_probs = expected - expected.logsumexp(1, keepdim=True)
+    torch.testing.assert_close(model(ids, lengths), log_probs)
     n_tokens = len(tokenizer.encode("warm xyz", bos=False, eos=False))
     assert label_room(tokenizer, sum(BOTH.labels, ())) == n_tokens - 1
-
-
-def test_padding_and_other_rows_change_nothing(tokenizer):
-    model = classifier(tokenizer)
-    texts = ["the film was good and the story bad", "a", "a warm heart"]
-    ids, lengths = batch(tokenizer, texts)
-    together = model(ids, lengths)
-    padded = torch.nn.functional.pad(ids, (0, 5), value=7)
-    torch.testing.assert_close(model(padded, lengths), together)
-    for row, text in enumerate(texts):
-        torch.testing.assert_close(model(*batch(tokenizer, [text]))[0], together[row])
-
-
-def test_full_attention_is_refused(tokenizer):
-    llama = random_llama(attention="full", vocab_size=tokenizer.n_words)
-    with pytest.raises(InputError, match=r"'full' cannot prompt.*--attention causal"):
-        PromptClassifier(llama, tokenizer, BOTH.labels)
 
 
 # ---------------------------------------------------------------- calibration
@@ -151,18 +135,11 @@ def test_the_bias_is_minus_the_log_mean_probability_over_what_the_scoring_reads(
         torch.testing.assert_close(model.bias, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_pmi_log_odds_are_those_of_the_prompt_minus_those_of_the_premise(tokenizer):
+def test_after_pmi_the_prompt_without_a_sentence_is_undecided(tokenizer):
     model = classifier(tokenizer)
     calibrate(model, "pmi", BOTH, torch.empty(0, 3))
-    text = render(BOTH, "her heart is warm")
-    pmi = [
-        score_by_hand(model, text, strings) - score_by_hand(model, render(BOTH, ""), strings)
-        for strings in BOTH.labels
-    ]
-    expected = torch.tensor(pmi).log_softmax(0)
-    torch.testing.assert_close(model(*batch(tokenizer, [text]))[0], expected, rtol=1e-4, atol=1e-4)
     empty = model(*batch(tokenizer, [render(BOTH, "")])).exp()
-    torch.testing.assert_close(empty, torch.full((1, 3), 1 / 3))  # undecided without a sentence
+    torch.testing.assert_close(empty, torch.full((1, 3), 1 / 3))
 
 
 # ---------------------------------------------------------------- finetuning

@@ -28,17 +28,14 @@ def metrics(predictions: list[int], labels: list[int], confidences: list[float],
     return metrics_of(result, n_labels)
 
 
-@pytest.mark.parametrize("n_occurring", [5, 3])
-def test_metrics_are_those_of_scikit_learn(n_occurring):
-    labels, predictions = np.random.randint(0, n_occurring, (2, 200)).tolist()
+def test_metrics_are_those_of_scikit_learn():
+    labels, predictions = np.random.randint(0, 3, (2, 200)).tolist()  # of five labels
     ours = metrics(predictions, labels, np.random.uniform(0.2, 1.0, 200).tolist(), 5)
     assert ours["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
     macro_f1 = f1_score(labels, predictions, average="macro", zero_division=0.0)
     assert ours["macro_f1"] == pytest.approx(macro_f1)
     assert ours["confusion"] == confusion_matrix(labels, predictions, labels=range(5)).tolist()
-    assert [c == "1" for c in ours["right"]] == [
-        a == b for a, b in zip(labels, predictions, strict=True)
-    ]
+    assert [c == "1" for c in ours["right"]] == np.equal(labels, predictions).tolist()
 
 
 def test_the_calibration_error_is_the_mean_gap_weighted_by_the_bins_counts():
@@ -54,9 +51,8 @@ def test_the_calibration_error_is_the_mean_gap_weighted_by_the_bins_counts():
 
 
 def test_sentences_without_a_gold_label_do_not_count():
-    assert metrics([0, 1], [-1, -1], [0.5, 0.9], 2) == {
-        **{"n_sentences": 2, "accuracy": None, "macro_f1": None}
-    }
+    none = {"n_sentences": 2, "accuracy": None, "macro_f1": None}
+    assert metrics([0, 1], [-1, -1], [0.5, 0.9], 2) == none
     ours = metrics([0, 1, 0, 1], [0, -1, 1, 1], [0.5, 0.9, 0.6, 0.7], 2)
     assert ours == metrics([0, 0, 1], [0, 1, 1], [0.5, 0.6, 0.7], 2)
     assert ours["accuracy"] == pytest.approx(2 / 3)

@@ -8,7 +8,7 @@ import torch
 from advanced.methods.smart import Smart, perturbed
 from classifier import LlamaEmbeddingClassifier
 from helpers import classifier as small_classifier
-from helpers import move, random_data, train
+from helpers import move
 from training.schedule import symmetric_kl
 
 TOKENS = torch.randint(3, 320, (3, 5), generator=torch.Generator().manual_seed(2))
@@ -24,7 +24,7 @@ def forward(module: torch.nn.Module) -> torch.Tensor:
     return module(TOKENS, lengths=LENGTHS)
 
 
-def call(smart: Smart, model: LlamaEmbeddingClassifier, seed: int = 0, forward=forward):
+def call(smart: Smart, model: LlamaEmbeddingClassifier, seed: int = 0):
     torch.manual_seed(seed)
     return smart(model, None, forward)
 
@@ -65,14 +65,13 @@ def test_a_perturbation_is_another_embedding_until_its_context_ends():
     torch.testing.assert_close(ours, model(tokens, lengths=torch.tensor([5])))
 
 
-@pytest.mark.parametrize("n_steps", [1, 3])
-def test_the_perturbation_stays_in_the_ball_and_reaches_its_edge(n_steps):
-    model = classifier()
+def test_the_perturbation_stays_in_the_ball_and_reaches_its_edge_in_each_step():
+    model, n_steps = classifier(), 3
     found = deltas(adversary(model, radius=0.2, n_steps=n_steps), model)
     radius = 0.2 * rms_of_embedding(model)
+    real = torch.arange(5) < LENGTHS[:, None]
     assert len(found) == n_steps + 2
     for delta in found[2:]:
-        real = torch.arange(5) < LENGTHS[:, None]
         largest = delta.abs().amax(dim=2)
         assert (largest <= radius * (1 + 1e-5)).all()
         assert (largest[real] > 0.99 * radius).all()
@@ -89,30 +88,16 @@ def test_the_step_is_the_gradient_by_finite_differences_over_its_largest_number(
         for i in range(noise.numel()):
             shift = torch.zeros_like(noise)
             shift.view(-1)[i] = h
-            up, down = noise + shift, noise - shift
-            values = []
-            for delta in (up, down):
-                with perturbed(model, delta):
-                    values.append(symmetric_kl(forward(model), clean))
-            gradient.view(-1)[i] = (values[0] - values[1]) / (2 * h)
+            for sign in (1, -1):
+                with perturbed(model, noise + sign * shift):
+                    value = symmetric_kl(forward(model), clean)
+                gradient.view(-1)[i] += sign * value / (2 * h)
     largest = gradient.abs().amax(dim=(1, 2), keepdim=True)
     radius = 0.1 * rms_of_embedding(model)
     expected = (noise + 0.01 * radius * gradient / largest).clamp(-radius, radius)
     assert (noise.abs() > radius).any()
+    assert not gradient[1, 3:].any() and not gradient[2, 1:].any()  # of padding
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * radius)
-
-
-def test_padding_changes_nothing_and_is_not_searched():
-    model = classifier()
-    smart = adversary(model)
-    expected = call(smart, model)
-    other = TOKENS.clone()
-    other[1, 3:], other[2, 1:] = 7, 8
-    value = call(smart, model, forward=lambda module: module(other, lengths=LENGTHS))
-    torch.testing.assert_close(value, expected)
-    smart = adversary(model, noise=0.1)
-    _, noise, found = deltas(smart, model)
-    torch.testing.assert_close(found[1, 3:], noise[1, 3:].clamp(-smart.radius, smart.radius))
 
 
 # ---------------------------------------------------------------- the penalty
@@ -126,8 +111,8 @@ def test_the_gradient_is_that_of_the_divergence_at_the_found_perturbation_from_b
     value = call(smart, model)
     ours = torch.autograd.grad(value, trained, allow_unused=True)
     with perturbed(model, delta):
-        other = forward(model)
-    p, q = forward(model), other
+        q = forward(model)
+    p = forward(model)
     expected = 3.0 * (p.exp() * (p - q) + q.exp() * (q - p)).sum() / 3
     theirs = torch.autograd.grad(expected, trained, allow_unused=True)
     torch.testing.assert_close(value, expected)
@@ -208,18 +193,6 @@ def test_a_call_leaves_gradients_modes_and_hooks_as_they_were():
     smart = Smart(model)
     call(smart, model)
     assert traces(model) == before
-
-    assert all(
-        p.grad is None or torch.equal(p.grad, torch.full_like(p, 7.0)) for p in model.parameters()
-    )
-    assert model.classifier_head.weight.grad is None
-
-
-def test_training_with_it_ends_in_a_smoother_function():
-    roughness = []
-    for weight in (0.0, 5.0):
-        model = classifier(scale=2.0)
-        smart = Smart(model, weight=weight)
-        train(model, random_data(8), epochs=6, lr=3e-3, regularizer=smart)
-        roughness.append(call(adversary(classifier(scale=2.0)), model).item())
-    assert roughness[1] < 0.7 * roughness[0]
+    own = model.llama.output.weight
+    assert (own.grad == 7.0).all()
+    assert all(p.grad is None for p in model.parameters() if p is not own)

@@ -120,11 +120,11 @@ def test_a_run_keeps_its_rows_and_the_report_shows_them(tmp_path, monkeypatch, c
     run.main(options)
     content = json.loads(out.read_text(encoding="utf-8"))
     assert content["processor"] == here
-    measured, other, beside = content["rows"]
+    step, other, beside = content["rows"]
     assert other == {"shape": "mini", "row": "AdamW step"}
-    assert measured["unit"] == "s" and measured["command"].endswith(" ".join(options))
-    assert set(measured["library"].values()) <= {"BLAS", "oneDNN"}
-    for contender in (*measured["contenders"].values(), *beside["contenders"].values()):
+    assert step["unit"] == "s" and step["command"].endswith(" ".join(options))
+    assert set(step["library"].values()) <= {"BLAS", "oneDNN"}
+    for contender in (*step["contenders"].values(), *beside["contenders"].values()):
         assert contender["median"] > 0 and contender["peak_mb"] > 50
     with monkeypatch.context() as patch, pytest.raises(InputError, match="not of another"):
         patch.setattr(report, "describe", lambda: {**here, "name": "another"})
@@ -137,10 +137,10 @@ def test_a_run_keeps_its_rows_and_the_report_shows_them(tmp_path, monkeypatch, c
         for use in (report.main, lambda argv: run.main([*options[:-1], *argv])):
             with pytest.raises(InputError, match=r"other\.json: is not an output of benchmarks"):
                 use([str(other)])
-    out.write_text(json.dumps({**content, "rows": [measured, beside]}), encoding="utf-8")
+    out.write_text(json.dumps({**content, "rows": [step, beside]}), encoding="utf-8")
     report.main([str(out), "--plot", str(figure)])
     printed = capsys.readouterr().out
-    assert all(text in printed for text in report.all_tables([measured, beside]))
+    assert all(text in printed for text in report.all_tables([step, beside]))
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
@@ -156,20 +156,22 @@ def test_the_processor_has_a_name_and_its_file_a_short_one():
     assert processor.name_in("CPU implementer\t: 0x41\n") == ""
 
 
-def test_two_processors_stand_side_by_side(tmp_path):
-    def row(name, **seconds):
-        contenders = {who: {"median": of, "peak_mb": 100.0} for who, of in seconds.items()}
-        shape = {"shape": "stories42M", "row": name, "unit": "tokens/s", "amount": 300}
-        return {**shape, "threads": 2, "limit_seconds": 0.5, "contenders": contenders}
+def measured(name: str, **seconds: float) -> dict:
+    """A row of 300 tokens with the seconds of each contender."""
+    contenders = {who: {"median": of, "peak_mb": 100.0} for who, of in seconds.items()}
+    shape = {"shape": "stories42M", "row": name, "unit": "tokens/s", "amount": 300}
+    return {**shape, "threads": 2, "limit_seconds": 0.5, "contenders": contenders}
 
+
+def test_two_processors_stand_side_by_side(tmp_path):
     programs = {"ours int8": 1.0, "run.c": 1.5, "runq.c": 3.0}
-    generating = row("g", naive=4.0, ours=2.0, transformers=3.0, **programs)
-    beside = row("b", ours=2.0, **{f"ours{report.BESIDE}": 5.0})
+    generating = measured("g", naive=4.0, ours=2.0, transformers=3.0, **programs)
+    beside = measured("b", ours=2.0, **{f"ours{report.BESIDE}": 5.0})
     files = tmp_path / "speed-a.json", tmp_path / "speed-b.json"
-    measured_rows = [generating, beside], [row("t", naive=9.0, ours=3.0)]
-    for path, measured in zip(files, measured_rows, strict=True):
+    both = [generating, beside], [measured("t", naive=9.0, ours=3.0)]
+    for path, rows_of_one in zip(files, both, strict=True):
         head = {"name": path.stem, "torch": "2.13"}
-        path.write_text(json.dumps({"processor": head, "rows": measured}), encoding="utf-8")
+        path.write_text(json.dumps({"processor": head, "rows": rows_of_one}), encoding="utf-8")
     lines = report.speed_table(files).splitlines()
     assert lines[1] == "- B: speed-b, 2 threads, PyTorch 2.13"
     assert "| g (tokens/s) | 150 | 2.00 | 1.50 |  |  |  |" in lines
@@ -236,17 +238,11 @@ def test_programs_are_compiled_outside_the_checkout_and_say_their_rate(tiny, tmp
 
 
 def test_the_table_has_rates_ratios_the_limit_and_memory():
-    contenders = {
-        name: {"median": seconds, "peak_mb": 100 * seconds}
-        for name, seconds in {"naive": 4.0, "ours": 1.0, "transformers": 3.0}.items()
-    }
-    row = {
-        "shape": "stories42M", "row": "a row", "unit": "tokens/s", "amount": 300,
-        "limit_seconds": 0.5, "contenders": contenders,
-    }  # fmt: skip
+    row = measured("a row", naive=4.0, ours=1.0, transformers=3.0)
+    row["contenders"]["naive"]["peak_mb"] = 400.0
     cells = "75.0 | 300 | 100 | 4.00 | 3.00 | 0.50 | 0.25"
     assert report.table([row]).splitlines()[-1] == f"| stories42M | a row (tokens/s) | {cells} |"
-    del contenders["transformers"]
+    del row["contenders"]["transformers"]
     assert report.table([row]).splitlines()[-1].count("|") == 10
 
 

@@ -56,8 +56,7 @@ def test_logits_and_real_states_are_equal(attention, masked):
     torch.testing.assert_close(plain_hidden[is_real], hidden[is_real], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["full", "causal"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("attention", "temperature"), [("full", 0.0), ("causal", 1.0)])
 def test_greedy_and_sampled_tokens_are_equal(attention, temperature):
     ours, plain = pair(attention)
     start = torch.randint(4, 320, (2, 32), generator=torch.Generator().manual_seed(0))

@@ -9,16 +9,15 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from conftest import ROOT, SHARED
+from helpers import finish, start, wait_for
 
 BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -157,25 +156,25 @@ def test_a_missing_file_is_downloaded_once_and_leaves_nothing_else(habit, server
     assert capfd.readouterr() == ("ok       new/file.bin\n", "")
 
 
-def test_a_link_to_a_file_that_is_missing_is_reported_and_kept(server, folder, root, capsys):
-    (root / "new").mkdir()
-    (root / "new/file.bin").symlink_to("absent")
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda path: path.touch(), f"found 0 bytes, expected {len(BODY)}"),
+        (lambda path: path.write_bytes(SERVED["altered"]), f"found sha256 .*, expected {SHA256}"),
+        (lambda path: path.symlink_to("absent"), "is a link to a file that is missing"),
+    ],
+)
+def test_a_file_that_differs_is_reported_and_kept(make, problem, server, folder, root, capsys):
+    path = root / "new/file.bin"
+    path.parent.mkdir()
+    make(path)
+    before = path.lstat()
     for options in ([], ["--assets-from", folder]):
         assert run(root, entry(server.url + "right"), options=options) == 1
-        assert "new/file.bin: is a link to a file that is missing" in capsys.readouterr().err
-    assert (root / "new/file.bin").is_symlink() and server.requests == []
-
-
-@pytest.mark.parametrize("content", [b"mine", b"\1" + BODY[1:], b""])
-def test_a_file_that_differs_is_reported_and_kept(content, server, folder, root, capsys):
-    (root / "new").mkdir()
-    (root / "new/file.bin").write_bytes(content)
-    for options in ([], ["--assets-from", folder]):
-        assert run(root, entry(server.url + "right"), options=options) == 1
-        assert (root / "new/file.bin").read_bytes() == content
         out, err = capsys.readouterr()
         assert out == "differs  new/file.bin\n"
-        assert re.search("new/file.bin: found .* expected .*; delete it to fetch it again\n$", err)
+        assert re.search(f"new/file.bin: {problem}; delete it to fetch it again\n$", err)
+    assert (path.lstat().st_ino, path.lstat().st_mtime) == (before.st_ino, before.st_mtime)
     assert (new_files(root), server.requests) == (["new/file.bin"], [])
 
 
@@ -269,10 +268,9 @@ def test_from_a_folder_files_are_copied_without_the_network(folder, server, root
     assert (new_files(root), server.requests) == (["new/file.bin"], [])
 
 
-@pytest.mark.parametrize("options", [["--assets-from", "absent"], ["--assets-from"], ["--other"]])
-def test_a_wrong_command_line_is_a_usage_error(options, root, capsys):
-    assert run(root, entry(), options=options) == 2
-    assert options[-1] in capsys.readouterr().err
+def test_a_folder_that_is_missing_is_a_usage_error(root, capsys):
+    assert run(root, entry(), options=["--assets-from", "absent"]) == 2
+    assert "--assets-from: absent is not a folder" in capsys.readouterr().err
 
 
 def test_an_error_of_the_disk_is_one_line(server, root, capsys):
@@ -286,24 +284,19 @@ def test_an_error_of_the_disk_is_one_line(server, root, capsys):
 def test_an_interrupted_transfer_leaves_nothing(number, code, server, root):
     manifest = json.dumps({"files": [entry(server.url + "stalls")]})
     (root / "data/manifest.json").write_text(manifest, encoding="utf-8")
-    # A suite in the background is started with SIGINT ignored, and so are its children.
-    program = f"import runpy, signal; signal.signal({signal.SIGINT}, signal.default_int_handler)"
-    program += f"; runpy.run_path({str(root / 'data/fetch.py')!r}, run_name='__main__')"
-    started = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
-    while not list(root.glob("new/.fetch-*/*")) and started.poll() is None:
-        time.sleep(0.01)
-    started.send_signal(number)
-    _, err = started.communicate(timeout=60)
-    assert started.returncode == code, err
-    assert err.count(b"\n") == (number == signal.SIGINT)
+    process = start([sys.executable, "data/fetch.py"], root)
+    wait_for(lambda: list(root.glob("new/.fetch-*/*")), process)
+    process.send_signal(number)
+    ended, _, err = finish(process)
+    assert (ended, err.count("\n")) == (code, number == signal.SIGINT), err
     assert new_files(root) == []
 
 
 def test_without_torch_it_says_what_to_run_first(root):
-    command = [sys.executable, "-S", root / "data/fetch.py"]  # -S: without installed packages
-    done = subprocess.run(command, capture_output=True, encoding="utf-8")
-    assert done.returncode == 2
-    assert re.fullmatch("fetch.py: error: torch .* run `bash setup.sh` first\n", done.stderr)
+    command = [sys.executable, "-S", "data/fetch.py"]  # -S: without installed packages
+    code, _, err = finish(start(command, root))
+    assert code == 2
+    assert re.fullmatch("fetch.py: error: torch .* run `bash setup.sh` first\n", err)
 
 
 COMMITTED = json.loads((ROOT / "data/manifest.json").read_text(encoding="utf-8"))["files"]
@@ -311,8 +304,8 @@ COMMITTED = json.loads((ROOT / "data/manifest.json").read_text(encoding="utf-8")
 
 def test_the_manifest_lists_what_the_scripts_need():
     splits = [f"data/{c}-{s}.txt" for c in ("sst", "cfimdb") for s in ("train", "dev", "test")]
-    small = [f"models/stories260K/{n}" for n in ("stories260K.pt", "stories260K.bin")]
-    small += ["models/stories260K/tok512.model"]
+    files = ("stories260K.pt", "stories260K.bin", "tok512.model")
+    small = [f"models/stories260K/{name}" for name in files]
     names = [*splits, "tokenizer.model", "sanity_check.data", *small, "stories42M.pt"]
     assert [file["name"] for file in COMMITTED] == names
 

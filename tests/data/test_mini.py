@@ -9,7 +9,6 @@ from config import ATTENTION_MODES
 from conftest import ROOT
 from llama import load_pretrained
 from tokenizer import Tokenizer
-from training.options import PREFIX
 
 MINI = ROOT / "data/mini"
 
@@ -52,23 +51,11 @@ def test_its_reference_is_what_float64_numpy_computes_in_both_modes(tmp_path):
             torch.testing.assert_close(reference[name], computed[mode][name])
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["A thriller, at last!", "  two  spaces ", "naïve 电影 🎬", "in 1999\n\tit ended", "\x00"],
-)
+@pytest.mark.parametrize("text", ["A thriller, at last!", "  naïve  电影 🎬\n\tin 1999\x00 "])
 def test_its_tokenizer_gives_back_any_text(mini, mini_tokenizer, text):
     ids = mini_tokenizer.encode(text, bos=True, eos=False)
     assert mini_tokenizer.decode(ids) == text
     assert max(ids) < mini.config.vocab_size == mini_tokenizer.n_words
-
-
-def test_its_cache_changes_nothing(mini, mini_tokenizer):
-    """Greedy tokens are the argmax of one forward pass over the whole text."""
-    start = mini_tokenizer.encode(PREFIX, bos=True, eos=False)
-    out = mini.generate(torch.tensor([start]), 40, temperature=0.0)
-    with torch.inference_mode():
-        logits, _ = mini(out, targets=out)
-    assert out[0, len(start) :].tolist() == logits[0, len(start) - 1 : -1].argmax(-1).tolist()
 
 
 def test_it_predicts_a_review_better_than_shuffled_words(mini, mini_tokenizer):

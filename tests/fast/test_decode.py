@@ -30,10 +30,9 @@ def plain_loop(model: Llama, idx: torch.Tensor, n: int) -> torch.Tensor:
     return idx
 
 
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.15)],
+    ("n_kv_heads", "dtype", "tolerance"),
+    [(2, torch.float64, 1e-10), (4, torch.float32, 1e-4), (1, torch.bfloat16, 0.15)],
 )
 def test_logits_are_those_of_the_whole_forward(n_kv_heads, dtype, tolerance):
     model = random_llama(attention="causal", n_heads=4, n_kv_heads=n_kv_heads)
@@ -54,7 +53,7 @@ def test_it_refuses_full_attention_and_positions_without_room():
     decoder = Decoder(random_llama(attention="causal"), 1, 4)
     decoder(random_tokens(1, 3))
     with pytest.raises(InputError, match="4 positions cannot hold 5"):
-        decoder(decoder(random_tokens(1, 1)).argmax(dim=-1, keepdim=True))
+        decoder(greedy(decoder(random_tokens(1, 1))))
 
 
 def test_samples_of_several_prefixes_stand_side_by_side():
@@ -73,17 +72,16 @@ def test_each_token_is_read_once_and_samples_share_their_prefix(monkeypatch):
     assert shapes == [(1, 5), (3, 1), (3, 1), (3, 1)]
 
 
-def test_a_prefix_that_fills_the_context_needs_no_decoder(monkeypatch):
-    model = random_llama(attention="causal", max_seq_len=16)
+@pytest.mark.parametrize("length", [16, 20])
+def test_a_prefix_that_fills_the_context_needs_no_decoder(length, monkeypatch):
     monkeypatch.setattr("fast.decode.Decoder", lambda *_: pytest.fail("it is never read"))
-    for length in (16, 20):
-        assert model.generate(random_tokens(2, length), 3, 0.0).shape == (2, length + 3)
+    model, idx = random_llama(attention="causal", max_seq_len=16), random_tokens(2, length)
+    assert torch.equal(model.generate(idx, 3, 0.0), plain_loop(model, idx, 3))
 
 
 def test_real_weights_give_the_tokens_of_the_plain_loop():
     """Grouped queries (8 heads on 4), several samples of a prefix, past the end of the context."""
-    path = shared_asset("models/stories260K/stories260K.pt")
-    model = load_pretrained(path, attention="causal")
+    model = load_pretrained(shared_asset("models/stories260K/stories260K.pt"), attention="causal")
     model.config.max_seq_len = 48
     idx = torch.tensor([[1, 403, 407, 261, 378]])
     expected = plain_loop(model, idx, 60)

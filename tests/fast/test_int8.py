@@ -37,8 +37,10 @@ def test_a_row_is_rounded_to_its_scale_and_quantizes_to_itself_again():
     assert torch.equal(again[0], quantized) and torch.equal(again[1], scale)
 
 
-@pytest.mark.parametrize("rows", [(1,), (2, 3), (int8.MAX_ROWS,), (int8.MAX_ROWS + 1,), (0,)])
-@pytest.mark.parametrize("n_in", [64, 72, 5])  # the operator could crash at the last two
+@pytest.mark.parametrize(
+    ("rows", "n_in"),  # the operator could crash at the last two
+    [((0,), 64), ((2, 3), 64), ((16,), 64), ((17,), 64), ((1,), 72), ((1,), 5)],
+)
 def test_the_product_is_within_the_rounding_of_weights_and_bfloat16(rows, n_in, monkeypatch):
     operator, calls = torch._weight_int8pack_mm, []
     monkeypatch.setattr(
@@ -56,10 +58,9 @@ def test_the_product_is_within_the_rounding_of_weights_and_bfloat16(rows, n_in, 
     assert len(calls) == (n_in == 64 and math.prod(rows) <= 16)
 
 
-@pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_the_operator_is_taken_for_few_rows_of_any_memory_layout(layout):
+def test_the_operator_reads_rows_of_any_memory_layout():
     quantized, scale = int8.quantize_rows(torch.randn(20, 64))
-    x = torch.randn(4, 64) if layout == "rows" else torch.randn(64, 4).T
+    x = torch.randn(64, 4).T
     rounded = x.bfloat16().double() @ dequantize(quantized, scale).double().T
     product = int8_linear(x, quantized, scale)
     assert (product - rounded).abs().max() < EPS * rounded.abs().max()

@@ -36,7 +36,7 @@ def measured(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds_of_all", "chosen"),
-    [([0.5], 3), ([0.95, 0.95, 0.95], 1), ([5.0, 5.0, 0.5], 3), ([5.0, 5.0, 5.0], 1)],
+    [([0.5], 3), ([0.95, 0.95, 0.95], 1), ([5.0, 5.0, 0.5], 3)],
 )
 def test_all_threads_are_used_where_they_are_clearly_faster(measured, seconds_of_all, chosen):
     for n_rows in (1, 10**6):

@@ -6,20 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from pretraining.batches import Batches, padded, row_of, windows
+from pretraining.batches import Batches, padded, row_of
 from utils import InputError
 
 
 def numbered_documents(lengths=(7, 1, 12, 5, 9, 3, 14, 2)) -> list[np.ndarray]:
     """53 tokens, each another number."""
     return np.split(np.arange(sum(lengths), dtype=np.int32), np.cumsum(lengths)[:-1])
-
-
-def test_windows_are_slices_that_share_one_token():
-    stream = np.arange(100, 121)
-    starts = [ids.tolist() for ids in windows(stream, seq_len=7)]
-    assert starts == [list(range(100, 108)), list(range(107, 115)), list(range(114, 121))]
-    assert [len(ids) for ids in windows(stream, seq_len=10)] == [11, 11]
 
 
 def test_rows_are_padded_with_weight_0_in_passes_of_a_bounded_size():

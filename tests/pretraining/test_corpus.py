@@ -26,17 +26,11 @@ from pretraining.corpus import (
 from tokenizer import Tokenizer
 from utils import InputError
 
-LINES = [
-    "A cat sat.\\nIt slept.",
-    "  two  spaces ",
-    "",
-    " \t ",
-    "Ärger im Kino: 東京 🎬",
-    "x\\n\\ny",
-]
-DOCUMENTS = ["A cat sat.\nIt slept.", "  two  spaces ", "Ärger im Kino: 東京 🎬", "x\n\ny"]
+LINES = ["A cat sat.\\nIt slept.", "  two  spaces ", "", " \t ", "Ärger: 東京 🎬", "x\\n\\ny"]
+DOCUMENTS = ["A cat sat.\nIt slept.", "  two  spaces ", "Ärger: 東京 🎬", "x\n\ny"]
 PACK = {".txt": bytes, ".xz": lzma.compress, ".gz": gzip.compress}
 LONG = "".join(f"story {i} is of a cat with {i * 37 % 91} tails\n" for i in range(200)).encode()
+PACKED = gzip.compress(LONG, mtime=0)
 
 
 # ---------------------------------------------------------------- reading
@@ -45,7 +39,6 @@ LONG = "".join(f"story {i} is of a cat with {i * 37 % 91} tails\n" for i in rang
 @pytest.mark.parametrize(
     ("suffix", "newline", "end", "mark"),
     [
-        (".txt", "\n", "\n", ""),
         (".txt", "\r\n", "\r\n", "\ufeff"),
         (".xz", "\n", "", "\ufeff"),
         (".gz", "\r\n", "\r\n", ""),
@@ -60,16 +53,11 @@ def test_a_file_gives_its_documents_however_it_is_packed(tmp_path, suffix, newli
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("text.txt", "good\n\nna\xefve\n".encode("latin-1"), ":3: is not UTF-8"),
-        ("text.xz", lzma.compress("good\nna\xefve".encode("latin-1")), ":2: is not UTF-8"),
+        ("text.xz", lzma.compress("good\n\nna\xefve\n".encode("latin-1")), ":3: is not UTF-8"),
         ("text.xz", lzma.compress(LONG)[:-9], ": is damaged"),
         ("text.xz", LONG, ": is damaged"),
-        ("text.gz", gzip.compress(LONG, mtime=0)[:99], ": is damaged"),
-        (
-            "text.gz",
-            gzip.compress(LONG, mtime=0)[:83] + b"\0" + gzip.compress(LONG, mtime=0)[84:],
-            ": is damaged",
-        ),
+        ("text.gz", LONG, ": is damaged"),
+        ("text.gz", PACKED[:83] + b"\0" + PACKED[84:], ": is damaged"),
         ("text.txt", b"\n \n\t\n", ": holds no document"),
     ],
 )
@@ -189,11 +177,8 @@ def test_a_document_equal_to_one_held_out_of_any_file_is_not_trained_on(tmp_path
     test = write(tmp_path / "test.txt", "0 ||| he read number SEVEN", "1 ||| 7 and 7")
     rated = write(tmp_path / "rated.tsv", "1\tHe read number seven", "0\tb", "0.5\t9", "1\tsame")
     train, held = load_corpus([one, other, other], [rated], 1, [test], exclude_words=3)
-    assert held == {
-        one: [Document("same")],
-        other: [Document("held")],
-        rated: [Document("b", 0.0)],
-    }
+    expected = {one: Document("same"), other: Document("held"), rated: Document("b", 0.0)}
+    assert held == {path: [document] for path, document in expected.items()}
     assert train == {
         one: [Document(str(i)) for i in range(8)],
         other: [Document("8"), Document("9")],
@@ -251,13 +236,6 @@ def test_every_byte_is_a_token_and_digits_stand_alone(trained):
     learned = [piece for piece in pieces if not piece.startswith("<0x")]
     assert any(piece.endswith("at") for piece in learned)
     assert all(len(piece) == 1 for piece in learned if re.search(r"\d", piece))
-
-
-@pytest.mark.parametrize("vocab_size", [100, 50_000])
-def test_a_vocabulary_the_text_cannot_fill_is_refused_and_leaves_no_file(tmp_path, vocab_size):
-    with pytest.raises(InputError, match=f"^--vocab_size {vocab_size}: [^\n]*$"):
-        train_tokenizer(["a cat sat on a mat"] * 9, vocab_size, tmp_path / "tokenizer.model")
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- tokens

@@ -9,8 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +19,9 @@ import torch
 
 import oracle
 from classifier import LlamaZeroShotClassifier, prompt_suffix
-from conftest import ROOT, random_llama, save_llama, shared_asset, train_tokenizer
+from conftest import ROOT, ended, random_llama, save_llama, shared_asset
 from formats.torch_file import load_torch_file
+from helpers import assert_same_weights, error_line, finish, start, torchrun, wait_for
 from llama import Llama, load_pretrained
 from pretraining import loop, run
 from pretraining.batches import Row
@@ -40,11 +40,11 @@ from training import distributed
 from training.labeled import read_sentences
 from training.loop import DivergedError
 from training.state import StateFile
-from utils import run_script
 
 TEXTS = ["this film is good", "a warm\nfilm, é!", "bad", "the story was a good story"]
 SHAPE = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 40}
 SHAPE |= {"vocab_size": 300, "max_seq_len": 24}
+MINI = ROOT / "data/mini/model.pt"
 OPTIONS = {"seq_len": 16, "batch_tokens": 64, "heldout": 5, "warmup": 4, "lr": 0.005}
 
 
@@ -75,20 +75,16 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_torch_file(folder / "model.pt")["model"]
 
 
-def assert_same_weights(ours: Path, theirs: Path) -> None:
-    weights, others = weights_of(ours), weights_of(theirs)
-    assert weights.keys() == others.keys()
-    assert [name for name in others if not torch.equal(weights[name], others[name])] == []
-
-
 @pytest.fixture(scope="module")
 def tales(tmp_path_factory) -> str:
     return write_tales(tmp_path_factory.mktemp("tales") / "tales.txt")
 
 
-@pytest.fixture(autouse=True)
-def memory_of_the_other_tests(monkeypatch) -> None:
-    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)
+@pytest.fixture(autouse=True, scope="module")
+def memory_of_the_other_tests() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "keep_freed_memory", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +92,7 @@ def finished(tmp_path_factory, tales) -> Path:
     """The folder of a run that was evaluated after each of its 40 steps."""
     folder = tmp_path_factory.mktemp("finished")
     options = as_options({**SHAPE, **OPTIONS, "tokens": "2.5K", "eval_minutes": 0})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "keep_freed_memory", lambda: None)
-        run.main(["--text", tales, "--out", str(folder), *options])
+    run.main(["--text", tales, "--out", str(folder), *options])
     return folder
 
 
@@ -109,10 +103,7 @@ def call(tales, tmp_path, capsys) -> Callable[..., tuple[int, str, str]]:
     def call(*options: object) -> tuple[int, str, str]:
         argv = ["--text", tales, "--out", tmp_path / "out", *as_options(OPTIONS)]
         argv += [] if "--init" in options else as_options(SHAPE)
-        with pytest.raises(SystemExit) as ended:
-            run_script(lambda: run.main([str(word) for word in [*argv, *options]]))
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
+        return ended(lambda: run.main([str(word) for word in [*argv, *options]]), capsys)
 
     return call
 
@@ -134,8 +125,6 @@ def test_the_loss_is_the_weighted_mean_loss_whatever_the_passes():
         for n in (10, 8, 3)
     ]
     expected = [exact_losses(model, row.ids.tolist()) for row in rows]
-    for row, losses in zip(rows, expected, strict=True):
-        np.testing.assert_allclose(token_losses(model, row.ids[None]).detach()[0], losses, 1e-4)
     weights = np.concatenate([row.weights[1:] for row in rows])
     mean = np.average(np.concatenate(expected), weights=weights)
     gradients = []
@@ -157,26 +146,24 @@ def test_the_loss_is_the_weighted_mean_loss_whatever_the_passes():
     assert (gradients[0] * change).sum().item() == pytest.approx(slope, rel=1e-3)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_held_out_text_is_measured_per_token_and_byte_whatever_the_batch(tokenizer, training):
-    model = random_llama(attention="causal", dropout=0.5).train(training)
+def test_held_out_text_is_measured_per_token_and_byte_whatever_batch_and_mode(tokenizer):
+    model = random_llama(attention="causal", dropout=0.5)
     ids = [token for text in TEXTS for token in tokenizer.encode(text, bos=True, eos=False)]
     ids.append(tokenizer.bos_id)  # which ends the last document
     nats = sum(exact_losses(model, ids[i : i + 9]).sum() for i in range(0, len(ids) - 1, 8))
     n_bytes = len(("\n".join(TEXTS) + "\n").encode())
     expected = {"x nats/token": nats / (len(ids) - 1), "x bits/byte": nats / np.log(2) / n_bytes}
     heldout = HeldOut.texts("x", TEXTS, tokenizer, seq_len=8)
-    for max_tokens in (1, 24, 800):
-        assert heldout.measure(model, max_tokens) == pytest.approx(expected, rel=1e-5)
+    for max_tokens, training in ((1, True), (24, False), (800, True)):
+        measured = heldout.measure(model.train(training), max_tokens)
+        assert measured == pytest.approx(expected, rel=1e-5)
         assert model.training is training
 
 
 def test_of_held_out_examples_the_answers_alone_are_measured(tokenizer):
     model = random_llama(attention="causal")
-    examples = [
-        Example("a warm film. So?", "good"),
-        Example("Is it bad or good? It is", "bad film"),
-    ]
+    pairs = [("a warm film. So?", "good"), ("Is it bad or good? It is", "bad film")]
+    examples = [Example(*pair) for pair in pairs]
     for seq_len in (60, 8):  # whole, or bos and the end
         nats = 0.0
         for ids, n in encode_examples(tokenizer, examples):
@@ -232,16 +219,15 @@ def test_the_history_follows_the_schedule_and_ends_with_what_the_model_gives(fin
     assert {key: rows[-1][key] for key in measured} == pytest.approx(measured, abs=2e-4)
 
 
-@pytest.mark.parametrize(("micro_tokens", "n_rows"), [(None, 4), (32, 2), (8, 1)])
-def test_no_pass_takes_more_windows_than_asked_for(call, monkeypatch, micro_tokens, n_rows):
-    seen, original = set(), token_losses
+@pytest.mark.parametrize(("micro", "n_rows"), [([], 4), (["--micro_tokens", 32], 2)])
+def test_no_pass_takes_more_windows_than_asked_for(call, monkeypatch, micro, n_rows):
+    seen = set()
 
     def spy(model, batch):
         seen.add(len(batch))
-        return original(model, batch)
+        return token_losses(model, batch)
 
     monkeypatch.setattr(loop, "token_losses", spy)
-    micro = ["--micro_tokens", micro_tokens] if micro_tokens else []
     assert call("--tokens", 128, *micro)[0] == 0
     assert max(seen) == n_rows
 
@@ -299,13 +285,8 @@ def test_on_cuda_bfloat16_trains_like_the_cpu(call, tmp_path, finished):
 
 def write_reviews(path: Path, n: int = 900) -> str:
     rng = random.Random(2)
-    words = [
-        ["dull", "flat"],
-        ["weak", "long"],
-        ["plain", "fair"],
-        ["neat", "warm"],
-        ["rich", "vivid"],
-    ]
+    pairs = ("dull flat", "weak long", "plain fair", "neat warm", "rich vivid")
+    words = [pair.split() for pair in pairs]
     with open(path, "w", encoding="utf-8") as file:
         for i in range(n):
             print(f"{i % 5 / 4}\tFilm {i} was {rng.choice(words[i % 5])}.", file=file)
@@ -381,28 +362,16 @@ def test_ranks_and_micro_batches_end_in_the_weights_of_one_process(tmp_path):
     job, here = tmp_path / "job.py", Path(__file__).parent
     names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "here": str(here)}
     job.write_text(RANKS.format(**names, out=str(tmp_path / "ranks.pt")), encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", str(job)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, encoding="utf-8", timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    code, _, error = finish(start(torchrun(2, job), tmp_path))
+    assert code == 0, error
     *alone, few = torch.load(tmp_path / "alone.pt", weights_only=True)
     *ranks, few_of_ranks = torch.load(tmp_path / "ranks.pt", weights_only=True)
-    pairs = [(few, few_of_ranks), *((alone[0], result) for result in [*alone[1:], *ranks])]
-    for ours, theirs in pairs:
-        assert ours.keys() == theirs.keys()
-        assert all((value - theirs[key]).abs().max() <= 1e-10 for key, value in ours.items())
+    assert_same_weights(few_of_ranks, few, atol=1e-10)
+    for result in [*alone[1:], *ranks]:
+        assert_same_weights(result, alone[0], atol=1e-10)
 
 
 # ---------------------------------------------------------------- interrupted and continued
-
-
-def start(out: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pretraining.run", "--out", str(out), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
 
 def test_a_killed_run_ends_by_the_same_command_in_the_same_bits(tmp_path, tokenizer_file):
@@ -410,22 +379,24 @@ def test_a_killed_run_ends_by_the_same_command_in_the_same_bits(tmp_path, tokeni
     init = save_llama(random_llama(scale=1.0, dropout=0.2), tmp_path / "init.pt")
     options = ["--text", text, "--init", str(init), "--tokenizer_path", str(tokenizer_file)]
     options += [*as_options(OPTIONS), "--tokens", str(64 * 80), "--optimizer", "muon"]
-    assert start(tmp_path / "whole", *options).wait() == 0
+    whole, cut, state = tmp_path / "whole", tmp_path / "cut", tmp_path / "cut" / "state.pt"
 
-    cut, state = tmp_path / "cut", tmp_path / "cut" / "state.pt"
-    process = start(cut, *options, "--save_minutes", "0")
-    while not (state.exists() and load_torch_file(state)["progress"]["step"] >= 20):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
+    def started(out: Path, *more: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "pretraining.run", "--out", str(out), *options, *more]
+        return start(command, ROOT)
+
+    assert finish(started(whole))[0] == 0
+    process = started(cut, "--save_minutes", "0")
+    wait_for(lambda: state.exists() and load_torch_file(state)["progress"]["step"] >= 20, process)
     process.kill()
-    assert process.wait() < 0
+    assert finish(process)[0] < 0
     assert 20 <= load_torch_file(state)["progress"]["step"] < 80
     so_far = load_pretrained(state)  # a state is a checkpoint of the model so far
     assert so_far.config.attention == "causal"
-    assert start(cut, *options).wait() == 0
+    assert finish(started(cut))[0] == 0
 
-    assert_same_weights(cut, tmp_path / "whole")
-    ends = history(cut)[-1], history(tmp_path / "whole")[-1]
+    assert_same_weights(weights_of(cut), weights_of(whole))
+    ends = history(cut)[-1], history(whole)[-1]
     assert {**ends[0], "minutes": 0} == {**ends[1], "minutes": 0}
     assert visible(cut) == ["history.csv", "model.pt", "tokenizer.model"]
 
@@ -457,26 +428,21 @@ def test_a_stopped_run_continues_by_the_same_command(call, tmp_path, finished, m
 
 @pytest.mark.parametrize(
     ("changed", "words"),
-    [
-        (["--lr", 0.004], "lr: saved 0.005, now 0.004"),
-        (["--tokens", 2400], "tokens: saved 2500, now 2400"),
-        (["--heldout", 6], "text_sha256"),
-    ],
+    [(["--lr", 0.004], "lr: saved 0.005, now 0.004"), (["--heldout", 6], "text_sha256")],
 )
 def test_another_run_begins_anew_and_keeps_the_old_state(
     call, tmp_path, monkeypatch, changed, words
 ):
     stop_after(7, monkeypatch)
     assert call("--tokens", 2500)[0] == 143
-    state, tokenizer = (
-        (tmp_path / "out" / name).read_bytes() for name in ("state.pt", "tokenizer.model")
-    )
+    out = tmp_path / "out"
+    state, tokenizer = ((out / name).read_bytes() for name in ("state.pt", "tokenizer.model"))
     code, _, error = call("--tokens", 2500, *changed, "--resume")
     assert code == 2 and words in error and error.count("\n") == 1
     code, printed, error = call("--tokens", 2500, *changed)
     assert code == 0 and words in error and "before: " in printed
-    assert (tmp_path / "out" / "state.old.pt").read_bytes() == state
-    assert (tmp_path / "out" / "tokenizer.old.model").read_bytes() == tokenizer
+    assert (out / "state.old.pt").read_bytes() == state
+    assert (out / "tokenizer.old.model").read_bytes() == tokenizer
 
 
 def test_what_is_in_the_folder_is_replaced_only_by_restart(call, tmp_path):
@@ -484,10 +450,10 @@ def test_what_is_in_the_folder_is_replaced_only_by_restart(call, tmp_path):
     assert call("--tokens", 64)[0] == 0
     files = {path: path.read_bytes() for path in out.iterdir()}
     for more in ([], ["--lr", 0.1], ["--resume"]):
-        code, _, error = call("--tokens", 64, *more)
-        assert code == 2 and "already holds model.pt, tokenizer.model, history.csv" in error
-    code, _, error = call("--tokens", 64, "--init", out / "model.pt", "--restart")
-    assert code == 2 and "is an input and would be replaced" in error
+        error = error_line(call("--tokens", 64, *more))
+        assert "already holds model.pt, tokenizer.model, history.csv" in error
+    error = error_line(call("--tokens", 64, "--init", out / "model.pt", "--restart"))
+    assert "is an input and would be replaced" in error
     assert {path: path.read_bytes() for path in out.iterdir()} == files
     assert call("--tokens", 64, "--lr", 0.1, "--restart")[0] == 0
     assert (out / "model.old.pt").read_bytes() == files[out / "model.pt"]
@@ -495,8 +461,8 @@ def test_what_is_in_the_folder_is_replaced_only_by_restart(call, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer.model").write_text("of another program", encoding="utf-8")
-    code, _, error = call("--out", other)
-    assert code == 2 and "already holds tokenizer.model; name another --out" in error
+    error = error_line(call("--out", other))
+    assert "already holds tokenizer.model; name another --out" in error
     assert visible(other) == ["tokenizer.model"]
 
 
@@ -581,6 +547,7 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
     ("options", "words"),
     [
         (["--text", "nowhere.txt"], "nowhere.txt: no such text file"),
+        (["--text", "a/films.txt", "b/films.txt"], "two files are called films; rename one"),
         (["--rated", "place=nowhere.tsv"], "nowhere.tsv: no such text file"),
         (["--batch_tokens", 15], "--batch_tokens 15 is less than --seq_len 16"),
         (["--seq_len", 32], "--seq_len 32 exceeds max_seq_len 24"),
@@ -590,10 +557,7 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
         (["--dim", 30], "dim=30 is not divisible by n_heads=4"),
         (["--tokenizer_path", "t.model"], "leave out --vocab_size"),
         (["--init", "model.pt", "--dim", 8], "--init brings its own shape; leave out --dim"),
-        (
-            ["--init", ROOT / "data/mini/model.pt", "--n_layers", 5],
-            "--n_layers 5 is less than the 9",
-        ),
+        (["--init", MINI, "--n_layers", 5], "--n_layers 5 is less than the 9"),
         (["--resume"], "no saved state to --resume"),
         (["--batch_tokens", 640_000], "a batch takes 640,000; give more --text"),
     ],
@@ -605,9 +569,6 @@ def test_errors_are_one_line_and_leave_nothing_in_the_folder(call, tmp_path, opt
     assert not (tmp_path / "out").exists() or visible(tmp_path / "out") == []
 
 
-def test_a_tokenizer_of_another_size_than_the_checkpoints_is_refused(call, tmp_path):
-    save_llama(random_llama(vocab_size=100, attention="causal"), tmp_path / "init.pt")
-    code, _, error = call(
-        "--init", tmp_path / "init.pt", "--tokenizer_path", train_tokenizer(tmp_path)
-    )
-    assert code == 2 and "tokens, the checkpoint has 100" in error
+def test_a_tokenizer_of_another_size_than_the_checkpoints_is_refused(call, tokenizer_file):
+    error = error_line(call("--init", MINI, "--tokenizer_path", tokenizer_file))
+    assert "has 320 tokens, the checkpoint has 4096" in error

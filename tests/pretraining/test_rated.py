@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -54,9 +55,9 @@ def test_a_passage_is_the_first_or_the_last_sentences():
     assert passage("Alone.", random.Random(1)) == "Alone."
 
 
-def asked(rating: float, binary: bool = False, subject: str = "movie") -> set[tuple[str, str]]:
+def asked(rating: float, subject: str) -> set[tuple[str, str]]:
     questions = Questions(subject)
-    return {questions.ask(rating, binary, random.Random(seed)) for seed in range(2000)}
+    return {questions.ask(rating, False, random.Random(seed)) for seed in range(2000)}
 
 
 @pytest.mark.parametrize("rating", [0.0, 0.3, 0.5, 0.7, 1.0])
@@ -68,18 +69,9 @@ def test_every_question_has_the_answers_that_its_rating_means(rating):
     for entry in json.loads(TEMPLATES.read_text(encoding="utf-8"))["sst"]:
         words = entry["template"].removeprefix("{sentence} ")
         expected |= {(words, answer) for answer in entry["labels"][label]}
-    assert asked(rating) == expected
-    of_a_book = {
-        (words.replace("movie", "book").replace("film", "book"), a) for words, a in expected
-    }
-    assert asked(rating, subject="book") == of_a_book
-
-
-@pytest.mark.parametrize(("rating", "answer"), [(0.0, "bad"), (1.0, "good")])
-def test_what_was_rated_as_one_of_two_is_asked_for_that_alone(rating, answer):
-    assert asked(rating, binary=True, subject="place") == {
-        ("Is this place bad or good? This place is", answer)
-    }
+    assert asked(rating, "movie") == expected
+    of_a_book = {(re.sub("movie|film", "book", words), answer) for words, answer in expected}
+    assert asked(rating, "book") == of_a_book
 
 
 @pytest.mark.parametrize(("n_average", "odds"), [(200, 1.0), (50, 4 * 50 / 500)])
@@ -104,12 +96,12 @@ def test_every_review_is_asked_about_half_of_them_in_the_treebanks_spelling():
     assert examples != ask(reviews, "movie", False, random.Random(1))
 
 
-def test_reviews_of_two_ratings_are_binary():
+def test_reviews_of_two_ratings_are_binary_and_asked_about_as_one_of_two_alone():
     reviews = [Document("a", 0.0), Document("b", 1.0)]
     assert is_binary(reviews) and not is_binary([*reviews, Document("c", 0.5)])
-    question = "Is this film bad or good? This film is"
-    examples = ask(reviews, "film", True, random.Random(0))
-    assert examples == [(f"a {question}", "bad"), (f"b {question}", "good")]
+    question = "Is this place bad or good? This place is"
+    examples = ask(reviews * 200, "place", True, random.Random(0))
+    assert examples == [(f"a {question}", "bad"), (f"b {question}", "good")] * 200
 
 
 def test_held_out_reviews_become_lines_of_the_assignments_form():

@@ -125,17 +125,24 @@ def test_the_majority_class_is_the_largest_share_of_gold_labels():
     assert rows[MAJORITY_CLASS][:2] == ["0", "0.250"]
 
 
-def test_the_short_table_marks_what_is_significant_and_gives_the_others_as_a_range():
-    right, wrong = "1" * 10, "0" * 10
+def test_one_run_against_plain_is_mcnemar_corrected_by_holm_and_the_short_table_marks_it():
+    n_wrong = {"plain": 0, "lora": 10, "norms": 9, "smart": 6, "mixout": 4, "l2sp": 0}
     members = [
-        study("sst", "plain", [right], test=[right + right], model=figures.MODEL),
-        study("sst", "lora", [right], test=[wrong + right], model=figures.MODEL),
-        study("sst", "smart", [right], test=[wrong[:6] + right[6:] + right], model=figures.MODEL),
-        study("sst", "norms", [right], test=[wrong[:9] + right[9:] + right], model=figures.MODEL),
-        study("sst", "mixout", [right], test=[right + wrong[:4] + right[:6]], model=figures.MODEL),
-        study("sst", "l2sp", [right], test=[right + right], model=figures.MODEL),
-        study("sst", "adapter", [right], test=[wrong + wrong], model="other"),
+        study("sst", name, ["1"], test=["0" * n + "1" * (20 - n)], model=figures.MODEL)
+        for name, n in n_wrong.items()
     ]
+    members.append(study("sst", "adapter", ["1"], test=["0" * 20], model="other"))
+    rows = cells(report.table(members, figures.MODEL))
+    assert rows["mini, mean (std) over seeds"][3] == "SST test, minus plain (p)"
+    differences = {name: rows[name][3] for name in n_wrong}
+    assert differences == {
+        "plain": "",
+        "lora": "-0.500 (0.010)",  # p 2 / 2**10, times 5
+        "norms": "-0.450 (0.016)",  # p 2 / 2**9, times 4
+        "smart": "-0.300 (0.094)",  # p 2 / 2**6, times 3
+        "mixout": "-0.200 (0.250)",  # p 2 / 2**4, times 2
+        "l2sp": "+0.000 (1.000)",
+    }
     for language, (first, others, published) in enumerate(zip(*report.GLANCE_ENDS, strict=True)):
         rows = cells(report.glance(members, language))
         name = {
@@ -143,28 +150,14 @@ def test_the_short_table_marks_what_is_significant_and_gives_the_others_as_a_ran
             for m, words in report.GLANCE.items()
         }
         assert rows[""] == ["SST test"]
-        assert rows[name["lora"]] == ["0.500 ↓"]  # p 2 / 2**10, times 5
-        assert rows[name["norms"]] == ["0.550 ↓"]  # p 2 / 2**9, times 4 is 0.016
-        assert rows[name["smart"]] == ["0.700"]  # p 2 / 2**6 alone is 0.031, times 3 no more
+        assert rows[name["lora"]] == ["0.500 ↓"]
+        assert rows[name["norms"]] == ["0.550 ↓"]
+        assert rows[name["smart"]] == ["0.700"]
         assert rows[name["plain"]] == ["1.000"]
         assert name["head"] not in rows  # nobody ran it
         assert rows[others] == ["0.800–1.000"]
         assert rows[published] == ["0.418 (0.017)"]
         assert first in rows
-
-
-def test_one_run_against_plain_is_mcnemar_corrected_by_holm():
-    right, wrong = "1" * 10, "0" * 10
-    members = [
-        study("sst", "plain", [right], test=[right + right]),
-        study("sst", "lora", [right], test=[wrong + right]),  # p 2 / 2**10, times 2
-        study("sst", "smart", [right], test=["0" + right[1:] + right]),  # 1 of 1: p 1
-    ]
-    rows = cells(report.table(members, "toy"))
-    assert rows["lora"][3] == "-0.500 (0.004)"
-    assert rows["smart"][3] == "-0.050 (1.000)"
-    assert rows["plain"][3] == ""
-    assert rows["toy, mean (std) over seeds"][3] == "SST test, minus plain (p)"
 
 
 @pytest.mark.parametrize(("folds", "split"), [(None, "dev"), (2, "train")])

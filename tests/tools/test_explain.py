@@ -13,27 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from classifier import LlamaEmbeddingClassifier
-from conftest import LABEL_NAMES, random_llama, randomize
+from conftest import LABEL_NAMES, ended, randomize
+from helpers import CPU, classifier, error_line, write_classifier
 from tools import explain, mistakes, rendering
 from tools.predict import Predictor, load_predictor
 from tools.rendering import Explanation
-from training.checkpoint import save_classifier
-from utils import run_script
 
-CPU = torch.device("cpu")
 LOO, GXI = "leave-one-out", "gradient x input"
 SENTENCE = "  not  bad ,  a naïve 電影 😀! and\tgood  "
 
 
-def config_of(pooling):
-    return SimpleNamespace(
-        num_labels=2, option="finetune", hidden_dropout_prob=0.3, pooling=pooling
-    )
-
-
-def predictor_of(tokenizer, llama, pooling, max_sentence_len=None):
-    model = LlamaEmbeddingClassifier(config_of(pooling), llama)
+def predictor_of(tokenizer, pooling="mean", max_sentence_len=None, **shape):
+    model = classifier(pooling, scale=5.0, **{"attention": "causal", **shape})
     randomize(model, lambda name: name.startswith("classifier_head"), 1.0)
     return Predictor(model.eval(), tokenizer, LABEL_NAMES, max_sentence_len, CPU)
 
@@ -41,14 +32,9 @@ def predictor_of(tokenizer, llama, pooling, max_sentence_len=None):
 # ---------------------------------------------------------------- the two methods
 
 
-MODES = [("causal", "last"), ("causal", "mean"), ("full", "last"), ("full", "position")]
-
-
-@pytest.mark.parametrize(("attention", "pooling"), MODES)
-def test_leave_one_out_is_the_classifiers_difference_without_the_word(
-    tokenizer, attention, pooling
-):
-    predictor = predictor_of(tokenizer, random_llama(attention=attention), pooling)
+@pytest.mark.parametrize("pooling", ["last", "position"])  # padding is masked, or read
+def test_leave_one_out_is_the_classifiers_difference_without_the_word(tokenizer, pooling):
+    predictor = predictor_of(tokenizer, pooling, attention="full")
     words = ["this", "story", "is", "a", "電影", "film", "or", "bad"]  # 電影 is seven tokens
 
     def log_p(text):
@@ -65,16 +51,14 @@ def test_leave_one_out_is_the_classifiers_difference_without_the_word(
     assert only == pytest.approx([log_p("good") - log_p("")], abs=1e-5)
 
 
-@pytest.mark.parametrize(("attention", "pooling"), MODES)
-def test_gradient_x_input_is_the_derivative_by_each_embeddings_scale(tokenizer, attention, pooling):
+def test_gradient_x_input_is_the_derivative_by_each_embeddings_scale(tokenizer):
     """Central differences in float64, summed over a word's tokens. The model stays as it was."""
-    llama = random_llama(attention=attention).double()
-    predictor = predictor_of(tokenizer, llama, pooling)
-    predictor.model.double()
+    predictor = predictor_of(tokenizer)
+    embedding = predictor.model.double().llama.tok_embeddings
     ids = torch.tensor([tokenizer.encode(SENTENCE, bos=True, eos=False)])
 
     def log_p(scale):
-        hook = llama.tok_embeddings.register_forward_hook(lambda *args: args[-1] * scale)
+        hook = embedding.register_forward_hook(lambda *args: args[-1] * scale)
         with hook, torch.no_grad():
             return predictor.model(ids, torch.tensor([ids.shape[1]]))[0, 0].item()
 
@@ -92,7 +76,7 @@ def test_gradient_x_input_is_the_derivative_by_each_embeddings_scale(tokenizer, 
 
 
 def test_probabilities_that_float32_lacks_give_finite_values(tokenizer):
-    predictor = predictor_of(tokenizer, random_llama(attention="causal"), "last")
+    predictor = predictor_of(tokenizer)
     with torch.no_grad():
         predictor.model.classifier_head.bias.copy_(torch.tensor([0.0, 1e4]))
     values = explain.explain(predictor, "bad film", label=0).values
@@ -122,11 +106,9 @@ def test_the_tokens_of_a_word_decode_to_it_and_without_it_the_others_stay(tokeni
         assert reading.without(index).split() == others
 
 
-@pytest.mark.parametrize("cut_by", ["max_sentence_len", "max_seq_len"])
-def test_words_that_the_model_does_not_read_have_no_value(tokenizer, cut_by):
-    lengths = {"max_seq_len": 5} if cut_by == "max_seq_len" else {}
-    llama = random_llama(attention="causal", **lengths)
-    predictor = predictor_of(tokenizer, llama, "mean", None if lengths else 4)
+@pytest.mark.parametrize("cut", [{"max_sentence_len": 4}, {"max_seq_len": 5}])
+def test_words_that_the_model_does_not_read_have_no_value(tokenizer, cut):
+    predictor = predictor_of(tokenizer, **cut)
     start = explain.explain(predictor, "this film is good")
     found = explain.explain(predictor, "this film is good or bad")
     assert found.words[4:] == ["or", "bad"]
@@ -178,27 +160,19 @@ def test_a_page_escapes_its_words_and_loads_and_runs_nothing():
 
 
 @pytest.fixture
-def command(workplace, tokenizer, monkeypatch, capsys):
+def command(workplace, monkeypatch, capsys):
     """command(...) runs tools.explain beside a checkpoint c.pt: exit code, output, errors."""
-    model = predictor_of(tokenizer, random_llama(attention="causal"), "mean").model
-    given = {"tokenizer_path": str(workplace / "tokenizer.model"), "label_names": LABEL_NAMES}
-    save_classifier("c.pt", model, config_of("mean"), **given)
+    write_classifier("c.pt")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-
-    def call(*argv):
-        with pytest.raises(SystemExit) as ended:
-            run_script(lambda: explain.main(list(argv)))
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return call
+    return lambda *argv: ended(lambda: explain.main(list(argv)), capsys)
 
 
 def test_the_command_prints_tables_and_writes_a_page(command, workplace, monkeypatch):
     predictor = load_predictor("c.pt")
     options = ("--checkpoint", "c.pt", "--label", "bad", "--out", "o.html")
-    found = [explain.explain(predictor, "a good film", 0, "good"), explain.explain(
-        predictor, "bad", 0, "bad")]  # fmt: skip
+    labeled = (("a good film", "good"), ("bad", "bad"))
+    found = [explain.explain(predictor, text, 0, gold) for text, gold in labeled]
     plain = "".join(f"{rendering.table(one)}\n\n" for one in found) + "wrote o.html\n"
     assert command(*options, "1 ||| a good film", "bad ||| bad") == (0, plain, "")
     text = (workplace / "o.html").read_text(encoding="utf-8")
@@ -255,7 +229,6 @@ def test_errors_are_listed_and_explained_with_a_checkpoint(command, workplace, m
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "p.jsonl: has no gold labels"),
         (row(gold=None), "p.jsonl: has no gold labels"),
         (b"\ngood 0.9 | bad 0.1, good 0.9 | a b\n", "p.jsonl:2: 'good 0.9 | bad 0.1, good 0.9"),
         (b"[1]", "p.jsonl:1: '[1]' is not a prediction"),
@@ -268,10 +241,8 @@ def test_errors_are_listed_and_explained_with_a_checkpoint(command, workplace, m
 )
 def test_a_file_that_predict_did_not_write_is_one_line(command, workplace, content, words):
     (workplace / "p.jsonl").write_bytes(content)
-    code, out, err = command("--errors", "p.jsonl")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert words in err
-    assert len(err) < 300
+    line = error_line(command("--errors", "p.jsonl"))
+    assert words in line and len(line) < 300
 
 
 @pytest.mark.parametrize(
@@ -292,6 +263,4 @@ def test_a_file_that_predict_did_not_write_is_one_line(command, workplace, conte
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(command, argv, words):
-    code, out, err = command(*argv)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert words in err
+    assert words in error_line(command(*argv))

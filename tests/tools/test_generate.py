@@ -1,7 +1,6 @@
 """tools.generate: shared prefixes, ends of texts, streams, and the command."""
 
 import io
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ROOT, random_llama
+from conftest import ROOT, ended, random_llama
+from helpers import error_line, finish, start
 from llama import load_pretrained
 from tools import generate
 from tools.generate import continue_text
-from utils import run_script
 
 PREFIX = "this movie is a"
 
@@ -83,13 +82,8 @@ def test_the_streamed_pieces_join_to_the_first_text(tokenizer, seed):
 @pytest.fixture
 def command(workplace, capsys):
     """command(...) runs tools.generate on model.pt: exit code, output, errors."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run_script(lambda: generate.main(["--pretrained-model-path", "model.pt", *argv]))
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return call
+    model = ["--pretrained-model-path", "model.pt"]
+    return lambda *argv: ended(lambda: generate.main([*model, *argv]), capsys)
 
 
 def test_standard_output_is_the_texts_alone_and_a_seed_repeats_them(command, tokenizer):
@@ -141,17 +135,13 @@ def test_a_terminal_gets_pieces_without_what_steers_it(command, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(command, argv, words):
-    code, out, err = command(*argv)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert words in err
+    assert words in error_line(command(*argv))
 
 
 def test_without_options_it_continues_the_assignments_prefix_by_the_bundled_model():
     if (ROOT / "stories42M.pt").exists():
         pytest.skip("stories42M.pt is here, so nothing stands in for it")
-    ended = subprocess.run(
-        [sys.executable, "-m", "tools.generate", "--max_new_tokens", "2"],
-        cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=True,
-    )  # fmt: skip
-    assert ended.stdout.startswith(generate.PREFIX)
-    assert "stories42M.pt not found, using the bundled data/mini/model.pt" in ended.stderr
+    command = [sys.executable, "-m", "tools.generate", "--max_new_tokens", "2"]
+    code, out, err = finish(start(command, ROOT))
+    assert code == 0 and out.startswith(generate.PREFIX)
+    assert "stories42M.pt not found, using the bundled data/mini/model.pt" in err

@@ -4,7 +4,7 @@ probabilities."""
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tools.sampling import keep_likeliest, pick_next
@@ -37,23 +37,19 @@ def test_a_loop_over_the_ranks_keeps_the_same_tokens(tenths, top_k, top_p, tempe
     assert torch.equal(cut[0][list(kept)], rows[0][list(kept)])
 
 
-@given(st.lists(st.integers(1, 30), min_size=2, max_size=9), st.data())
-def test_top_p_at_the_exact_sum_of_n_tokens_keeps_n(weights, data):
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=9), st.integers(1, 9))
+@example([5, 3, 1, 1], 2)
+def test_top_p_at_the_exact_sum_of_n_tokens_keeps_n(weights, n):
     """Rounding of float32 sums adds none: .5 .3 .1 .1 and p = .8 keep two tokens."""
     weights = sorted(weights, reverse=True)
-    n = data.draw(st.integers(1, len(weights)))
     top_p = sum(weights[:n]) / sum(weights)
     cut = keep_likeliest(torch.tensor([weights]).float().log(), 1.0, None, top_p)
-    assert cut.isfinite().sum() == n
+    assert cut.isfinite().sum() == min(n, len(weights))
 
 
-def test_top_p_keeps_two_of_the_issues_four_tokens_and_all_for_one():
-    logits = torch.tensor([[0.5, 0.3, 0.1, 0.1]]).log()
-    assert keep_likeliest(logits, 1.0, None, 0.8).isfinite().tolist() == [
-        [True, True, False, False]
-    ]
-    many = 6 * torch.randn(3, 32_000)
-    assert torch.equal(keep_likeliest(many, 1.0, None, 1.0), many)
+def test_a_top_p_of_one_keeps_all():
+    logits = 6 * torch.randn(3, 32_000)
+    assert torch.equal(keep_likeliest(logits, 1.0, None, 1.0), logits)
 
 
 def test_ties_with_the_kth_token_are_kept():
@@ -61,26 +57,20 @@ def test_ties_with_the_kth_token_are_kept():
     assert cut.isfinite().tolist() == [[True, True, True, False]]
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(7, None), (None, 0.6), (7, 0.6)])
-def test_transformers_keeps_the_same_tokens(top_k, top_p):
+def test_transformers_keeps_the_same_tokens():
     process = pytest.importorskip("transformers.generation.logits_process")
     logits = 2 * torch.randn(20, 50)
-    expected = logits
-    if top_k is not None:
-        expected = process.TopKLogitsWarper(top_k)(None, expected)
-    if top_p is not None:
-        expected = process.TopPLogitsWarper(top_p)(None, expected)
-    assert torch.equal(keep_likeliest(logits, 1.0, top_k, top_p), expected)
+    expected = process.TopPLogitsWarper(0.6)(None, process.TopKLogitsWarper(7)(None, logits))
+    assert torch.equal(keep_likeliest(logits, 1.0, 7, 0.6), expected)
 
 
-@pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.8}])
-def test_samples_follow_the_exact_probabilities_of_the_kept_tokens(cut):
+def test_samples_follow_the_exact_probabilities_of_the_kept_tokens():
     logits = torch.tensor([0.5, 2.0, 1.0, -1.0, 1.5])
     temperature, n = 1.3, 40_000
     weights = np.exp(logits.double().numpy() / temperature)
-    weights[[0, 3]] = 0  # the likeliest three sum to 0.82, the likeliest two to 0.64
+    weights[[0, 3]] = 0  # the likeliest two sum to 0.64, and to 0.71 at a temperature of 1
     expected = weights / weights.sum()
-    drawn = pick_next(logits.repeat(n, 1), temperature, **cut).flatten()
+    drawn = pick_next(logits.repeat(n, 1), temperature, top_p=0.7).flatten()
     counts = np.bincount(drawn.numpy(), minlength=5)
     deviation = np.sqrt(n * expected * (1 - expected))
     assert (np.abs(counts - n * expected) <= 5 * deviation).all()

@@ -11,19 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT, shared_asset
+from helpers import refusal
 from tokenizer import Tokenizer
 from training import labeled
 from training.dataset import Example, SentenceDataset, encode_examples, make_train_loader
-from training.labeled import (
-    PLACEHOLDER_SHA256,
-    parse_line,
-    read_label_names,
-    read_sentences,
-)
+from training.labeled import PLACEHOLDER_SHA256, parse_line, read_label_names, read_sentences
 from utils import InputError
 
-# Unicode's other line ends; only \n, \r\n and \r end a line of a data file.
-IN_LINE = ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c"]
+# With Unicode's other line ends; only \n, \r\n and \r end a line of a data file.
+SENTENCE = "Amélie, 東京\u2028\u2029\u0085\x0b\x0c\x1c物語 🎬"
 
 
 @pytest.fixture
@@ -38,15 +34,6 @@ def write(tmp_path):
     return to_file
 
 
-def refusal(read, path, *args, **kwargs) -> str:
-    with pytest.raises(InputError) as caught:
-        read(path, *args, **kwargs)
-    message = str(caught.value)
-    assert message.startswith(f"{path}:")
-    assert "\n" not in message and len(message) < len(str(path)) + 200
-    return message.removeprefix(f"{path}:")
-
-
 # ---------------------------------------------------------------- read_sentences
 
 
@@ -55,18 +42,13 @@ def refusal(read, path, *args, **kwargs) -> str:
     [("\n", "", True), ("\r\n", "\ufeff", True), ("\r", "\ufeff", False), ("\r\n", "", False)],
 )
 def test_line_ends_blank_lines_and_a_byte_order_mark_change_nothing(write, end, mark, last):
-    text = mark + f"1 ||| Amélie, 東京 物語 🎬{end} \t {end}0 |||  a  bad film " + end * last
-    assert read_sentences(write(text)) == [("Amélie, 東京 物語 🎬", 1), ("a  bad film", 0)]
+    text = mark + f"1 ||| {SENTENCE}{end} \t {end}0 |||  a  bad film " + end * last
+    assert read_sentences(write(text)) == [(SENTENCE, 1), ("a  bad film", 0)]
 
 
-@pytest.mark.parametrize("sentence", ["a ||| b", "||| a", "a |||", "1 ||| 0 ||| 1"])
+@pytest.mark.parametrize("sentence", ["a ||| b", "||| a", "a |||"])
 def test_a_line_is_split_at_its_first_separator(write, sentence):
     assert read_sentences(write(f"1 ||| {sentence}\n")) == [(sentence, 1)]
-
-
-@pytest.mark.parametrize("character", IN_LINE)
-def test_only_line_feed_and_carriage_return_end_a_line(write, character):
-    assert read_sentences(write(f"1 ||| a{character}b\n")) == [(f"a{character}b", 1)]
 
 
 def test_label_minus_one_is_for_test_files(write):
@@ -80,10 +62,7 @@ def test_label_minus_one_is_for_test_files(write):
     [
         ("2 ||| b", "2: label 2 does not exist; labels are 0 to 1"),
         ("-7 ||| b", "2: label -7 does not exist; labels are 0 to 1"),
-        ("bad ||| b", "2: label 'bad' is not an integer; write 0"),
         ("good ||| b", "2: label 'good' is not an integer; write 1"),
-        ("1.0 ||| b", "2: label '1.0' is not an integer; labels are 0 to 1"),
-        ("\uff11 ||| b", "2: label '\uff11' is not an integer; labels are 0 to 1"),
         (f"{'9' * 5000} ||| b", f"2: label '{'9' * 60}' is not an integer; labels are 0 to 1"),
         ("1 || b", "2: '1 || b' has no separator; write 'label ||| sentence'"),
         ("1\tb", "2: '1\\tb' has no separator; write 'label ||| sentence'"),
@@ -94,10 +73,11 @@ def test_label_minus_one_is_for_test_files(write):
 def test_any_other_line_is_refused_with_its_number_value_and_remedy(write, line, message):
     path = write(f"0 ||| a\n{line}\n")
     names = ["bad", "good"]
-    assert refusal(read_sentences, path, n_labels=2, label_names=names) == message
+    said = refusal(read_sentences, path, n_labels=2, label_names=names, longest=200)
+    assert said == message
 
 
-@pytest.mark.parametrize("label", ["1_0", "²", "", "+1"])
+@pytest.mark.parametrize("label", ["1.0", "1_0", "+1", "²", "\uff11", ""])
 def test_a_label_is_ascii_digits(write, label):
     message = refusal(read_sentences, write(f"{label} ||| b\n"))
     assert message == f"1: label {label!r} is not an integer; labels are 0, 1, 2, ..."
@@ -110,16 +90,12 @@ TEXT = st.text(CHARACTERS, max_size=6)
 
 @given(TEXT | st.builds("{} ||| {}".format, st.text(CHARACTERS, max_size=3), TEXT))
 def test_every_line_is_read_or_refused_in_one_line(line):
-    fields = re.fullmatch(r"\s*(-1|[01])\s* \|\|\| (.*)", line)
-    try:
-        sentence, label = parse_line(line, "f:1", n_labels=2, unlabeled=True)
-    except InputError as error:
-        assert str(error).startswith("f:1: ") and "\n" not in str(error)
-        assert fields is None or not fields[2].strip()
+    fields = re.fullmatch(r"\s*(-?0*[01])\s* \|\|\| (.*\S.*)", line)
+    if fields:
+        expected = fields[2].strip(), int(fields[1])
+        assert parse_line(line, "f:1", n_labels=2, unlabeled=True) == expected
     else:
-        assert label in (-1, 0, 1) and sentence and sentence == sentence.strip()
-        assert line.strip().endswith(sentence)
-        assert int(line.partition(" ||| ")[0]) == label
+        refusal(lambda place: parse_line(line, place, n_labels=2, unlabeled=True), "f:1")
 
 
 @pytest.mark.parametrize("content", ["", "\ufeff \r\n\t\n"])
@@ -194,8 +170,8 @@ def test_the_real_files_hold_what_is_known_of_them(name, n_examples, n_labels, m
 # ---------------------------------------------------------------- read_label_names
 
 
-@pytest.mark.parametrize("names", [["bad", "good"], ["差", "好", "très bon"], ["0", "1"]])
-def test_label_names_are_read_in_their_order(write, names):
+def test_label_names_are_read_in_their_order(write):
+    names = ["好", "差", "très bon", "1", "0"]
     assert read_label_names(write(json.dumps(names))) == names
     assert read_label_names(write("\ufeff" + json.dumps(names, ensure_ascii=False))) == names
 
@@ -204,8 +180,8 @@ def test_label_names_are_read_in_their_order(write, names):
     ("content", "words"),
     [
         *((c, f"different names such as [\"bad\", \"good\"], but {c}") for c in (
-            '{"bad": 0, "good": 1}', '["bad", "bad"]', '["bad"]', "[]", "[0, 1]", '["bad", null]',
-            '[["bad"], ["good"]]', '["bad", " "]', '"bad"', "null",
+            '{"bad": 0, "good": 1}', "null", '["bad", "bad"]', '["bad"]', "[]",
+            '["bad", null]', '[["bad"], ["good"]]', '["bad", " "]',
         )),
         ("", "1: is not JSON"),
         ("bad, good", "1: is not JSON"),
@@ -218,7 +194,7 @@ def test_label_names_are_read_in_their_order(write, names):
     ],
 )  # fmt: skip
 def test_label_names_are_at_least_two_different_texts(write, content, words):
-    message = refusal(read_label_names, write(content))
+    message = refusal(read_label_names, write(content), longest=200)
     assert words in message
     message.encode()  # it can be shown
 
@@ -249,7 +225,7 @@ def test_an_example_is_bos_and_the_whole_text(tokenizer, suffix):
 
 
 @pytest.mark.parametrize("suffix", [None, SUFFIX])
-@pytest.mark.parametrize(("kept", "fits"), [(1, 99), (5, 99), (99, 1), (99, 5), (3, 6), (6, 3)])
+@pytest.mark.parametrize(("kept", "fits"), [(1, 99), (99, 1), (3, 6), (6, 3)])
 def test_a_long_sentence_keeps_its_head_and_the_whole_suffix(tokenizer, suffix, kept, fits):
     """max_sentence_len (`kept`) was asked for and is no loss; the model's limit (`fits`) is."""
     asked = pieces(tokenizer, suffix)
@@ -288,7 +264,7 @@ def test_a_batch_is_padded_on_the_right_and_carries_its_lengths():
     assert data[1].tokens == [1]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 11, 50])
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
 @pytest.mark.parametrize("similar_lengths", [True, False])
 def test_evaluation_reads_every_sentence_once(batch_size, similar_lengths):
     lengths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -326,14 +302,9 @@ def test_training_reads_every_sentence_once_an_epoch_in_another_order_each(simil
 
 def test_similar_lengths_pad_little_where_random_order_pads_much():
     lengths = [1 + i * 37 % 50 for i in range(1000)]
-    n_positions = [
-        sum(
-            batch["token_ids"].numel()
-            for batch in make_train_loader(
-                dataset(lengths), 8, torch.Generator().manual_seed(0), similar
-            )
-        )
-        for similar in (True, False)
-    ]
-    assert n_positions[0] < 1.1 * sum(lengths)
-    assert n_positions[1] > 1.5 * sum(lengths)
+
+    def n_positions(similar_lengths: bool) -> int:
+        loader = make_train_loader(dataset(lengths), 8, torch.Generator(), similar_lengths)
+        return sum(batch["token_ids"].numel() for batch in loader)
+
+    assert n_positions(True) < 1.1 * sum(lengths) < 1.5 * sum(lengths) < n_positions(False)

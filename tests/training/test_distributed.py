@@ -15,15 +15,14 @@ import torch
 from formats.torch_file import load_torch_file
 from helpers import assert_same_weights, finetune_command, finish, start, torchrun
 from training import distributed
-from training.state import StateFile
+from training.state import StateFile, stop_requests
 from utils import InputError
 
 
 def test_ranks_end_in_the_weights_and_numbers_of_one_process(tmp_path):
     ranks_job.main(str(tmp_path / "alone.pt"))
-    code, _, err = finish(
-        start(torchrun(3, ranks_job.__file__, str(tmp_path / "ranks.pt")), tmp_path)
-    )
+    command = torchrun(3, ranks_job.__file__, str(tmp_path / "ranks.pt"))
+    code, _, err = finish(start(command, tmp_path))
     assert code == 0, err
     alone, ranks = (torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in ("alone", "ranks"))
     for case, ours, theirs in zip(ranks_job.CASES, alone["results"], ranks["results"], strict=True):
@@ -51,15 +50,6 @@ def test_shares_differ_by_one_row_at_most_and_together_are_all(monkeypatch):
                 shares.append(distributed.share(range(n)))
             assert sorted(row for rows in shares for row in rows) == list(range(n))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_alone_nothing_is_exchanged_or_changed():
-    model, values = torch.nn.Linear(2, 2), torch.tensor([1.5, 2.0])
-    with distributed.joined(use_gpu=False):
-        assert distributed.wrap(model) is model
-        assert distributed.all_sum(values) is values
-        assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert not torch.distributed.is_initialized()
 
 
 # ---------------------------------------------------------------- the command
@@ -156,8 +146,6 @@ def test_only_the_first_process_of_a_machine_reports_an_error(monkeypatch, capsy
 
 
 def test_a_signal_ends_several_processes_at_once(monkeypatch):
-    from training.state import stop_requests
-
     as_rank(monkeypatch, 0, 0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

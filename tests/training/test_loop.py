@@ -1,6 +1,7 @@
 """The training loop against the same steps written out in float64, and what evaluation promises."""
 
 import math
+import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,21 +11,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score
 
-from helpers import (
-    CPU,
-    assert_same_weights,
-    classifier,
-    random_data,
-    train,
-    weights_of,
-)
+from helpers import CPU, assert_same_weights, classifier, random_data, train, weights_of
 from training import loop
 from training.checkpoint import load_classifier, save_classifier
 from training.dataset import SentenceDataset, make_train_loader
 from training.evaluation import Evaluation, evaluate, forward_pass, predict_probs
 from training.loop import DivergedError, Recipe
-from training.state import StateFile
-from utils import InputError
 
 
 def by_hand(data: SentenceDataset, objective, pooling: str = "mean") -> tuple[dict, float]:
@@ -60,29 +52,25 @@ def nll(log_probs: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -
     return -(target * log_probs).sum() / 4
 
 
-def trained(data: SentenceDataset, pooling: str = "mean", **options) -> tuple[dict, float]:
+def assert_epoch(objective, pooling: str = "mean", **options) -> None:
+    """An epoch of train_classifier is that of this objective, in its weights and its loss."""
+    expected, loss = by_hand(random_data(), objective, pooling)
     model = classifier(pooling).double()
-    history = train(model, data, epochs=1, **options)
-    return weights_of(model), history[0].train_loss
+    (report,) = train(model, random_data(), epochs=1, **options)
+    assert report.train_loss == pytest.approx(loss, rel=1e-9)
+    assert_same_weights(weights_of(model), expected, atol=1e-9)
 
 
 # ---------------------------------------------------------------- what is minimized
 
 
-@pytest.mark.parametrize("pooling", ["position", "last", "mean"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(("pooling", "smoothing"), [("position", 0.0), ("mean", 0.2)])
 def test_an_epoch_is_the_steps_written_out(pooling, smoothing):
-    expected, loss = by_hand(
-        random_data(), lambda log_probs, labels: nll(log_probs, labels, smoothing), pooling
-    )
     recipe = Recipe(label_smoothing=smoothing)
-    weights, train_loss = trained(random_data(), pooling, recipe=recipe)
-    assert train_loss == pytest.approx(loss, rel=1e-9)
-    assert_same_weights(weights, expected, atol=1e-9)
+    assert_epoch(lambda log_probs, y: nll(log_probs, y, smoothing), pooling, recipe=recipe)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_r_drop_is_half_of_its_equation_and_learns_by_both_passes(monkeypatch, smoothing):
+def test_r_drop_is_half_of_its_equation_and_learns_by_both_passes(monkeypatch):
     shifts = torch.randn(2, 2, generator=torch.Generator().manual_seed(3))  # the dropout masks
     n_passes = 0
 
@@ -95,15 +83,11 @@ def test_r_drop_is_half_of_its_equation_and_learns_by_both_passes(monkeypatch, s
     def objective(log_probs, labels):
         p, q = (F.log_softmax(log_probs + shift, dim=-1) for shift in shifts)
         divergence = (p.exp() * (p - q)).sum() + (q.exp() * (q - p)).sum()
-        both = nll(p, labels, smoothing) + nll(q, labels, smoothing)
+        both = nll(p, labels, smoothing=0.2) + nll(q, labels, smoothing=0.2)
         return both / 2 + 1.5 / 4 * divergence / 4
 
-    expected, loss = by_hand(random_data(), objective)
     monkeypatch.setattr(loop, "forward_pass", shifted)
-    recipe = Recipe(r_drop=1.5, label_smoothing=smoothing, train_acc="running")
-    weights, train_loss = trained(random_data(), recipe=recipe)
-    assert train_loss == pytest.approx(loss, rel=1e-9)
-    assert_same_weights(weights, expected, atol=1e-9)
+    assert_epoch(objective, recipe=Recipe(r_drop=1.5, label_smoothing=0.2))
 
 
 def test_a_regularizer_is_added_to_the_loss_and_gets_the_batch_once_more():
@@ -112,12 +96,10 @@ def test_a_regularizer_is_added_to_the_loss_and_gets_the_batch_once_more():
             torch.testing.assert_close(forward(model), log_probs)  # no dropout here
             return 0.3 * forward(model).square().mean()
 
-    expected, loss = by_hand(
-        random_data(), lambda log_probs, y: nll(log_probs, y) + 0.3 * log_probs.square().mean()
-    )
-    weights, train_loss = trained(random_data(), regularizer=Doubled())
-    assert train_loss == pytest.approx(loss, rel=1e-9)
-    assert_same_weights(weights, expected, atol=1e-9)
+    def objective(log_probs, labels):
+        return nll(log_probs, labels) + 0.3 * log_probs.square().mean()
+
+    assert_epoch(objective, regularizer=Doubled())
 
 
 # ---------------------------------------------------------------- epochs
@@ -149,21 +131,14 @@ def test_every_epoch_trains_in_training_mode_and_evaluates_in_inference_mode():
     assert set(passes) == {(True, False), (False, True)}
 
 
-def test_train_accuracy_is_of_the_train_data_and_dev_accuracy_of_the_dev_data():
-    data = random_data(9)
+@pytest.mark.parametrize(("train_acc", "lr"), [("extra", 0.05), ("running", 1e-30)])
+def test_train_accuracy_is_of_the_train_data_and_dev_accuracy_of_the_dev_data(train_acc, lr):
+    data, model, recipe = random_data(9), classifier(), Recipe(train_acc=train_acc)
     contrary = SentenceDataset([e._replace(label=1 - e.label) for e in data.examples], 3)
-    model = classifier()
-    report = train(model, data, contrary, epochs=1)[0]
+    (report,) = train(model, data, contrary, epochs=1, lr=lr, recipe=recipe)
     accuracy = evaluate(model, data, 4, CPU).accuracy
     assert report.train_accuracy == accuracy  # of 9 examples, so never one half
     assert report.dev_accuracy == pytest.approx(1 - accuracy)
-
-
-def test_running_train_accuracy_is_that_of_the_model_while_it_trains():
-    data, recipe = random_data(9), Recipe(train_acc="running")
-    contrary = SentenceDataset([e._replace(label=1 - e.label) for e in data.examples], 3)
-    (report,) = train(classifier(), data, contrary, epochs=1, lr=1e-30, recipe=recipe)
-    assert report.train_accuracy == evaluate(classifier(), data, 4, CPU).accuracy
 
 
 def scripted(monkeypatch, dev_accuracies: list[float]) -> None:
@@ -189,7 +164,6 @@ def test_best_is_the_first_epoch_with_the_highest_dev_accuracy(monkeypatch):
         ([0.1, 0.3, 0.2, 0.3, 0.4], 2, 4),  # 0.3 again is no improvement
         ([0.1, 0.3, 0.2, 0.4, 0.1], 2, 5),
         ([0.5, 0.4, 0.3, 0.2, 0.1], 1, 2),
-        ([0.5, 0.4, 0.3, 0.2, 0.1], None, 5),
     ],
 )
 def test_patience_counts_epochs_without_a_new_best(monkeypatch, accuracies, patience, n_epochs):
@@ -221,7 +195,7 @@ def test_the_schedule_and_the_clipping_reach_each_step(monkeypatch):
 # ---------------------------------------------------------------- divergence
 
 
-def test_a_loss_that_is_not_finite_is_an_error_of_its_own_class_that_names_the_place(monkeypatch):
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_place(monkeypatch):
     nll_loss, calls = F.nll_loss, []
 
     def diverging(*args, **kwargs):
@@ -229,35 +203,16 @@ def test_a_loss_that_is_not_finite_is_an_error_of_its_own_class_that_names_the_p
         return nll_loss(*args, **kwargs) * (math.nan if len(calls) == 5 else 1.0)
 
     monkeypatch.setattr(loop.F, "nll_loss", diverging)
-    assert issubclass(DivergedError, InputError)
     where = r"epoch 1, step 2 of 3, learning rate 0\.001: the loss is nan on the batch that begins"
     with pytest.raises(DivergedError, match=rf"{where} with 'sentence \d'; lower --lr"):
         train(classifier(), random_data())
 
 
-def test_weights_that_are_not_finite_reach_no_checkpoint_and_no_state(monkeypatch, tmp_path):
-    take_step, reported = loop.take_step, []
-
-    def diverging(optimizers, *given):
-        take_step(optimizers, *given)
-        with torch.no_grad():
-            optimizers[0].param_groups[0]["params"][0][0, 0] = math.inf
-
-    monkeypatch.setattr(loop, "take_step", diverging)
-    state_file = StateFile(tmp_path / "run.state.pt", {}, minutes=0)  # due after every batch
-    for options in ({}, {"state_file": state_file}):
-        with pytest.raises(DivergedError, match=r"llama\.tok_embeddings\.weight; lower --lr"):
-            train(classifier(), random_data(4), on_epoch=lambda *r: reported.append(r), **options)
-    assert reported == [] and list(tmp_path.iterdir()) == []
-
-
 # ---------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("attention", ["full", "causal"])
-def test_masked_predictions_do_not_depend_on_the_batching_and_follow_the_data(pooling, attention):
-    model, data = classifier(pooling, attention=attention), random_data(23)
+def test_masked_predictions_do_not_depend_on_the_batching_and_follow_the_data():
+    model, data = classifier(), random_data(23)
     expected = torch.cat(
         [model.eval()(torch.tensor([e.tokens]), torch.tensor([len(e.tokens)])) for e in data]
     ).exp()
@@ -319,25 +274,17 @@ def test_evaluation_computes_in_the_precision_it_is_told(bf16):
 # ---------------------------------------------------------------- checkpoints
 
 
-def test_a_checkpoint_is_replaced_whole_and_holds_plain_data(tmp_path, monkeypatch):
+def test_a_checkpoint_is_replaced_whole_and_holds_plain_data(tmp_path):
     path, model = tmp_path / "kept.pt", classifier()
-    config = SimpleNamespace(
-        num_labels=2, option="finetune", hidden_dropout_prob=0.0, pooling="mean",
-        pretrained_model_path=tmp_path / "model.pt",
-    )  # fmt: skip
+    config = SimpleNamespace(num_labels=2, option="finetune", hidden_dropout_prob=0.0)
+    config.pretrained_model_path = tmp_path / "model.pt"
     save_classifier(path, model, config, args={"train": tmp_path / "train.txt", "epochs": 1})
     loaded, saved = load_classifier(path)
     assert_same_weights(weights_of(loaded), weights_of(model))
     assert saved["args"] == {"train": str(tmp_path / "train.txt"), "epochs": 1}
     assert saved["model_config"]["pretrained_model_path"] == str(tmp_path / "model.pt")
     old = path.read_bytes()
-
-    def broken(content, file):
-        file.write(b"half")
-        raise RuntimeError("disk")
-
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(RuntimeError, match="disk"):
-        save_classifier(path, model, config)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_classifier(path, model, config, label_names=lambda: 1)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
