@@ -25,10 +25,10 @@ METHODS = (
 TOKENS = ("<s>", "a", "warm", "film", "pad", "pad")
 N_TOKENS, N_REAL = len(TOKENS), 4
 GRIDS = {  # method: title, and the rows that the head reads
-    "assignment": ("the assignment's:\nno mask, last column", [5]),
-    "full_last": ("padding masked:\nlast real token", [3]),
-    "masked": ("causal:\nlast real token", [3]),
-    "plain": ("causal:\nmean of real tokens", [0, 1, 2, 3]),
+    "assignment": ("assignment:\nno mask, last column", [5]),
+    "full_last": ("full_last:\npadding masked, last real token", [3]),
+    "masked": ("masked:\ncausal, last real token", [3]),
+    "plain": ("plain:\ncausal, mean of real tokens", [0, 1, 2, 3]),
 }
 
 
