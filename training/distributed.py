@@ -58,8 +58,8 @@ def joined(use_gpu: bool) -> Iterator[None]:
         if not is_main():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-        # Imported later, as DistributedDataParallel does, its default arguments would hold the group:
-        # the threads of gloo would outlive it, and sometimes abort when Python exits.
+        # Imported later, as DistributedDataParallel does, its default arguments hold the group: the
+        # threads of gloo would outlive it, and sometimes abort when Python exits.
         importlib.import_module("torch.distributed.nn")
         try:
             dist.init_process_group(_take_device() if use_gpu else "gloo")
