@@ -79,6 +79,10 @@ def move(model: torch.nn.Module, by: float = 0.1) -> None:
             parameter.add_(by * torch.randn_like(parameter))
 
 
+def lines_of(path: Path | str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
 def refusal(read: Callable, path: Path | str, *args, longest: int = 1000, **options) -> str:
     """What is said of a bad file, behind its name: one line, however long the file's own words."""
     with pytest.raises(InputError) as caught:

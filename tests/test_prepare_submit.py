@@ -144,7 +144,10 @@ CHANGES = {  # file: (its text or None if it is missing, what the violation begi
     "rope.py": (" \r\n", "empty file: rope.py"),
     "generated-sentence-temp-1.txt": ("\ufeff\n", "empty file: generated-sentence-temp-1.txt"),
     "sst-dev-advanced-output.txt": (RIGHT, "half a pair: sst-dev-advanced-output.txt and sst-test"),
-    "training/state.py": (None, "training/loop.py:4: imports training.state, which is neither in"),
+    "training/state.py": (
+        None,
+        "training/loop.py:4: imports training.state, which is neither in the submission nor ",
+    ),
     "utils.py": ("import os\nx = (\n", "utils.py:2: not Python ("),
     "config.py": ("def f():\n    import transformers.models\n", "config.py:2: imports transfor"),
     "data/sst-label-mapping.json": ('["bad"]', "data/sst-label-mapping.json: is not a JSON list"),
@@ -219,6 +222,11 @@ def test_each_wrong_output_is_one_violation_with_its_first_wrong_line_and_remedy
     (line,) = problems(zip_of(FILES | {NAME: text}))
     assert line.startswith(f"{NAME}:{expected}")
     assert line.endswith("; write the file again")
+
+
+def test_a_long_sentence_is_shown_where_it_differs():
+    line = prepare_submit.excerpt("a" * 900 + "X" + "b" * 900, "a" * 900 + "Y")
+    assert line == repr("..." + "a" * 15 + "X" + "b" * 24 + "...")
 
 
 @pytest.mark.parametrize("end", [f" {QUESTION}\n", f"\n\n{QUESTION}\n", "\r\n", " \n"])

@@ -19,7 +19,7 @@ import run_llama
 from classifier import LlamaEmbeddingClassifier
 from conftest import LABEL_NAMES, ROOT, random_llama, save_llama
 from formats.torch_file import load_torch_file
-from helpers import CPU, assert_same_weights, environment
+from helpers import CPU, assert_same_weights, environment, lines_of
 from llama import Attention, Llama, load_pretrained
 from optimizer import AdamW
 from tokenizer import Tokenizer
@@ -54,10 +54,6 @@ OURS = {"attention", "pooling", "tokenizer_path", "warmup", "lr_decay", "layer_d
 OURS |= {"backbone_dropout", "label_smoothing", "r_drop", "patience", "max_grad_norm", "train_acc"}
 OURS |= {"resume", "restart", "save_minutes", "quantize"}
 KIND = {"prompt": "prompting", "finetune": "finetuning"}
-
-
-def lines_of(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 def continuation(model: Llama, temperature: float = 0.0) -> str:

@@ -39,14 +39,17 @@ class Terminated(KeyboardInterrupt):
     exit_code = 143
 
 
+NO_MEMORY = "error: out of memory; use smaller batches or shorter sentences"
+
+
 @pytest.mark.parametrize(
     ("main", "code", "words"),
     [
         (raising(InputError("a\nb")), 2, "error: a b"),
         (raising(FileNotFoundError(2, "no such file", "x.txt")), 2, "error: x.txt: no such file"),
-        (raising(MemoryError()), 2, "error: out of memory; use smaller batches or shorter"),
-        (raising(torch.OutOfMemoryError("CUDA")), 2, "error: out of memory"),
-        (lambda: torch.empty(2**50), 2, "error: out of memory"),
+        (raising(MemoryError()), 2, NO_MEMORY),
+        (raising(torch.OutOfMemoryError("CUDA")), 2, NO_MEMORY),
+        (lambda: torch.empty(2**50), 2, NO_MEMORY),
         (raising(KeyboardInterrupt()), 130, "interrupted"),
         (raising(Terminated("saved")), 143, "saved"),
     ],

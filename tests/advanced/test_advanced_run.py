@@ -22,7 +22,7 @@ from advanced import run as composer
 from advanced.compose import METHODS
 from advanced.methods import wise_ft
 from conftest import ROOT, ended
-from helpers import error_line
+from helpers import error_line, lines_of
 from llama import load_pretrained
 from training.checkpoint import load_classifier
 from training.evaluation import Evaluation
@@ -70,10 +70,6 @@ def record_path(method: str, folder: str = "results") -> Path:
 
 def record(method: str, folder: str = "results") -> dict:
     return json.loads(record_path(method, folder).read_text(encoding="utf-8"))
-
-
-def lines_of(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 def weights(method: str = "*", folder: str = "runs") -> dict[str, dict[str, torch.Tensor]]:

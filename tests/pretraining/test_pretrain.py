@@ -552,6 +552,7 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
         (["--batch_tokens", 15], "--batch_tokens 15 is less than --seq_len 16"),
         (["--seq_len", 32], "--seq_len 32 exceeds max_seq_len 24"),
         (["--heldout", 80], "tales.txt: --heldout 80 of 80 documents leaves none"),
+        (["--vocab_size", 100], "--vocab_size 100"),
         (["--vocab_size", 9999], "--vocab_size 9999"),
         (["--tokens", "many"], "--tokens: 'many' is not a count"),
         (["--dim", 30], "dim=30 is not divisible by n_heads=4"),
