@@ -108,8 +108,7 @@ def read_model(folder: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
         )
     args = {ours: getattr(config, theirs) for ours, theirs in _ARGS.items()}
     c = LlamaConfig(**args, attention="causal")
-    ours = {names[name]: tensor for name, tensor in weights.items()}
-    return c, {name: _permuted(c, name, w, (2, -1)) for name, w in ours.items()}
+    return c, {o: _permuted(c, o, weights[t], (2, -1)) for t, o in names.items()}
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> bool:
