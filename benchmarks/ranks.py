@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contenders import SHAPES, batches_of, make_classifier, make_data, make_optimizer
-from benchmarks.report import keep, output_file, ranks_table
+from benchmarks.report import Measured, keep, output_file, ranks_table
 from fast.memory import keep_freed_memory
 from training import distributed
 from training.options import positive_int
@@ -63,6 +63,32 @@ def make_step(
     return step, ids.shape[1], sum(parameter.nbytes for parameter in model.parameters())
 
 
+def measure(shape: str, repeats: int, device: torch.device) -> Measured:
+    """Time each way to take a step; the wrapped model ends with this function (see `wrap`)."""
+    n_ranks = distributed.world_size()
+    alone, tokens_of_row, gradient_bytes = make_step(shape, device, is_alone=True)
+    together, *_ = make_step(shape, device, is_alone=False)
+    ways = {"one rank": (alone, 1)}
+    if n_ranks > 1:
+        ways |= {"ranks": (together, 1), "one rank, all threads": (alone, n_ranks)}
+    seconds: dict[str, list[list[float]]] = {way: [] for way in ways}
+    losses: dict[str, list[float]] = {way: [] for way in ways}
+    for turn, way in itertools.product(range(1 + repeats), ways):
+        distributed.barrier()  # all begin together
+        (step, threads), loss = ways[way], 0.0
+        torch.set_num_threads(threads)
+        if distributed.is_main() or way == "ranks":
+            parts, loss = step()
+            seconds[way] += [parts] if turn else []  # the first turn does not count
+        losses[way].append(distributed.all_sum(torch.tensor(loss)).item())
+    return {
+        "shape": shape, "row": "finetune", "device": device.type, "bf16": False,
+        "n_cpus": os.cpu_count(), "n_ranks": n_ranks, "threads": 1, "n_rows": N_ROWS,
+        "tokens_of_row": tokens_of_row, "gradient_bytes": gradient_bytes,
+        "losses": losses, "seconds": seconds,
+    }  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(__doc__, prog="python -m benchmarks.ranks")
     add = parser.add_argument
@@ -77,30 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     with distributed.joined(args.use_gpu):
         out = output_file(args.out)
-        n_ranks, device = distributed.world_size(), pick_device(args.use_gpu)
-        alone, tokens_of_row, gradient_bytes = make_step(args.shape, device, is_alone=True)
-        together, *_ = make_step(args.shape, device, is_alone=False)
-        ways = {"one rank": (alone, 1)}
-        if n_ranks > 1:
-            ways |= {"ranks": (together, 1), "one rank, all threads": (alone, n_ranks)}
-        seconds: dict[str, list[list[float]]] = {way: [] for way in ways}
-        losses: dict[str, list[float]] = {way: [] for way in ways}
-        for turn, way in itertools.product(range(1 + args.repeats), ways):
-            distributed.barrier()  # all begin together
-            (step, threads), loss = ways[way], 0.0
-            torch.set_num_threads(threads)
-            if distributed.is_main() or way == "ranks":
-                parts, loss = step()
-                seconds[way] += [parts] if turn else []  # the first turn does not count
-            losses[way].append(distributed.all_sum(torch.tensor(loss)).item())
-        measured = {
-            "shape": args.shape, "row": "finetune", "device": device.type, "bf16": False,
-            "n_cpus": os.cpu_count(), "n_ranks": n_ranks, "threads": 1, "n_rows": N_ROWS,
-            "tokens_of_row": tokens_of_row, "gradient_bytes": gradient_bytes,
-            "losses": losses, "seconds": seconds,
-            "command": f"torchrun --nproc-per-node {n_ranks} -m benchmarks.ranks "
-            f"--shape {args.shape} --repeats {args.repeats}{' --use_gpu' * args.use_gpu}",
-        }  # fmt: skip
+        measured = measure(args.shape, args.repeats, pick_device(args.use_gpu))
+        measured["command"] = (
+            f"torchrun --nproc-per-node {distributed.world_size()} -m benchmarks.ranks "
+            f"--shape {args.shape} --repeats {args.repeats}{' --use_gpu' * args.use_gpu}"
+        )
         if distributed.is_main():
             keep(out, "ranks", measured)
             print(ranks_table([measured]))

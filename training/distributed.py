@@ -135,7 +135,8 @@ def barrier() -> None:
 def wrap(model: nn.Module, has_unused_parameters: bool = False) -> nn.Module:
     """Return the model with gradients averaged over the processes in each backward pass.
 
-    Set `has_unused_parameters` if some parameter never gets a gradient.
+    Set `has_unused_parameters` if some parameter never gets a gradient. The wrapped model must end
+    before `joined` does: as the last owner of the group it may wait forever for gloo's threads.
     """
     if world_size() == 1:
         return model
