@@ -1,4 +1,4 @@
-"""Estimate the speed-up of many devices from one device's measured step, as a Markdown table.
+"""Estimate the speed-up of many devices from one device's finetuning step, as a Markdown table.
 
     python -m benchmarks.many_devices
 
@@ -11,15 +11,15 @@ import math
 from benchmarks.processor import RESULTS
 from benchmarks.report import Measured, markdown, seconds_of
 
-MEASURED = RESULTS / "speed-unnamed.json"  # the file that has `ranks`
+MEASURED = {"cpu": "speed-amd-epyc-family-25-model-17.json", "cuda": "speed-nvidia-h200.json"}
 DEVICES = (8, 64, 1024)
 N_BUCKETS = 5  # in which DistributedDataParallel sums the gradients of stories42M
-# step, device of the file, Gbit/s, microseconds, whether each device has its own batch
+# device, Gbit/s, microseconds, whether each device has its own batch
 CASES = (
-    ("finetune", "cpu", 10, 20, False),
-    ("finetune", "cpu", 10, 20, True),
-    ("pretrain", "cpu", 10, 20, True),
-    ("pretrain", "cuda", 400, 3, True),
+    ("cpu", 10, 20, False),
+    ("cpu", 10, 20, True),
+    ("cuda", 400, 3, False),
+    ("cuda", 400, 3, True),
 )
 
 
@@ -44,13 +44,13 @@ def speedup(n: int, row: Measured, bytes_per_s: float, latency: float, own_batch
 
 
 def main() -> None:
-    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["ranks"]
     head, columns = ["devices"], []
-    for step, device, gbit_s, microseconds, own_batch in CASES:
-        wanted = {"shape": "stories42M", "row": step, "device": device, "bf16": False}
-        row = next(row for row in rows if wanted.items() <= row.items())
+    for device, gbit_s, microseconds, own_batch in CASES:
+        measured = json.loads((RESULTS / MEASURED[device]).read_text(encoding="utf-8"))
+        wanted = {"shape": "stories42M", "row": "finetune", "device": device, "bf16": False}
+        row = next(row for row in measured["ranks"] if wanted.items() <= row.items())
         batch = f"{row['n_rows']} rows {'each' if own_batch else 'in all'}"
-        head.append(f"{step}, {device}, {batch}, {gbit_s} Gbit/s, {microseconds} µs")
+        head.append(f"{device}, {batch}, {gbit_s} Gbit/s, {microseconds} µs")
         link = gbit_s * 1e9 / 8, microseconds * 1e-6
         columns.append([f"{speedup(n, row, *link, own_batch):,.1f}" for n in DEVICES])
     print(markdown(head, list(zip(map(str, DEVICES), *columns, strict=True))))

@@ -81,13 +81,13 @@ def speed_table(paths: Sequence[Path] | None = None) -> str:
 
     Each processor has three columns: our rate, and its ratios to naive and to transformers.
     """
-    contents = [read(path) for path in paths or speed_files()]
+    contents = _with_rows([read(path) for path in paths or speed_files()])
     legend, head, by_row, others = [], ["row"], {}, []
     for i, (letter, content) in enumerate(zip(ascii_uppercase, contents, strict=False)):
         processor = content["processor"]
-        legend.append(f"- {letter}: {described(processor, content.get('rows', []))}")
+        legend.append(f"- {letter}: {described(processor, content['rows'])}")
         head += [f"{letter}: ours", f"{letter} / naive", f"{letter} / transformers"]
-        rows = [row for row in content.get("rows", []) if row["shape"] == SHAPE]
+        rows = [row for row in content["rows"] if row["shape"] == SHAPE]
         for row in rows:
             if "naive" in row["contenders"]:
                 cells = by_row.setdefault(f"{row['row']} ({row['unit']})", {})
@@ -99,6 +99,11 @@ def speed_table(paths: Sequence[Path] | None = None) -> str:
         for name, cells in by_row.items()
     ]
     return "\n\n".join(["\n".join(legend), markdown(head, lines), *others])
+
+
+def _with_rows(contents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out the files that have measurements of benchmarks.ranks alone."""
+    return [content for content in contents if content.get("rows")]
 
 
 def described(processor: dict[str, Any], rows: Sequence[Measured] = ()) -> str:
@@ -219,7 +224,7 @@ def plot(contents: Sequence[dict[str, Any]], path: Path) -> None:
     for panel, letter, content in zip(panels, ascii_uppercase, contents, strict=False):
         rows = {
             row["row"]: row["contenders"]
-            for row in content.get("rows", [])
+            for row in content["rows"]
             if row["row"] in PLOTTED and row["shape"] == SHAPE and "naive" in row["contenders"]
         }
         for offset, name in ((-0.2, "ours"), (0.2, "transformers")):
@@ -253,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     contents = [read(path) for path in files]
     if args.plot:
         require_outputs([str(args.plot)], files)
+        if not _with_rows(contents):
+            raise InputError("nothing to draw: no FILE has rows of benchmarks.run")
     for content in contents:
         rows = content.get("rows", [])
         texts = [described(content["processor"], rows), *all_tables(rows)]
@@ -260,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
             texts.append(ranks_table(content["ranks"]))
         print(*texts, sep="\n\n", end="\n\n")
     if args.plot:
-        plot(contents, args.plot)
+        plot(_with_rows(contents), args.plot)
         print(f"wrote {args.plot}")
 
 

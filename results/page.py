@@ -16,6 +16,7 @@ from results.studies import (
     ranked,
     scores,
     select,
+    signed,
     trained_percent,
 )
 
@@ -111,7 +112,7 @@ def _difference(comparison: Comparison | None) -> str:
     if comparison is None:
         return ""
     difference, low, high, p = comparison
-    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}] p {p_value(p)}"
+    return f"{signed(difference)} [{signed(low)}, {signed(high)}] p {p_value(p)}"
 
 
 def _short(value: Any) -> str:

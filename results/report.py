@@ -30,6 +30,7 @@ from results.studies import (
     ranked,
     scores,
     select,
+    signed,
     trained_percent,
 )
 from utils import ArgumentParser, atomic_write, run_script
@@ -112,7 +113,7 @@ class Column(NamedTuple):
 
     def difference(self, method: str) -> str:
         comparison = self.comparisons.get(method)
-        return f"{comparison.difference:+.3f} ({p_value(comparison.p)})" if comparison else ""
+        return f"{signed(comparison.difference)} ({p_value(comparison.p)})" if comparison else ""
 
 
 def _columns(studies: list[Study]) -> list[Column]:

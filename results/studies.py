@@ -70,6 +70,11 @@ def mean_std(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ({statistics.stdev(values):.3f})"
 
 
+def signed(difference: float) -> str:
+    """Format as "+0.012"; what rounds to zero is "+0.000" on either side."""
+    return f"{round(difference, 3) + 0.0:+.3f}"
+
+
 def correct_answers(study: Study, split: str) -> np.ndarray:
     """Return 1 for each sentence that a seed classified correctly, else 0: (n_seeds, N)."""
     seeds = finished_seeds(study).values()

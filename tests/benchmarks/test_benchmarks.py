@@ -13,6 +13,7 @@ from benchmarks import llama2c, many_devices, processor, report, rows, run
 from benchmarks.contenders import SHAPES, draw_lengths, make_classifier, make_llama
 from conftest import ROOT, random_llama, shared_asset
 from formats import llama2c as llama2c_format
+from helpers import finish, start, torchrun
 from tokenizer import Tokenizer
 from training.dataset import encode_examples
 from training.labeled import read_sentences
@@ -131,6 +132,11 @@ def test_a_run_keeps_its_rows_and_the_report_shows_them(tmp_path, monkeypatch, c
         report.keep(out, "rows", {})
     with pytest.raises(InputError, match="is an input and would be replaced"):
         report.main([str(out), "--plot", str(out)])
+    ranks = tmp_path / "ranks.json"
+    ranks.write_text(json.dumps({"processor": here, "ranks": []}), encoding="utf-8")
+    with pytest.raises(InputError, match="nothing to draw"):
+        report.main([str(ranks), "--plot", str(figure)])
+    assert not figure.exists()
     other = tmp_path / "other.json"
     for data in (b"{}", b"[]", b"\x89PNG"):
         other.write_bytes(data)
@@ -172,7 +178,9 @@ def test_two_processors_stand_side_by_side(tmp_path):
     for path, rows_of_one in zip(files, both, strict=True):
         head = {"name": path.stem, "torch": "2.13"}
         path.write_text(json.dumps({"processor": head, "rows": rows_of_one}), encoding="utf-8")
-    lines = report.speed_table(files).splitlines()
+    ranks = tmp_path / "speed-gpu.json"  # of benchmarks.ranks alone: not in this table
+    ranks.write_text(json.dumps({"processor": head, "ranks": []}), encoding="utf-8")
+    lines = report.speed_table([ranks, *files]).splitlines()
     assert lines[1] == "- B: speed-b, 2 threads, PyTorch 2.13"
     assert "| g (tokens/s) | 150 | 2.00 | 1.50 |  |  |  |" in lines
     assert "| t (tokens/s) |  |  |  | 100 | 3.00 |  |" in lines
@@ -235,6 +243,40 @@ def test_programs_are_compiled_outside_the_checkout_and_say_their_rate(tiny, tmp
     (source / "run.c").write_text("no program", encoding="utf-8")
     with pytest.raises(InputError, match=r"fails on run\.c"):
         llama2c.compile_programs(source, folder)
+
+
+RANKS = """
+import gc, sys
+import torch
+sys.path.insert(0, {root!r})
+from benchmarks import ranks
+
+destroy = torch.distributed.destroy_process_group
+
+def destroy_and_count():
+    wrapped = torch.nn.parallel.DistributedDataParallel
+    print(sum(isinstance(o, wrapped) for o in gc.get_objects()), "wrapped models are left")
+    destroy()
+
+torch.distributed.destroy_process_group = destroy_and_count
+ranks.main(["--shape", "stories260K", "--repeats", "1", "--out", {out!r}])
+"""
+
+
+def test_a_step_of_two_ranks_is_that_of_one_and_no_model_outlives_the_group(tmp_path):
+    job, out = tmp_path / "job.py", tmp_path / "speed-mine.json"
+    job.write_text(RANKS.format(root=str(ROOT), out=str(out)), encoding="utf-8")
+    code, printed, err = finish(start(torchrun(2, job), tmp_path))
+    assert code == 0, err
+    assert "0 wrapped models are left" in printed  # its end and gloo's threads may deadlock
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["ranks"]
+    assert report.ranks_table([row]) in printed
+    assert (row["row"], row["n_ranks"], row["gradient_bytes"]) == ("finetune", 2, 4 * 260_357)
+    assert {way: len(turns) for way, turns in row["seconds"].items()} == {
+        "one rank": 1, "ranks": 1, "one rank, all threads": 1
+    }  # fmt: skip
+    alone, ranks = row["losses"]["one rank"], row["losses"]["ranks"]
+    assert ranks[0] == pytest.approx(alone[0], abs=1e-6)  # the first step of both models
 
 
 def test_the_table_has_rates_ratios_the_limit_and_memory():

@@ -202,6 +202,11 @@ def test_every_page_shows_what_the_records_say():
         assert report.with_tables(text, tables) == text, f"{name}: run python -m results.report"
 
 
+def test_a_difference_that_rounds_to_zero_has_one_sign():
+    values = (-0.0004, 0.0, 0.0004, -0.0006, 0.0123)
+    assert [studies.signed(value) for value in values] == ["+0.000"] * 3 + ["-0.001", "+0.012"]
+
+
 def test_the_command_writes_between_the_marks_only(tmp_path, monkeypatch, capsys):
     plain = study("sst", "plain", ["11110"], test=["11111"])
     (tmp_path / "results" / "records").mkdir(parents=True)
