@@ -2,7 +2,8 @@
 
 A state is saved after each epoch, every few minutes, and on Ctrl-C or SIGTERM. It is plain data,
 replaced whole, and holds the random generators' states, so a run that continues from it ends in the
-same bits as an uninterrupted one (on the same machine, with as many threads, in one process).
+same bits as an uninterrupted one (in one process on the same machine, with as many threads and the
+same matrix library).
 """
 
 import contextlib
