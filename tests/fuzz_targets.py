@@ -29,7 +29,7 @@ from training.checkpoint import load_classifier, save_classifier
 from training.dataset import Example, SentenceDataset, encode_examples
 from training.labeled import read_label_names, read_sentences
 from training.state import StateFile
-from utils import run_script
+from utils import run_script, seed_everything
 
 TINY = {"vocab_size": 16, "dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 16}
 ODD_INTS = (0, 1, 2, 3, 8, 9, 255, 2**16, 2**28, 2**30, 2**31 - 1, -1, -8, -(2**31))
@@ -188,6 +188,7 @@ def read_model() -> None:
 @cache
 def classifier() -> dict[str, Any]:
     config = SimpleNamespace(num_labels=2, option="finetune", hidden_dropout_prob=0.3)
+    torch.manual_seed(0)  # of the head
     model = LlamaEmbeddingClassifier(config, random_llama(**TINY))
     with tempfile.TemporaryDirectory() as folder:
         save_classifier(Path(folder, "model.pt"), model, config, label_names=["bad", "good"])
@@ -234,7 +235,7 @@ def state() -> dict[str, Any]:
 
 def resume(epochs: int = 2, mode: str = "resume") -> None:
     """On four sentences, in batches of two."""
-    torch.manual_seed(0)
+    seed_everything(0)  # a state holds all generators
     model = helpers.classifier("last", dropout=0.3, attention="causal", **TINY)
     data = SentenceDataset([Example("a", i % 2, [1, 2, 3 + i]) for i in range(4)], pad_id=3)
     state_file = StateFile("run.state.pt", {"lr": 1e-3}, mode)

@@ -194,7 +194,7 @@ def test_a_stopped_run_continues_to_the_same_weights_and_record(
 
 def test_a_killed_command_continues_to_the_same_bits(advanced):
     options = ["--method=pretrain", "--method=mixout", "--pretrain_epochs=1", "--seeds=3"]
-    options.append("--epochs=16")
+    options.append("--epochs=32")  # it must be killed before the last one
     command = [sys.executable, "-m", "advanced.run", *DATA, *SHORT, *options, "--save_minutes=0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8")
@@ -206,7 +206,7 @@ def test_a_killed_command_continues_to_the_same_bits(advanced):
     process.stdout.close()
     assert list(Path("runs").glob("*/seed-3*.state.pt"))
     printed = advanced(*options)
-    assert "epoch 0:" not in printed and "epoch 15:" in printed
+    assert "epoch 0:" not in printed and "epoch 31:" in printed
     advanced(*options, "--runs_dir=whole", "--results_dir=whole-results")
     assert_same(weights(), weights(folder="whole"))
 
