@@ -14,6 +14,11 @@ Run it again at any time: it keeps what is there.
   --assets-from DIR  copy data and weights from DIR (e.g. ../shared) instead of downloading them
   --help             show this
 
+examples:
+  bash setup.sh
+  bash setup.sh --dev
+  bash setup.sh --assets-from ../shared
+
 PYTHON=/path/to/python3.12 bash setup.sh uses that Python (3.10 to 3.13) for a new .venv.
 pip reads its own settings: PIP_NO_INDEX=1 PIP_FIND_LINKS=/path/to/wheels installs offline.
 END

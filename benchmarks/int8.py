@@ -1,4 +1,4 @@
-"""Compare a model with float32 and with INT8 weights: perplexity, accuracy and file size.
+"""Compare a model with float32 and with int8 weights: perplexity, accuracy and file size.
 
     python -m benchmarks.int8
     python -m benchmarks.int8 --model data/mini/model.pt --documents 50

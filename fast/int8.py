@@ -1,4 +1,4 @@
-"""INT8 weights for inference: a quarter of the bytes to read for each token.
+"""int8 weights for inference: a quarter of the bytes to read for each token.
 
 Each row of a matrix is stored as int8 with one scale: w ~ scale * q, |q| <= 127 (the symmetric
 scheme of Jacob et al. 2018, arXiv 1712.05877, one scale per output row). Activations stay float32
@@ -85,7 +85,7 @@ def quantize_model(model: nn.Module) -> None:
     """
     if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
         raise InputError(
-            "int8: this PyTorch has no INT8 product; install the version in requirements.txt"
+            "int8: this PyTorch has no int8 product; install the version in requirements.txt"
         )
     done: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = {}  # weight -> int8, scale
     for parent in list(model.modules()):

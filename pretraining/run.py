@@ -100,8 +100,9 @@ def _add_data_options(parser: ArgumentParser) -> None:
         help="SentencePiece model (default: the tokenizer of --init, else a new one)")  # fmt: skip
     add("--heldout", type=options.positive_int, default=200, metavar="N",
         help="documents of each file to hold out and evaluate (default: %(default)s)")  # fmt: skip
-    add("--exclude", nargs="+", default=[], metavar="FILE", help="evaluation files; documents that "
-        "share --exclude_words words in a row with them are dropped (default: none)")  # fmt: skip
+    add("--exclude", nargs="+", default=[], metavar="FILE", help="evaluation files; drop and "
+        "print documents that share --exclude_words words in a row with them, or have one of their "
+        "lines of at least four words as whole sentences (default: none)")  # fmt: skip
     add("--exclude_words", type=options.positive_int, default=9, metavar="N",
         help="words in a row for --exclude (default: %(default)s)")  # fmt: skip
     shape = parser.add_argument_group("shape of a new model; --init has its own")

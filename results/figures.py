@@ -164,13 +164,17 @@ def train_size(studies: list[Study]) -> "Figure":
     return figure
 
 
-def new_figure(width: float, height: float, n_panels: int = 1) -> tuple["Figure", list["Axes"]]:
-    """Return a figure of panels side by side, size in inches, without pyplot's global state."""
+def new_figure(
+    width: float, height: float, n_panels: int = 1, are_stacked: bool = False
+) -> tuple["Figure", list["Axes"]]:
+    """Return a figure of panels side by side, or one above the other, without pyplot's global
+    state; its size is in inches."""
     require_package("matplotlib")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    panels = list(figure.subplots(1, n_panels, squeeze=False).flat)
+    shape = (n_panels, 1) if are_stacked else (1, n_panels)
+    panels = list(figure.subplots(*shape, squeeze=False).flat)
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

@@ -39,8 +39,12 @@ def draw(history: dict[str, list[float]], path: Path) -> None:
     millions = [n_tokens / 1e6 for n_tokens in history["tokens"]]
     units = [unit for unit in UNITS if any(name.endswith(unit) for name in history)]
     units = units or ["bits/byte"]  # of a history without held-out texts: an empty panel
-    figure, panels = new_figure(1 + 6 * len(units), 5, n_panels=len(units))
+    figure, panels = new_figure(7.5, 3.8 * len(units), n_panels=len(units), are_stacked=True)
+    from matplotlib import colormaps
+
+    dark, light = colormaps["tab20"].colors[::2], colormaps["tab20"].colors[1::2]
     for unit, panel in zip(units, panels, strict=True):
+        panel.set_prop_cycle(color=[*dark, *light])
         for name, values in history.items():
             if name.endswith(unit):
                 label = f"{name.removesuffix(unit).strip()} {values[-1]:.3f}"
@@ -55,9 +59,9 @@ def _label_ends(panel: "Axes") -> None:
     low, high = panel.get_ylim()
     place = low
     for line in sorted(panel.lines, key=lambda line: line.get_ydata()[-1]):
-        place = max(line.get_ydata()[-1], place + (high - low) / 28)
+        place = max(line.get_ydata()[-1], place + (high - low) / 18)
         panel.text(1.01, place, line.get_label(), transform=panel.get_yaxis_transform(),
-                   va="center", fontsize=8, color=line.get_color())  # fmt: skip
+                   va="center", fontsize=9, color=line.get_color())  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

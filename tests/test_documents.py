@@ -63,17 +63,17 @@ def blocks(page: Path, language: str = r"\w*") -> list[str]:
 # A command that needs downloads, another package or minutes of time is not run here, nor one that
 # repeats a bare command with the number of threads, a batch size, or the defaults written out.
 LEFT_OUT = re.compile(
-    r"setup\.sh|fetch\.py|stories42M|stories260K|data/(sst|cfimdb)|2e-5|finetune --pretrained"
-    r"|ANDREWID|FILE|ADDRESS|torchrun|pytest|fuzz\.py|ruff|benchmarks|results\."
-    r"|advanced\.run --method|--use_gpu|--batch_size|\$|^(OMP_NUM_THREADS|git|cd|rm|sed -n)\b"
+    r"setup\.sh|fetch\.py|stories42M|sanity_check\.data|stories260K|data/(sst|cfimdb)|2e-5"
+    r"|finetune --pretrained|ANDREWID|FILE|ADDRESS|torchrun|pytest|fuzz\.py|ruff|benchmarks"
+    r"|results\.|advanced\.run --method|--use_gpu|--batch_size|\$|^(OMP_NUM_THREADS|git|cd|rm|sed -n)\b"
 )
 
 
 def commands() -> list[str]:
     """The lines of the bash blocks in the order of the pages, each once."""
     lines = []
-    for name in ("README.md", "docs/usage.md", "docs/methods.md", "docs/troubleshooting.md"):
-        for block in blocks(ROOT / name, "bash"):
+    for page in (ROOT / "README.md", ROOT / "docs/usage.md", *sorted(ROOT.glob("docs/*.md"))):
+        for block in blocks(page, "bash"):
             lines += [line.split("    #")[0] for line in block.splitlines()]
     return [line for line in dict.fromkeys(lines) if not LEFT_OUT.search(line)]
 

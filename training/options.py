@@ -163,7 +163,7 @@ def add_state_options(parser: argparse.ArgumentParser) -> None:
 def add_save_minutes(parser: argparse.ArgumentParser) -> None:
     """Add how often the state of a run is saved."""
     parser.add_argument("--save_minutes", type=non_negative_float, default=5.0, metavar="MINUTES",
-        help="minutes between saves of the state, which is also saved after each epoch "
+        help="minutes between saves of the state; finetuning also saves it after each epoch "
         "(default: 5)")
 
 

@@ -1,4 +1,4 @@
-"""The INT8 table: its perplexity against one computed here, and both kinds of weights."""
+"""The int8 table: its perplexity against one computed here, and both kinds of weights."""
 
 import math
 

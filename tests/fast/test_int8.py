@@ -1,4 +1,4 @@
-"""INT8 weights against float64 NumPy: rounding, both products, ties, and a real model's text."""
+"""int8 weights against float64 NumPy: rounding, both products, ties, and a real model's text."""
 
 import math
 
@@ -102,7 +102,7 @@ def test_a_pytorch_without_the_operator_and_another_word_are_one_line(monkeypatc
     with pytest.raises(InputError, match="quantize='int4' is neither None nor 'int8'"):
         load_pretrained("model.pt", quantize="int4")
     monkeypatch.setattr(torch.ops, "aten", object())
-    with pytest.raises(InputError, match="no INT8 product; install the version in requirements"):
+    with pytest.raises(InputError, match="no int8 product; install the version in requirements"):
         quantize_model(random_llama())
 
 
