@@ -65,7 +65,8 @@ def blocks(page: Path, language: str = r"\w*") -> list[str]:
 LEFT_OUT = re.compile(
     r"setup\.sh|fetch\.py|stories42M|sanity_check\.data|stories260K|data/(sst|cfimdb)|2e-5"
     r"|finetune --pretrained|ANDREWID|FILE|ADDRESS|torchrun|pytest|fuzz\.py|ruff|benchmarks"
-    r"|results\.|advanced\.run --method|--use_gpu|--batch_size|\$|^(OMP_NUM_THREADS|git|cd|rm|sed -n)\b"
+    r"|results\.|advanced\.run --method|--use_gpu|--batch_size|\$"
+    r"|^(OMP_NUM_THREADS|git|cd|rm|sed -n)\b"
 )
 
 
