@@ -54,6 +54,15 @@ def test_the_front_page_is_read_in_one_sitting():
     assert text.count("\n") <= 260 and len(text.encode()) <= 20_000
 
 
+@pytest.mark.parametrize("page", ["README.md", "README.zh-TW.md"])
+def test_the_front_pages_count_the_lines_of_the_code(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[([\w/]+\.py)\]\(\1\) \| (\d+) \|", text, re.M)
+    assert len(rows) == 9
+    for name, n_lines in rows:
+        assert (ROOT / name).read_text(encoding="utf-8").count("\n") == int(n_lines), name
+
+
 def blocks(page: Path, language: str = r"\w*") -> list[str]:
     """Return the code blocks of a page in a language, or all of them."""
     text = page.read_text(encoding="utf-8")

@@ -202,6 +202,51 @@ def test_every_page_shows_what_the_records_say():
         assert report.with_tables(text, tables) == text, f"{name}: run python -m results.report"
 
 
+def test_the_prose_quotes_the_records():
+    records = studies.load(report.FOLDER / "records")
+
+    def text(name: str) -> str:
+        return " ".join((report.FOLDER.parent / name).read_text(encoding="utf-8").split())
+
+    def group(**wanted) -> dict[str, dict]:
+        found = studies.select(records, model=figures.MODEL, **wanted)
+        return {study["method"]: study for study in found}
+
+    means, ps = {}, {}
+    for share in (0.1, 0.3):
+        members = group(dataset="sst", train_share=share)
+        for name, member in members.items():
+            means[share, name] = f"{np.mean(studies.scores(member, 'test')):.3f}"
+        for name, comparison in studies.compare_with_plain([*members.values()], "test").items():
+            ps[share, name] = page.p_value(comparison.p)
+    prompt, plain, p = means[0.1, "prompt"], means[0.1, "plain"], ps[0.1, "prompt"]
+    assert f"SST test {prompt}, `plain` {plain}, p = {p}" in text("README.md")
+    assert f"SST test {prompt}，`plain` {plain}，p = {p}" in text("README.zh-TW.md")
+    methods = text("docs/methods.md")
+    assert f"SST test {prompt}, `plain` {plain} (p = {p})" in methods
+    prompt, lora, plain = (means[0.3, name] for name in ("prompt", "lora", "plain"))
+    ps = f"(p = {ps[0.3, 'prompt']} and {ps[0.3, 'lora']})"
+    assert f"SST test {prompt} and {lora}, `plain` {plain} {ps}" in methods
+
+    folds = group(dataset="cfimdb", folds=5)
+    last = {
+        name: [run["history"][-1]["train_accuracy"] for run in member["runs"]]
+        for name, member in folds.items()
+    }
+    own = last.pop("assignment")
+    others = [value for name in ("full_last", "masked", "plain") for value in last[name]]
+    low, high, others_low, others_high = min(own), max(own), min(others), max(others)
+    percents = [f"{100 * value:.0f}" for value in (low, high, others_low, others_high)]
+    front = "{} to {} % of the training reviews right, by fold, and the other modes {} to {} %"
+    assert front.format(*percents) in text("README.md")
+    assert "{}% 到 {}% 答對，其他做法則有 {}% 到 {}%".format(*percents) in text("README.zh-TW.md")
+    findings = text("docs/results.md")
+    said = f"training accuracy is {low:.2f} to {high:.2f}, by fold, that of the other rows"
+    assert f"{said} {others_low:.2f} to {others_high:.2f}" in findings
+    held_out = [run["dev"]["accuracy"] for run in folds["assignment"]["runs"]]
+    assert f"({min(held_out):.3f} to {max(held_out):.3f}, by fold)" in findings
+
+
 def test_a_difference_that_rounds_to_zero_has_one_sign():
     values = (-0.0004, 0.0, 0.0004, -0.0006, 0.0123)
     assert [studies.signed(value) for value in values] == ["+0.000"] * 3 + ["-0.001", "+0.012"]
