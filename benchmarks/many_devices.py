@@ -43,12 +43,18 @@ def speedup(n: int, row: Measured, bytes_per_s: float, latency: float, own_batch
     return (n if own_batch else 1) * (passes + update) / seconds
 
 
+def finetuning_step(device: str) -> Measured:
+    """Return the measured step of stories42M in float32."""
+    rows = json.loads((RESULTS / MEASURED[device]).read_text(encoding="utf-8"))["ranks"]
+    wanted = {"shape": "stories42M", "row": "finetune", "device": device, "bf16": False}
+    return next(row for row in rows if wanted.items() <= row.items())
+
+
 def main() -> None:
+    steps = {device: finetuning_step(device) for device in MEASURED}
     head, columns = ["devices"], []
     for device, gbit_s, microseconds, own_batch in CASES:
-        measured = json.loads((RESULTS / MEASURED[device]).read_text(encoding="utf-8"))
-        wanted = {"shape": "stories42M", "row": "finetune", "device": device, "bf16": False}
-        row = next(row for row in measured["ranks"] if wanted.items() <= row.items())
+        row = steps[device]
         batch = f"{row['n_rows']} rows {'each' if own_batch else 'in all'}"
         head.append(f"{device}, {batch}, {gbit_s} Gbit/s, {microseconds} µs")
         link = gbit_s * 1e9 / 8, microseconds * 1e-6

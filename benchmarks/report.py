@@ -256,9 +256,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     files = args.files or speed_files()
     contents = [read(path) for path in files]
+    timed = _with_rows(contents)
     if args.plot:
         require_outputs([str(args.plot)], files)
-        if not _with_rows(contents):
+        if not timed:
             raise InputError("nothing to draw: no FILE has rows of benchmarks.run")
     for content in contents:
         rows = content.get("rows", [])
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
             texts.append(ranks_table(content["ranks"]))
         print(*texts, sep="\n\n", end="\n\n")
     if args.plot:
-        plot(_with_rows(contents), args.plot)
+        plot(timed, args.plot)
         print(f"wrote {args.plot}")
 
 
