@@ -21,7 +21,7 @@ from config import POOLINGS, LlamaConfig, require_classifier_config
 from formats.checkpoint import load_exactly
 from llama import Llama, last_token, load_pretrained, padding_mask
 from tokenizer import Tokenizer
-from utils import InputError
+from utils import InputError, brief
 
 PAD_ID = 3  # of `<0x00>` in the Llama 2 tokenizer, which the assignment pads with
 
@@ -31,7 +31,7 @@ def choose_pooling(pooling: str | None, attention: str) -> str:
     if pooling is None:
         return "position" if attention == "full" else "last"
     if pooling not in POOLINGS:
-        raise InputError(f"pooling={pooling!r} is not one of {POOLINGS}")
+        raise InputError(f"pooling={brief(pooling)} is not one of {POOLINGS}")
     return pooling
 
 

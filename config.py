@@ -101,9 +101,6 @@ def require_classifier_config(config: Any) -> None:
     _require_size("num_labels", config.num_labels, MAX_LABELS)
     _require_probability("hidden_dropout_prob", config.hidden_dropout_prob)
     _require_one_of("option", config.option, ("pretrain", "finetune"))  # frozen or trained Llama
-    for key, words in (("pooling", POOLINGS), ("attention", ATTENTION_MODES)):
-        if getattr(config, key, None) is not None:
-            _require_one_of(key, getattr(config, key), words)
 
 
 def _is_number(value: Any) -> bool:

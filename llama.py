@@ -19,7 +19,7 @@ from torch import nn
 from base_llama import LlamaPreTrainedModel
 from config import LlamaConfig
 from fast.decode import next_tokens
-from fast.int8 import quantize_model
+from fast.int8 import quantize_model, require_known
 from fast.linear import Linear
 from formats.checkpoint import load_exactly, read_checkpoint
 from rope import apply_rotary_emb
@@ -243,7 +243,8 @@ def sample(logits: torch.Tensor, temperature: float) -> torch.Tensor:
         raise InputError("the model's logits are not finite: its weights are damaged or diverged")
     if temperature < torch.finfo(logits.dtype).tiny:  # 0, or what a division rounds to 0
         return likeliest
-    probs = F.softmax((logits - largest) / temperature, dim=-1)  # at most 0, so never inf / inf
+    temperature = min(temperature, torch.finfo(logits.dtype).max)  # -inf / inf would be NaN
+    probs = F.softmax((logits - largest) / temperature, dim=-1)
     return torch.multinomial(probs, num_samples=1)
 
 
@@ -277,8 +278,7 @@ def load_pretrained(
     `quantize="int8"` stores the matrices as int8, for inference alone. Raises InputError with the
     file's name.
     """
-    if quantize not in (None, "int8"):
-        raise InputError(f"quantize={quantize!r} is neither None nor 'int8'")
+    require_known(quantize)
     model_args, weights = read_checkpoint(checkpoint)
     given = {"attention": attention, "dropout": dropout}
     model_args |= {key: value for key, value in given.items() if value is not None}

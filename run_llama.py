@@ -31,7 +31,7 @@ from training.checkpoint import load_classifier, provenance, save_classifier
 from training.dataset import Example, SentenceDataset, encode_examples, warn_of_truncation
 from training.evaluation import Evaluation, evaluate, forward_pass, scores, write_predictions
 from training.labeled import read_label_names, read_sentences
-from training.loop import EpochReport, train_classifier
+from training.loop import EpochReport, require_dropout, train_classifier
 from training.state import StateFile, only_writer, require_space, state_path
 from utils import (
     ArgumentParser,
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     run = {"generate": generate, "prompt": test_with_prompting, "finetune": finetune}[args.option]
     if args.option != "finetune":
         distributed.require_single_process(f"--option {args.option}")
-    with distributed.joined(args.use_gpu):
+    with distributed.process_group(args.use_gpu):
         outputs = output_files(args)
         options.require_outputs(outputs, input_files(args))
         seed_everything(args.seed)
@@ -202,8 +202,10 @@ def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochRepor
         pooling=getattr(args, "pooling", None),
     )
     model = LlamaEmbeddingClassifier(config, llama).to(device)
+    recipe = options.recipe_of(args)
+    require_dropout(model, recipe)
     announce(args, llama, device, model.pooling)
-    recommend_bfloat16(device, options.recipe_of(args).bf16)
+    recommend_bfloat16(device, recipe.bf16)
     extra = {"args": {k: v for k, v in vars(args).items() if k not in ("resume", "restart")}}
     extra |= provenance(label_names, tokenizer, args.pretrained_model_path, args.max_sentence_len)
 
@@ -232,7 +234,7 @@ def train(args: argparse.Namespace, keep_state: bool = False) -> list[EpochRepor
         seed=args.seed,
         device=device,
         on_epoch=on_epoch,
-        recipe=options.recipe_of(args),
+        recipe=recipe,
         state_file=state_file,
     )
     distributed.barrier()  # rank 0 has written the checkpoint

@@ -78,8 +78,14 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         if message is None or sys.flags.dev_mode:
             raise
     _end_output()
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{command_name()}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def command_name() -> str:
+    """Return what was started: run_llama.py, or python -m tools.predict."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module started by -m
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def _end_output() -> None:

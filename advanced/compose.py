@@ -126,6 +126,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     rows = {name: row for options in OPTIONS.values() for name, row in options.items()}
     for name, (kind, default, text) in rows.items():
         values: dict[str, Any] = {"choices" if isinstance(kind, tuple) else "type": kind}
+        if not isinstance(kind, tuple):
+            values["metavar"] = {int: "N", float: "X"}.get(type(default), "NAME")
         if isinstance(default, list):
             values |= {"nargs": "+", "metavar": "NAME"}
             text += f" among {', '.join(kind)} (default: {' '.join(default)})"
@@ -188,4 +190,4 @@ class Sum(nn.ModuleList):
     """The sum of several regularizers."""
 
     def forward(self, *inputs: Any) -> torch.Tensor:
-        return torch.stack([term(*inputs) for term in self]).sum()
+        return sum(term(*inputs) for term in self)

@@ -23,8 +23,8 @@ from training.checkpoint import provenance, save_classifier
 from training.dataset import SentenceDataset, encode_examples, warn_of_truncation
 from training.evaluation import Evaluation, evaluate
 from training.labeled import read_label_names, read_sentences
-from training.loop import Recipe
-from training.options import dataset_name
+from training.loop import Recipe, require_dropout
+from training.options import dataset_name, recipe_of
 from training.templates import Template, choose_template, find_templates
 from utils import InputError, real_path, sha256_of
 
@@ -50,6 +50,7 @@ class Experiment:
     settings: SimpleNamespace
     grid: dict[str, list[Any]]
     device: torch.device
+    command: str
     results_dir: Path
     runs_dir: Path
     name: str | None = None
@@ -91,8 +92,8 @@ class Experiment:
         if self.templates:
             templates = self.templates
             if "zero_shot" not in self.methods:
-                names = self.grid.get("template", [self.settings.template])
-                templates = [choose_template(templates, name) for name in names]
+                chosen = self.grid.get("template", [self.settings.template])
+                templates = [choose_template(templates, name) for name in chosen]
             settings["templates"] = [template._asdict() for template in templates]
         return {
             "dataset": self.dataset,
@@ -168,10 +169,12 @@ class Experiment:
         if self.templates:
             template = choose_template(self.templates, settings.template)
             limits["max_tokens"] -= label_room(self.tokenizer, sum(template.labels, ()))
-            examples, n_cut = prompting.encode_prompts(rows, self.tokenizer, template, **limits)
+            examples, n_truncated = prompting.encode_prompts(
+                rows, self.tokenizer, template, **limits
+            )
         else:
-            examples, n_cut = encode_examples(rows, self.tokenizer, **limits)
-        warn_of_truncation(n_cut, len(rows), limits["max_tokens"])
+            examples, n_truncated = encode_examples(rows, self.tokenizer, **limits)
+        warn_of_truncation(n_truncated, len(rows), limits["max_tokens"])
         return SentenceDataset(examples, self.tokenizer.pad_id)
 
     # ------------------------------------------------------------------ the model
@@ -221,15 +224,10 @@ class Experiment:
     def require_trainable(self, settings: SimpleNamespace) -> None:
         """Raise InputError before hours of work for settings that cannot be trained."""
         model = self.build(settings)
-        draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-        if settings.r_drop and not draws and "mixout" not in self.methods:
-            raise InputError(
-                "--r_drop compares two passes, which are equal without dropout; add "
-                "--backbone_dropout" + ("" if self.templates else " or --hidden_dropout_prob")
-            )
         if "last_epochs" in self.methods and settings.last > settings.epochs:
             raise InputError(f"--last {settings.last}: there are only {settings.epochs} epochs")
         compose.prepare(self.methods, model, settings)
+        require_dropout(model, recipe_of(settings))
 
     def evaluate(
         self, model: nn.Module, data: SentenceDataset, settings: SimpleNamespace

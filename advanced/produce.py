@@ -20,7 +20,7 @@ from advanced.experiment import HEAD_SEED, Experiment
 from advanced.methods import prompting, wise_ft
 from advanced.methods.freezing import count_parameters
 from advanced.record import Run, flattened
-from fast.memory import forget_peak_memory, peak_memory_mb
+from fast.memory import peak_memory_mb, reset_peak_memory
 from formats.torch_file import load_torch_file, save_torch_file
 from llama import load_pretrained
 from training.dataset import SentenceDataset
@@ -74,7 +74,7 @@ def trained(
     train, dev = experiment.splits(seed, fold)
     checkpoint, pretrain_seconds = experiment.checkpoint(settings, train)
     started = time.monotonic()
-    _forget_peak_memory(experiment.device)
+    _reset_peak_memory(experiment.device)
     seed_everything(HEAD_SEED)
     model = experiment.build(settings, checkpoint)
     seed_everything(seed)
@@ -161,14 +161,14 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__}
 
 
-def _forget_peak_memory(device: torch.device) -> None:
-    forget_peak_memory()
+def _reset_peak_memory(device: torch.device) -> None:
+    reset_peak_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory_mb(device: torch.device) -> float:
-    """Return the peak since `_forget_peak_memory`: of a CUDA device, else of the process."""
+    """Return the peak since `_reset_peak_memory`: of a CUDA device, else of the process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     return round(peak_memory_mb(), 1)
@@ -183,7 +183,7 @@ def zero_shot(experiment: Experiment, seed: int) -> Run:
     experiment.build(experiment.settings)  # an error comes now, not after the pretraining
     checkpoint, pretrain_seconds = experiment.checkpoint(experiment.settings, experiment.train)
     started = time.monotonic()
-    _forget_peak_memory(experiment.device)
+    _reset_peak_memory(experiment.device)
     tried = []
     for template in experiment.templates:
         if named in (None, template.name):
@@ -219,10 +219,11 @@ def _try_scorings(
     model = experiment.build(settings, checkpoint)
     labels = torch.tensor([label for _, label in experiment.train])
     examples = experiment.encode(experiment.train, settings).examples
-    probs = prompting.unbiased_probs(model, examples)  # (N, n_labels)
+    bf16 = settings.bf16
+    probs = prompting.unbiased_probs(model, examples, settings.batch_size, bf16)  # (N, n_labels)
     tried = []
     for scoring in prompting.SCORINGS:
-        prompting.calibrate(model, scoring, template, probs)
+        prompting.calibrate(model, scoring, template, probs, bf16)
         predictions = (probs.log() + model.bias.cpu()).argmax(dim=1)
         accuracy = (predictions == labels).float().mean().item()
         one = {"template": template.name, "scoring": scoring, "train_accuracy": accuracy}

@@ -157,7 +157,7 @@ def run_all(experiment: Experiment, methods: tuple[str, ...], seeds: list[int]) 
 
     `methods` has the averages, too.
     """
-    record = Record(experiment.results_path(), experiment.identity(), command())
+    record = Record(experiment.results_path(), experiment.identity(), experiment.command)
     if "zero_shot" in methods:
         if not record.runs:
             run = produce.zero_shot(experiment, seeds[0])
@@ -227,7 +227,9 @@ def average_all(experiment: Experiment, average: str, groups: list[list[Run]]) -
 
     The record keeps the averages that are still of the same weights.
     """
-    record = Record(experiment.results_path(average), experiment.identity(average), command())
+    record = Record(
+        experiment.results_path(average), experiment.identity(average), experiment.command
+    )
     is_soup, averages = average.endswith("soup"), []
     make = produce.soup if is_soup else produce.interpolated
     for runs in groups:
@@ -260,13 +262,10 @@ def show(record: Record, runs: list[Run]) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def command() -> str:
-    return shlex.join(["python", "-m", "advanced.run", *sys.argv[1:]])
-
-
 def main(argv: list[str] | None = None) -> None:
     distributed.require_single_process("advanced.run")
-    args = get_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = get_args(given)
     if args.list:
         for name, description in METHODS.items():
             print(f"{name}: {description}")
@@ -288,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         settings=SimpleNamespace(**vars(args)),
         grid={"lr": [args.lr], **args.grid},
         device=pick_device(args.use_gpu),
+        command=shlex.join(["python", "-m", "advanced.run", *given]),
         results_dir=Path(args.results_dir),
         runs_dir=Path(args.runs_dir),
         name=args.name,

@@ -36,7 +36,7 @@ def make_step(
     of its rows.
     """
     (batch,) = batches_of(make_data("sst", N_ROWS, shape), N_ROWS)
-    rows = list(range(N_ROWS)) if is_alone else distributed.share(range(N_ROWS))
+    rows = list(range(N_ROWS)) if is_alone else distributed.shard(range(N_ROWS))
     ids, labels = (batch[key][rows].to(device) for key in ("token_ids", "labels"))
     model = make_classifier("ours", shape, "full").to(device).train()
     model.dropout.p = 0.0
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         help="file to add the times to (default: results/speed-<this processor>.json)")  # fmt: skip
     args = parser.parse_args(argv)
     keep_freed_memory()
-    with distributed.joined(args.use_gpu):
+    with distributed.process_group(args.use_gpu):
         out = output_file(args.out)
         measured = measure(args.shape, args.repeats, pick_device(args.use_gpu))
         measured["command"] = (

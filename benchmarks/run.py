@@ -46,7 +46,7 @@ from benchmarks.rows import (
     prompt,
 )
 from fast.linear import chosen_library
-from fast.memory import forget_peak_memory, keep_freed_memory, peak_memory_mb
+from fast.memory import keep_freed_memory, peak_memory_mb, reset_peak_memory
 from fast.threads import USUAL_LENGTH, choose_threads, generation_rows
 from training.options import positive_int
 from utils import ArgumentParser, InputError, require_package, run_script, seed_everything
@@ -69,7 +69,7 @@ def _build(row: Row, contender: str, shape: str, threads: int) -> None:
         for name in fast.VARIABLES:  # see `environment`; our modules have set them again
             os.environ.pop(name, None)
     _work = row.build(contender, shape, *row.args)
-    forget_peak_memory()  # building may take more, such as a second copy of the weights
+    reset_peak_memory()  # building may take more, such as a second copy of the weights
 
 
 def _start_as_commands_do(row: Row, contender: str, shape: str) -> None:

@@ -23,7 +23,7 @@ class Decoder:
 
     It keeps the keys and values of all positions: 2 * 4 B K D bytes a layer and position in
     float32. Causal attention allows that; without a mask each new token would change all earlier
-    states. Projections that read the same input are one product (`joined`), and everything that
+    states. Projections that read the same input are one product (`fused`), and everything that
     does not depend on the tokens is prepared once. Logits equal those of `Llama.forward` up to
     rounding.
 
@@ -40,7 +40,7 @@ class Decoder:
         like = model.norm.weight
         self.embedding = model.tok_embeddings
         self.layers = [_DecoderLayer(layer) for layer in model.layers]
-        self.norm, self.output = _RMSNorm(model.norm), joined(model.output)
+        self.norm, self.output = _RMSNorm(model.norm), fused(model.output)
         shape = (config.n_layers, batch_size, config.n_kv_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, device=like.device, dtype=like.dtype)
         self.values = torch.empty_like(self.keys)
@@ -78,12 +78,12 @@ class _DecoderLayer:
         attention, mlp = layer.attention, layer.feed_forward
         self.sizes = attention.n_heads, attention.n_kv_heads, attention.head_dim
         self.attention_norm = _RMSNorm(layer.attention_norm)
-        self.query_key_value = joined(
+        self.query_key_value = fused(
             attention.compute_query, attention.compute_key, attention.compute_value
         )
-        self.attention_output = joined(attention.compute_output)
+        self.attention_output = fused(attention.compute_output)
         self.ffn_norm = _RMSNorm(layer.ffn_norm)
-        self.w1_w3, self.w2 = joined(mlp.w1, mlp.w3), joined(mlp.w2)
+        self.w1_w3, self.w2 = fused(mlp.w1, mlp.w3), fused(mlp.w2)
 
     def __call__(
         self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotations: torch.Tensor
@@ -122,12 +122,12 @@ class _RMSNorm:
         return (x * self.weight / torch.hypot(length, self.floor)).type_as(x)
 
 
-def joined(*linears: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def fused(*linears: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return one product (..., I) -> (..., O) for several layers of the same input, in their order.
 
-    The layers' weights become views of the joined matrix, so that nothing is kept twice.
+    The layers' weights become views of the fused matrix, so that nothing is kept twice.
     """
-    weight = side_by_side([layer.weight for layer in linears])
+    weight = fuse_weights([layer.weight for layer in linears])
     if isinstance(linears[0], Int8Linear):
         scale = torch.cat([layer.scale for layer in linears]).bfloat16()  # exact, see quantize_rows
         return partial(int8_linear, weight=weight, scale=scale)
@@ -135,17 +135,17 @@ def joined(*linears: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @torch.no_grad()
-def side_by_side(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+def fuse_weights(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the rows of all weights (O_i, I) as one matrix, and make the weights views of it."""
     first, n_rows = weights[0].detach(), sum(map(len, weights))
     storage = first.untyped_storage().data_ptr()
-    end, are_joined = first.data_ptr(), True
+    end, are_fused = first.data_ptr(), True
     for weight in weights:
-        are_joined &= weight.data_ptr() == end and weight.untyped_storage().data_ptr() == storage
+        are_fused &= weight.data_ptr() == end and weight.untyped_storage().data_ptr() == storage
         end += weight.nbytes  # of a contiguous weight, as every loaded or new one is
-    if are_joined:
+    if are_fused:
         return first.as_strided((n_rows, first.shape[1]), first.stride())
-    with torch.inference_mode(False):  # weights that were joined here can still be trained
+    with torch.inference_mode(False):  # weights that were fused here can still be trained
         matrix = torch.cat([weight.detach() for weight in weights])
         for weight, rows in zip(weights, matrix.split([len(w) for w in weights]), strict=True):
             weight.data = rows

@@ -77,6 +77,12 @@ class Int8Embedding(_Int8Weight):
         return self.weight[ids] * self.scale[ids][..., None]
 
 
+def require_known(quantize: str | None) -> None:
+    """Raise InputError for a format of weights that does not exist."""
+    if quantize not in (None, "int8"):
+        raise InputError(f"quantize={quantize!r} is neither None nor 'int8'")
+
+
 def quantize_model(model: nn.Module) -> None:
     """Replace every Linear and Embedding of a Llama, in place, and freeze the rest.
 

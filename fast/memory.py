@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 1)
 
 
-def forget_peak_memory() -> None:
+def reset_peak_memory() -> None:
     """Restart the measurement of the peak (Linux; elsewhere it counts from the process's start)."""
     gc.collect()
     if sys.platform == "linux":
@@ -35,7 +35,7 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory_mb() -> float:
-    """Return the most memory that this process held since `forget_peak_memory`, in MiB."""
+    """Return the most memory that this process held since `reset_peak_memory`, in MiB."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux: getrusage would count the parent's memory before exec
         lines = status.read_text(encoding="utf-8").splitlines()

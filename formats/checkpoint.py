@@ -147,7 +147,7 @@ def _require_names_and_shapes(wanted: Weights, weights: Weights) -> None:
         ],
     }
     if "llama.norm.weight" in faults["unexpected"]:
-        raise InputError("is a finetuned classifier, not a Llama; tools.predict reads it")
+        raise InputError("is a finetuned classifier, not a Llama; give it to tools.predict")
     if any(faults.values()):
         lines = [f"{kind}: {listed(names)}" for kind, names in faults.items() if names]
         raise InputError("; ".join(lines))

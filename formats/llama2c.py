@@ -69,6 +69,7 @@ def write_bin(path: str | os.PathLike, sizes: dict[str, int], weights: dict) -> 
     """
     is_tied = "output.weight" not in weights
     head_dim = sizes["dim"] // sizes["n_heads"]
+    # In float32 as llama2.c's export.py, so that the file is the published one byte for byte.
     frequencies = 1.0 / THETA ** (torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2,)
     angles = torch.outer(torch.arange(sizes["max_seq_len"]).float(), frequencies)  # (length, D/2)
     weights = {**weights, "freqs_cos.weight": angles.cos(), "freqs_sin.weight": angles.sin()}

@@ -5,7 +5,6 @@ document is written as the two characters \\n. In a file of rated reviews a rati
 before it.
 """
 
-import codecs
 import gzip
 import hashlib
 import lzma
@@ -22,6 +21,7 @@ import numpy as np
 from sentencepiece import SentencePieceTrainer
 
 from tokenizer import Tokenizer
+from training.labeled import decode
 from utils import InputError, atomic_write, brief
 
 _OPENERS = {".xz": lzma.open, ".gz": gzip.open}
@@ -63,13 +63,8 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
             content = file.read()
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: is damaged ({error}); make or copy it again") from error
-    try:
-        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{number}: is not UTF-8; convert the file") from error
-    lines = enumerate(text.split("\n"), start=1)
-    lines = [(number, line.rstrip("\r").replace("\\n", "\n")) for number, line in lines]
+    lines = enumerate(decode(content, path).split("\n"), start=1)
+    lines = [(number, line.replace("\\n", "\n")) for number, line in lines]
     lines = [(number, line) for number, line in lines if line.strip()]
     if not lines:
         raise InputError(f"{path}: holds no document; write one a line")

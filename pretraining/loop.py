@@ -147,7 +147,7 @@ class HeldOut:
         device, was_training = model.norm.weight.device, model.training
         model.eval()
         nats = 0.0
-        for ids, weights in padded(distributed.share(self.rows), max_tokens):
+        for ids, weights in padded(distributed.shard(self.rows), max_tokens):
             losses = token_losses(model, ids.to(device))
             nats += (losses * weights[:, 1:].to(device)).sum().item()
         nats = distributed.all_sum(torch.tensor(nats, dtype=torch.float64)).item()
@@ -265,7 +265,7 @@ def add_gradients(
     takes one of weight 0: in its last pass every rank exchanges gradients.
     """
     device = next(network.parameters()).device
-    own = distributed.share(rows)
+    own = distributed.shard(rows)
     total_weight = sum(row.weights[1:].sum(dtype=torch.float64).item() for row in rows)
     passes = list(padded(own or rows[:1], micro_tokens))
     total = 0.0

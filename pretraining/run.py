@@ -121,31 +121,33 @@ def _add_data_options(parser: ArgumentParser) -> None:
 
 def _add_training_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("training")
-    for name, kind, default, words in (
-        ("tokens", options.count, None, "tokens to read, such as 30M (default: one epoch)"),
-        ("minutes", options.positive_float, None, "minutes after which the run ends (default: no "
-            "limit)"),
-        ("seq_len", options.positive_int, Recipe.seq_len, "tokens in a window, or in a "
+    for name, kind, metavar, default, words in (
+        ("tokens", options.count, "N", None, "tokens to read, such as 30M (default: one epoch)"),
+        ("minutes", options.positive_float, "MINUTES", None, "minutes after which the run ends "
+            "(default: no limit)"),
+        ("seq_len", options.positive_int, "N", Recipe.seq_len, "tokens in a window, or in a "
             "question with its text and answer"),
-        ("batch_tokens", options.positive_int, Recipe.batch_tokens, "tokens in a step, about"),
-        ("micro_tokens", options.positive_int, None, "tokens that a process computes at a time "
-            "(default: all of its step)"),
-        ("lr", options.positive_float, Recipe.lr, "peak learning rate of AdamW"),
-        ("muon_lr", options.positive_float, Recipe.muon_lr, "peak learning rate of Muon"),
-        ("weight_decay", options.non_negative_float, Recipe.weight_decay, "weight decay of the "
-            "matrices"),
-        ("warmup", options.non_negative_int, Recipe.warmup, "steps until the peak learning rate"),
-        ("decay_from", options.probability_below_one, Recipe.decay_from, "share of the run after "
-            "which the learning rate falls linearly to 0"),
-        ("max_grad_norm", options.positive_float, Recipe.max_grad_norm, "L2 norm to which the "
-            "gradients are clipped"),
-        ("answer_weight", options.positive_float, Recipe.answer_weight, "weight of an answer's "
-            "tokens in the loss; all other tokens have weight 1"),
-        ("seed", options.seed_int, Recipe.seed, "seed of initial weights, order and dropout"),
-        ("eval_minutes", options.non_negative_float, 5.0, "minutes between evaluations"),
+        ("batch_tokens", options.positive_int, "N", Recipe.batch_tokens, "tokens in a step, about"),
+        ("micro_tokens", options.positive_int, "N", None, "tokens that a process computes at a "
+            "time (default: all of its step)"),
+        ("lr", options.positive_float, "RATE", Recipe.lr, "peak learning rate of AdamW"),
+        ("muon_lr", options.positive_float, "RATE", Recipe.muon_lr, "peak learning rate of Muon"),
+        ("weight_decay", options.non_negative_float, "FACTOR", Recipe.weight_decay, "weight decay "
+            "of the matrices"),
+        ("warmup", options.non_negative_int, "N", Recipe.warmup, "steps until the peak learning "
+            "rate"),
+        ("decay_from", options.probability_below_one, "SHARE", Recipe.decay_from, "share of the "
+            "run after which the learning rate falls linearly to 0"),
+        ("max_grad_norm", options.positive_float, "NORM", Recipe.max_grad_norm, "L2 norm to which "
+            "the gradients are clipped"),
+        ("answer_weight", options.positive_float, "WEIGHT", Recipe.answer_weight, "weight of an "
+            "answer's tokens in the loss; all other tokens have weight 1"),
+        ("seed", options.seed_int, "N", Recipe.seed, "seed of initial weights, order and dropout"),
+        ("eval_minutes", options.non_negative_float, "MINUTES", 5.0, "minutes between "
+            "evaluations"),
     ):  # fmt: skip
         words = words if default is None else f"{words} (default: {default})"
-        group.add_argument(f"--{name}", type=kind, default=default, help=words)
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, default=default, help=words)
     flag = group.add_argument
     flag("--optimizer", choices=("adamw", "muon"), default=Recipe.optimizer,
         help="optimizer of the layers' matrices; AdamW trains all other weights (default: "
@@ -335,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     folder = Path(args.out)
     tokenizer_path = args.tokenizer_path or (args.init and find_tokenizer_model(args.init))
-    with distributed.joined(args.use_gpu):
+    with distributed.process_group(args.use_gpu):
         device = pick_device(args.use_gpu)
         args.bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
         recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
@@ -350,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
         options.require_outputs(outputs, [*inputs, args.init, tokenizer_path])
         if not args.restart:
             require_unused(folder, names)
-        with only_writer(folder / "state.pt"):
+        with only_writer(*outputs):
             corpus = read_corpus(args)
             settings = {
                 **asdict(recipe),

@@ -148,8 +148,6 @@ SOUND = {"num_labels": 2, "hidden_dropout_prob": 0.3, "option": "finetune", "poo
         ({"num_labels": "2"}, "num_labels='2' is not an integer"),
         ({"hidden_dropout_prob": None}, "hidden_dropout_prob=None is not a number"),
         ({"option": ["finetune"]}, "option=.* is not one of"),
-        ({"pooling": 3}, "pooling=3 is not one of"),
-        ({"attention": "sliding"}, "attention='sliding' is not one of"),
     ],
 )
 def test_the_config_of_a_stored_classifier_is_checked(changed, words):

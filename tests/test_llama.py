@@ -106,10 +106,13 @@ def test_sampling_follows_the_softmax_of_the_scaled_logits():
     assert ((observed - expected).abs() <= 5 * standard_error + 1e-3).all()
 
 
-def test_a_tiny_temperature_takes_the_likeliest_token():
-    logits = torch.tensor([[900.0, 899.0, -900.0]])
+def test_a_tiny_temperature_takes_the_likeliest_token_and_a_huge_one_any_that_is_left():
+    logits = torch.tensor([[900.0, 899.0, -900.0, -torch.inf]])
     for temperature in (1e-3, 1e-37, 1e-300):
         assert sample(logits, temperature).item() == 0
+    for temperature in (1e39, math.inf):
+        drawn = sample(logits.expand(1000, 4), temperature)
+        assert drawn.unique().tolist() == [0, 1, 2]
 
 
 def test_generated_tokens_can_be_trained_on():

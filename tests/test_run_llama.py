@@ -296,6 +296,7 @@ ERRORS = [
     ("finetune", ["--test_out", "t.txt"], {}, ["t.txt", "test-finetuning-output.txt"]),
     ("prompt", [], {"labels.json": b'{"0": "bad"}'}, ["labels.json", "JSON list"]),
     ("finetune", ["--test", "no.txt"], {}, ["no.txt", "no such file"]),
+    ("finetune", ["--r_drop", "1", "--hidden_dropout_prob", "0"], {}, ["without dropout"]),
     ("prompt", [], {"toy-dev.txt": b"0 ||| a\n7 ||| b\n"}, ["toy-dev.txt:2", "7"]),
     ("finetune", [], {"toy-train.txt": b"good ||| a\n"}, ["toy-train.txt:1", "write 1"]),
     ("finetune", [], {"toy-dev.txt": b"-1 ||| a\n"}, ["toy-dev.txt:1", "test files only"]),

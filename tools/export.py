@@ -83,6 +83,8 @@ def read_ours(
     )
     notes = []
     if any(name.startswith("llama.") for name in weights):  # a finetuned classifier
+        if any(".adapter." in name for name in weights):
+            raise InputError(f"{checkpoint}: has adapters, for which {reader} has no place")
         dropped = [name for name in weights if not name.startswith("llama.")]
         weights = {n.removeprefix("llama."): w for n, w in weights.items() if n not in dropped}
         labels = listed(label_names_of(checkpoint, saved) or ["not recorded"])

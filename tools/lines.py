@@ -3,7 +3,6 @@
 import csv
 import io
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -66,7 +65,9 @@ def read_lines(
         has_label = SEPARATOR in f"{text} "  # an editor may have cut the last space
         is_labeled = has_label if is_labeled is None else is_labeled
         if is_labeled:
-            sentence, gold = parse_labeled(text, place, label_names)
+            sentence, gold = parse_line(
+                text, place, len(label_names), True, label_names, accepts_names=True
+            )
             is_known = gold != NO_GOLD_LABEL and not has_placeholders
             yield Line(number, sentence, gold if is_known else None)
         elif not has_label:
@@ -76,19 +77,6 @@ def read_lines(
                 f"{place}: {brief(text)} has '{SEPARATOR}' but the first line does not; write a "
                 "label on every line or on none"
             )
-
-
-def parse_labeled(text: str, place: str, label_names: list[str]) -> tuple[str, int]:
-    """Return (sentence, label) of `label ||| sentence`, whose label is a number or a name."""
-    label, separator, _ = f"{text} ".partition(SEPARATOR)
-    label = label.strip()
-    if separator and not re.fullmatch("-?[0-9]+", label) and label not in label_names:
-        labels = f"0 to {len(label_names) - 1} or {', '.join(map(printable, label_names))}"
-        raise InputError(
-            f"{place}: {brief(text)} has no label before '{SEPARATOR}'; write one of {labels}, or "
-            "sentences alone"
-        )
-    return parse_line(text, place, len(label_names), True, label_names, accepts_names=True)
 
 
 def read_column(file: BinaryIO, name: str, column: str) -> Iterator[Line]:
@@ -109,7 +97,11 @@ def read_column(file: BinaryIO, name: str, column: str) -> Iterator[Line]:
             if sentence:
                 yield Line(reader.line_num, sentence, None)
     except csv.Error as error:
-        raise InputError(f"{name}:{reader.reader.line_num}: is not CSV: {error}") from error
+        kind = "TSV" if delimiter == "\t" else "CSV"
+        raise InputError(
+            f"{name}:{reader.reader.line_num}: is not {kind} ({error}); put a cell with quotation "
+            "marks between quotation marks, and double those in it"
+        ) from error
 
 
 def one_line(text: str) -> str:

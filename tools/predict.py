@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from classifier import LlamaEmbeddingClassifier
-from fast.int8 import quantize_model
+from fast.int8 import quantize_model, require_known
 from fast.threads import USUAL_LENGTH, choose_threads
 from tokenizer import Tokenizer, open_tokenizer
 from tools.lines import Line, in_blocks, is_typed, read_arguments, read_input
@@ -76,6 +76,7 @@ def load_predictor(
 
     Raises InputError if the tokenizer is missing or differs from the one used in training.
     """
+    require_known(quantize)
     model, saved = load_classifier(checkpoint)
     model.to(device)
     if quantize:  # on its device: a move would copy what tied matrices share

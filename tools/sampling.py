@@ -35,7 +35,7 @@ def keep_likeliest(
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None and top_p < 1:
         by_rank, order = logits.sort(dim=-1, descending=True, stable=True)
-        scaled = (by_rank - by_rank[:, :1]) / max(temperature, 1e-6)
+        scaled = (by_rank - by_rank[:, :1]) / min(max(temperature, 1e-6), 1e30)
         sums = F.softmax(scaled, dim=-1).cumsum(dim=-1)
         sum_before = F.pad(sums[:, :-1], (1, 0), value=-1.0)  # of the likelier tokens; -1: kept
         by_rank = by_rank.masked_fill(sum_before >= top_p * (1 - ROUNDING), -torch.inf)

@@ -68,7 +68,7 @@ def load_classifier(path: str | os.PathLike) -> tuple[LlamaEmbeddingClassifier, 
     absent = [key for key in parts if not isinstance(saved.get(key), dict)]
     if absent and isinstance(saved.get("methods"), list):
         methods = ", ".join(map(str, saved["methods"]))
-        raise InputError(f"{path}: has parts of --method {methods}, which only advanced.run reads")
+        raise InputError(f"{path}: is of --method {methods}, which only advanced.run reads")
     if absent:
         raise InputError(f"{path}: is not a finetuned classifier: it has no {', '.join(absent)}")
     names, most = label_names_of(path, saved), saved.get("max_sentence_len")

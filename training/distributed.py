@@ -13,14 +13,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils import InputError
+from utils import InputError, command_name
 
 Item = TypeVar("Item")
 
@@ -45,7 +44,7 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def joined(use_gpu: bool) -> Iterator[None]:
+def process_group(use_gpu: bool) -> Iterator[None]:
     """Connect the processes that torchrun started; only rank 0 prints.
 
     An InputError is reported once for each machine. With `use_gpu` each process takes the CUDA
@@ -88,7 +87,7 @@ def _take_device() -> str:
 def say(line: str) -> None:
     """Print `line` to standard error on rank 0."""
     if is_main():
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        print(f"{command_name()}: {line}", file=sys.stderr)
 
 
 def require_single_process(what: str) -> None:
@@ -96,12 +95,12 @@ def require_single_process(what: str) -> None:
         raise InputError(f"{what} runs in one process; start it without torchrun")
 
 
-def share(items: Sequence[Item]) -> list[Item]:
+def shard(items: Sequence[Item]) -> list[Item]:
     """Return this process's items; the shares of any two processes differ by one item at most."""
     return list(items[rank() :: world_size()])
 
 
-def own_rows(batch: dict[str, Any], masks_padding: bool) -> tuple[dict[str, Any], int]:
+def shard_batch(batch: dict[str, Any], masks_padding: bool) -> tuple[dict[str, Any], int]:
     """Return this process's rows of a batch and their weight, 1.
 
     A process without rows computes the first row with weight 0, because every process must take
@@ -109,7 +108,7 @@ def own_rows(batch: dict[str, Any], masks_padding: bool) -> tuple[dict[str, Any]
     """
     if world_size() == 1:
         return batch, 1
-    rows = share(range(len(batch["sents"])))
+    rows = shard(range(len(batch["sents"])))
     chosen = rows or [0]
     own = {key: batch[key][chosen] for key in ("token_ids", "labels", "lengths")}
     if masks_padding:  # otherwise the padding of the whole batch is read
@@ -135,8 +134,9 @@ def barrier() -> None:
 def wrap(model: nn.Module, has_unused_parameters: bool = False) -> nn.Module:
     """Return the model with gradients averaged over the processes in each backward pass.
 
-    Set `has_unused_parameters` if some parameter never gets a gradient. The wrapped model must end
-    before `joined` does: as the last owner of the group it may wait forever for gloo's threads.
+    Set `has_unused_parameters` if some parameter never gets a gradient. Drop every reference to the
+    wrapped model inside `process_group`: if it outlives the group, it may wait forever for the
+    threads of gloo.
     """
     if world_size() == 1:
         return model

@@ -59,7 +59,7 @@ def predict_probs(
     model.eval()
     batches = data.eval_batches(batch_size, similar_lengths=model.reads_lengths)
     probs = torch.zeros(len(data), model.num_labels)
-    own = distributed.share(batches)
+    own = distributed.shard(batches)
     is_silent = True if description is None or not distributed.is_main() else None
     bar = tqdm(own, description, disable=is_silent, leave=False)  # None hides it without a terminal
     for indices in bar:

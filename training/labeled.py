@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import MAX_LABELS
-from utils import InputError, brief
+from utils import InputError, brief, printable
 
 SEPARATOR = " ||| "
 NO_GOLD_LABEL = -1
@@ -30,7 +30,7 @@ def read_label_names(path: str | os.PathLike) -> list[str]:
     if (
         not isinstance(names, list)
         or not all(isinstance(name, str) and name.strip() for name in names)
-        or not 2 <= len(set(names)) == len(names)
+        or not 2 <= len({name.strip() for name in names}) == len(names)
     ):
         shown = " ".join(text.split())[:100]
         raise InputError(f"{path}: is not a JSON list of different names {example}, but {shown}")
@@ -41,7 +41,7 @@ def read_label_names(path: str | os.PathLike) -> list[str]:
             raise InputError(
                 f"{path}: {brief(ascii(name))} has a lone surrogate, which is not text"
             )
-    return names
+    return [name.strip() for name in names]
 
 
 def read_sentences(
@@ -120,7 +120,9 @@ def parse_line(
     if not separator:
         raise InputError(f"{place}: {cut} has no separator; write 'label{SEPARATOR}sentence'")
     label_text, sentence = label_text.strip(), sentence.strip()
-    known = "0, 1, 2, ..." if n_labels is None else f"0 to {n_labels - 1}"
+    known, kind = "0, 1, 2, ..." if n_labels is None else f"0 to {n_labels - 1}", "an integer"
+    if accepts_names:
+        known, kind = f"{known} or {', '.join(map(printable, label_names))}", "a label"
     if re.fullmatch(r"-?[0-9]{1,9}", label_text):
         label = int(label_text)
     elif label_text in label_names:
@@ -128,9 +130,7 @@ def parse_line(
         if not accepts_names:
             raise InputError(f"{place}: label {label_text!r} is not an integer; write {label}")
     else:
-        raise InputError(
-            f"{place}: label {label_text[:60]!r} is not an integer; labels are {known}"
-        )
+        raise InputError(f"{place}: label {label_text[:60]!r} is not {kind}; labels are {known}")
     if label == NO_GOLD_LABEL and not unlabeled:
         raise InputError(f"{place}: label -1 (unknown) is allowed in test files only")
     if label < NO_GOLD_LABEL or (n_labels is not None and label >= n_labels):

@@ -145,17 +145,17 @@ def train_classifier(
             if distributed.world_size() > 1:  # each process draws its own dropout masks
                 torch.manual_seed(seed + 1000 * state.epoch + distributed.rank())
             for batch in _remaining(loader, state):
-                rate_factor = _rate_factor(state, len(loader), epochs, recipe)
+                lr_factor = _lr_factor(state, len(loader), epochs, recipe)
                 loss, n_correct = batch_loss(
                     ddp_model, batch, batch_size, device, recipe, regularizer
                 )
                 sums = torch.tensor([loss.item(), n_correct], dtype=torch.float64)
                 total_loss, total_correct = distributed.all_sum(sums).tolist()
                 if not math.isfinite(total_loss):
-                    raise _diverged(state, loader, rate_factor * lr, total_loss, batch["sents"][0])
+                    raise _diverged(state, loader, lr_factor * lr, total_loss, batch["sents"][0])
                 # The loss is a sum over the processes, but their gradients are averaged.
                 (loss * distributed.world_size()).backward()
-                take_step([optimizer], rate_factor, recipe.max_grad_norm)
+                take_step([optimizer], lr_factor, recipe.max_grad_norm)
                 state.loss_sum += total_loss
                 state.n_correct += int(total_correct)
                 state.n_batches += 1
@@ -172,6 +172,15 @@ def train_classifier(
             )
             stop.handle(save, state_file, is_due=True)
     return state.history
+
+
+def require_dropout(model: nn.Module, recipe: Recipe) -> None:
+    """Raise InputError for R-Drop without dropout (or mixout), whose two passes are equal."""
+    if recipe.r_drop and not any(getattr(module, "p", 0.0) for module in model.modules()):
+        raise InputError(
+            "--r_drop compares two passes, which are equal without dropout; add --backbone_dropout "
+            "or, before a head, --hidden_dropout_prob"
+        )
 
 
 def _remaining(loader: DataLoader, state: TrainState) -> Iterable[dict[str, Any]]:
@@ -199,7 +208,7 @@ def batch_loss(
 
     `ddp_model` is the model, in several processes wrapped by DistributedDataParallel.
     """
-    rows, weight = distributed.own_rows(batch, ddp_model.reads_lengths)
+    rows, weight = distributed.shard_batch(batch, ddp_model.reads_lengths)
     labels = rows["labels"].to(device)
 
     def forward(module: nn.Module) -> torch.Tensor:
@@ -255,7 +264,7 @@ def _evaluate(
     return EpochReport(state.epoch, state.loss_sum / len(loader), train_accuracy, dev_accuracy)
 
 
-def _rate_factor(state: TrainState, n_batches: int, epochs: int, recipe: Recipe) -> float:
+def _lr_factor(state: TrainState, n_batches: int, epochs: int, recipe: Recipe) -> float:
     step, n_steps = state.epoch * n_batches + state.n_batches, epochs * n_batches
     warmup_steps = round(recipe.warmup * n_steps)
     decay_from = recipe.warmup if recipe.lr_decay else 1.0

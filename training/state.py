@@ -255,7 +255,7 @@ def stop_requests() -> Iterator[StopRequests]:
 
 @contextlib.contextmanager
 def only_writer(*paths: str | os.PathLike) -> Iterator[None]:
-    """Hold a lock on each file; raise InputError if another run holds one.
+    """Hold a lock on each file or folder; raise InputError if another run holds one.
 
     The lock is a hidden file beside it, and ends with the process that holds it. In a run of
     several processes, rank 0 holds the locks.
@@ -272,7 +272,8 @@ def only_writer(*paths: str | os.PathLike) -> Iterator[None]:
                 ) from error
             stack.callback(_remove, lock)
             begin = glob.escape(hidden_neighbor(path, "").name)
-            for leftover in path.parent.glob(f"{begin}[0-9]*.tmp"):  # of a killed process
+            inside = path.glob(".*.[0-9]*.tmp") if path.is_dir() else ()
+            for leftover in (*path.parent.glob(f"{begin}[0-9]*.tmp"), *inside):  # of killed runs
                 leftover.unlink(missing_ok=True)
         yield
 

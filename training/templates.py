@@ -45,8 +45,8 @@ def find_templates(dataset: str, label_names: list[str], path: Path = TEMPLATES)
 
 def question(label_names: list[str]) -> Template:
     """Return the assignment's question, whose answer is a label's name."""
-    names = [name.strip() for name in label_names]
-    return Template("question", "", prompt_suffix(names).rstrip(), tuple((name,) for name in names))
+    labels = tuple((name,) for name in label_names)
+    return Template("question", "", prompt_suffix(label_names).rstrip(), labels)
 
 
 def _parse(entry: dict[str, Any], label_names: list[str], place: str) -> Template:
@@ -56,7 +56,7 @@ def _parse(entry: dict[str, Any], label_names: list[str], place: str) -> Templat
             f"{place}: needs a name and a template with {{sentence}} once, spaces around it, as in "
             '"{sentence} It was"'
         )
-    labels = entry.get("labels", [[name.strip()] for name in label_names])
+    labels = entry.get("labels", [[name] for name in label_names])
     is_complete = all(isinstance(group, list) and group for group in labels)
     if len(labels) != len(label_names) or not is_complete:
         raise InputError(

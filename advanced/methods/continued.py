@@ -56,7 +56,7 @@ def continue_pretraining(
     folder = folder.with_name(f"{folder.name}-{digest}")
     folder.mkdir(parents=True, exist_ok=True)
     path, history = folder / "model.pt", folder / "history.csv"
-    with only_writer(path):
+    with only_writer(path, folder / "state.pt"):
         if not path.exists() or (folder / "state.pt").exists():
             seed_everything(SEED)
             train_language_model(

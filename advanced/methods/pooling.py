@@ -28,7 +28,7 @@ from utils import InputError
 
 
 class _MaskedPooling(LlamaEmbeddingClassifier):
-    def __init__(self, config: Any, llama: Llama | None = None):
+    def __init__(self, config: Any, llama: Llama):
         super().__init__(config, llama)
         if not self.reads_lengths:
             raise InputError(
@@ -40,7 +40,7 @@ class _MaskedPooling(LlamaEmbeddingClassifier):
 class AttentionPooling(_MaskedPooling):
     """Pool sum_t softmax_t(u h_t) h_t over the tokens of each row."""
 
-    def __init__(self, config: Any, llama: Llama | None = None):
+    def __init__(self, config: Any, llama: Llama):
         super().__init__(config, llama)
         self.query = nn.Parameter(torch.zeros_like(self.llama.norm.weight))
 
@@ -55,7 +55,7 @@ class AttentionPooling(_MaskedPooling):
 class LastMean(_MaskedPooling):
     """Pool the last token's state and the mean of all, (B, 2 dim)."""
 
-    def __init__(self, config: Any, llama: Llama | None = None):
+    def __init__(self, config: Any, llama: Llama):
         super().__init__(config, llama)
         self.classifier_head = nn.Linear(2 * self.llama.config.dim, self.num_labels)
 
@@ -67,7 +67,7 @@ class LastMean(_MaskedPooling):
 class LayerMix(_MaskedPooling):
     """Pool the mean of a learned mix of all layers."""
 
-    def __init__(self, config: Any, llama: Llama | None = None):
+    def __init__(self, config: Any, llama: Llama):
         super().__init__(config, llama)
         like = self.llama.norm.weight
         self.layer_scores = nn.Parameter(like.new_zeros(self.llama.config.n_layers + 1))

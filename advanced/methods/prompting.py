@@ -96,15 +96,21 @@ class PromptClassifier(LlamaZeroShotClassifier):
         return F.log_softmax(self.scores(input_ids, lengths) + self.bias, dim=-1)
 
 
-def unbiased_probs(model: PromptClassifier, examples: list[Example]) -> torch.Tensor:
+def unbiased_probs(
+    model: PromptClassifier, examples: list[Example], batch_size: int, bf16: bool = False
+) -> torch.Tensor:
     """Set the bias to zero and return the label probabilities (N, n_labels), on the CPU."""
     model.bias.zero_()
     data = SentenceDataset(examples, model.tokenizer.pad_id)
-    return predict_probs(model, data, 32, model.bias.device)
+    return predict_probs(model, data, batch_size, model.bias.device, bf16)
 
 
 def calibrate(
-    model: PromptClassifier, scoring: str, template: Template, probs: torch.Tensor
+    model: PromptClassifier,
+    scoring: str,
+    template: Template,
+    probs: torch.Tensor,
+    bf16: bool = False,
 ) -> None:
     """Set the model's bias by one of SCORINGS: minus the log of each label's mean probability.
 
@@ -114,7 +120,7 @@ def calibrate(
         texts = [render(template, text) for text in CONTENT_FREE[scoring]]
         encode = model.tokenizer.encode
         examples = [Example(text, 0, encode(text, bos=True, eos=False)) for text in texts]
-        probs = unbiased_probs(model, examples)
+        probs = unbiased_probs(model, examples, len(examples), bf16)
     if scoring == "plain":
         model.bias.zero_()
     else:

@@ -54,7 +54,6 @@ class Smart(nn.Module):
         radius: float = 0.1,
         step_size: float = 100.0,
         noise: float = 1.0,
-        n_steps: int = 1,
         proximal_weight: float = 1.0,
         momentum: float = 0.99,
         batch_size: int | None = None,
@@ -64,7 +63,6 @@ class Smart(nn.Module):
         rms = model.llama.tok_embeddings.weight.detach().square().mean().sqrt().item()
         self.radius = radius * rms
         self.step_size, self.noise = step_size * self.radius, noise * self.radius
-        self.n_steps = n_steps
         self.batch_size = batch_size
         if proximal_weight:
             self.teacher = copy.deepcopy(model).requires_grad_(False)
@@ -88,20 +86,17 @@ class Smart(nn.Module):
     def _search(
         self, model: nn.Module, clean: torch.Tensor, forward: Forward, like: torch.Tensor
     ) -> torch.Tensor:
-        """Return d (B, T, dim) by projected gradient ascent, without gradients of the parameters.
+        """Return d (B, T, dim), one step of projected gradient ascent, no gradients of parameters.
 
         It starts at noise, because the gradient at d = 0 is 0.
         """
-        delta = self.noise * torch.randn_like(like)
-        for _ in range(self.n_steps):
-            delta.requires_grad_()
-            with perturbed(model, delta):
-                divergence = symmetric_kl(forward(model), clean)
-            (gradient,) = torch.autograd.grad(divergence, delta)
-            largest = gradient.abs().amax(dim=(1, 2), keepdim=True)  # of each sentence
-            unit = gradient / largest.clamp_min(torch.finfo(largest.dtype).tiny)
-            delta = (delta.detach() + self.step_size * unit).clamp_(-self.radius, self.radius)
-        return delta
+        delta = (self.noise * torch.randn_like(like)).requires_grad_()
+        with perturbed(model, delta):
+            divergence = symmetric_kl(forward(model), clean)
+        (gradient,) = torch.autograd.grad(divergence, delta)
+        largest = gradient.abs().amax(dim=(1, 2), keepdim=True)  # of each sentence
+        unit = gradient / largest.clamp_min(torch.finfo(largest.dtype).tiny)
+        return (delta.detach() + self.step_size * unit).clamp_(-self.radius, self.radius)
 
     @torch.no_grad()
     def _follow(self, model: nn.Module, forward: Forward) -> torch.Tensor:

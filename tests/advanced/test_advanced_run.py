@@ -5,6 +5,7 @@ import json
 import os
 import pkgutil
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from advanced.methods import wise_ft
 from conftest import ROOT, ended
 from helpers import error_line, lines_of
 from llama import load_pretrained
+from training import evaluation
 from training.checkpoint import load_classifier
 from training.evaluation import Evaluation
 
@@ -142,6 +144,25 @@ def test_zero_shot_chooses_template_and_scoring_on_train_and_trains_nothing(adva
     predicted = lines_of("toy-dev-advanced-output.txt")
     assert sum(a == b for a, b in zip(predicted, rows, strict=True)) / 8 == best
     assert "train acc" not in advanced("--method", "zero_shot")
+
+
+def test_zero_shot_reads_every_split_in_batches_of_batch_size(advanced, monkeypatch):
+    sizes, pass_of = set(), evaluation.forward_pass
+
+    def recording(model, batch, device, bf16):
+        sizes.add((len(batch["sents"]), bf16))
+        return pass_of(model, batch, device, bf16)
+
+    monkeypatch.setattr(evaluation, "forward_pass", recording)
+    advanced("--method", "zero_shot", "--template=about", "--batch_size", "2", "--bf16")
+    assert sizes == {(1, True), (2, True), (3, True)}  # 1 and 3 are the calibrations
+
+
+def test_the_record_says_what_command_made_it(advanced):
+    advanced("--method", "zero_shot", "--template=about")
+    words = shlex.split(record("zero_shot")["command"])
+    assert words[:3] == ["python", "-m", "advanced.run"]
+    assert words[-3:] == ["--method", "zero_shot", "--template=about"]
 
 
 def test_a_long_sentence_leaves_room_for_a_label_of_several_tokens(advanced):
@@ -507,8 +528,9 @@ def test_the_list_explains_each_method_in_a_line(advanced):
         (["--template", "x"], "--template is an option of --method zero_shot or prompt"),
         (["--method", "soup", "--train_share", "0.5"], "each seed draws a share of its own"),
         (["--method", "last_epochs", "--last", "3"], "--last 3: there are only 2 epochs"),
-        (["--r_drop", "1", "--hidden_dropout_prob", "0"], "or --hidden_dropout_prob"),
-        (["--method", "prompt", "--r_drop", "1"], "add --backbone_dropout\n"),
+        (["--r_drop", "1", "--hidden_dropout_prob", "0"], "equal without dropout"),
+        (["--method", "prompt", "--r_drop", "1"], "equal without dropout"),
+        (["--method=mixout", "--mixout_p=0", "--r_drop=1", "--hidden_dropout_prob=0"], "equal w"),
         (["--method", "prompt", "--grid", "hidden_dropout_prob=0,0.3"], "choose from"),
         (["--method", "attention_pool", "--pooling", "position"], "position"),
     ],

@@ -123,7 +123,7 @@ def test_the_bias_is_minus_the_log_mean_probability_over_what_the_scoring_reads(
     assert tuple(read) == SCORINGS
     model.bias.fill_(3.0)
     model.bias[0] = -4.0  # an earlier calibration must not matter
-    unbiased = unbiased_probs(model, examples)
+    unbiased = unbiased_probs(model, examples, batch_size=2)
     by_hand = torch.stack([probs_by_hand(model, render(BOTH, text)) for text in read["batch"]])
     torch.testing.assert_close(unbiased, by_hand.float(), rtol=1e-4, atol=1e-4)  # in their order
     for scoring in ("batch", "pmi", "contextual", "plain"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import random_llama, shared_asset
-from fast.decode import Decoder, joined, next_tokens
+from fast.decode import Decoder, fused, next_tokens
 from fast.int8 import quantize_model
 from llama import Llama, load_pretrained
 from training.schedule import take_step
@@ -109,19 +109,19 @@ def test_a_hook_such_as_an_adapters_is_not_passed_over(kind):
 
 
 @pytest.mark.parametrize("is_int8", [False, True])
-def test_joined_layers_share_their_memory(is_int8):
+def test_fused_layers_share_their_memory(is_int8):
     model = random_llama(attention="causal")
     if is_int8:
         quantize_model(model)
     mlp, x = model.layers[0].feed_forward, torch.randn(2, 32)
     expected = torch.cat((mlp.w1(x), mlp.w3(x)), dim=-1)
-    product = joined(mlp.w1, mlp.w3)
+    product = fused(mlp.w1, mlp.w3)
     torch.testing.assert_close(product(x), expected)
     torch.testing.assert_close(torch.cat((mlp.w1(x), mlp.w3(x)), dim=-1), expected)
     weights = (mlp.w1.weight, mlp.w3.weight)
     assert weights[0].untyped_storage().data_ptr() == weights[1].untyped_storage().data_ptr()
     before = mlp.w1.weight.data_ptr()
-    joined(mlp.w1, mlp.w3)
+    fused(mlp.w1, mlp.w3)
     assert mlp.w1.weight.data_ptr() == before  # a second decoder copies nothing
 
 

@@ -9,12 +9,12 @@ from conftest import ROOT
 
 PROGRAM = """
 import torch
-from fast.memory import forget_peak_memory, keep_freed_memory, peak_memory_mb
+from fast.memory import reset_peak_memory, keep_freed_memory, peak_memory_mb
 {first}
 numbers = torch.ones(2**26)
 held = peak_memory_mb()
 del numbers
-forget_peak_memory()
+reset_peak_memory()
 print(held, peak_memory_mb())
 """
 

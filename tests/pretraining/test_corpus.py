@@ -53,7 +53,11 @@ def test_a_file_gives_its_documents_however_it_is_packed(tmp_path, suffix, newli
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("text.xz", lzma.compress("good\n\nna\xefve\n".encode("latin-1")), ":3: is not UTF-8"),
+        (
+            "text.xz",
+            lzma.compress("good\n\nna\xefve\n".encode("latin-1")),
+            ":3: byte 0xef is not",
+        ),
         ("text.xz", lzma.compress(LONG)[:-9], ": is damaged"),
         ("text.xz", LONG, ": is damaged"),
         ("text.gz", LONG, ": is damaged"),

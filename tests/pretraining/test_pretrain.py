@@ -338,7 +338,7 @@ def train_in_float64(out: str) -> None:
     bytes_as_ids = SimpleNamespace(bos_id=1, encode=lambda text, **_: [1, *text.encode()])
     heldout = HeldOut.texts("x", TEXTS, bytes_as_ids, 8)
     results = []
-    with distributed.joined(use_gpu=False):
+    with distributed.process_group(use_gpu=False):
         for number, (n_rows, micro_rows) in enumerate([(5, None), (5, 2), (5, 1), (1, None)]):
             folder = Path(f"{out}-{number}")
             folder.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import oracle
+from advanced.methods.adapter import add_adapters
 from conftest import ROOT, ended, random_llama, save_llama, shared_asset, train_sentencepiece
 from fast.int8 import quantize_model
 from formats import huggingface, llama2c
@@ -331,6 +332,12 @@ def test_parts_that_no_plain_llama_has_are_refused(place, call):
     torch.save({"model": weights, "model_args": model.config.to_dict()}, "m.pt")
     error = error_line(call("m.pt", "--to", "llama2c", "out"))
     assert "m.pt: unexpected: layers.0.adapter.down.weight" in error
+    classifier = write_classifier("fine.pt")
+    add_adapters(classifier, 4)
+    weights = classifier.state_dict()
+    torch.save({"model": weights, "model_args": classifier.llama.config.to_dict()}, "fine.pt")
+    error = error_line(call("fine.pt", "--to", "hf", "out"))
+    assert "fine.pt: has adapters, for which transformers has no place" in error
 
 
 def test_the_tokenizer_is_the_recorded_one_or_there_is_an_error(place, call):

@@ -24,6 +24,7 @@ from tools import predict
 from tools.lines import Line, in_blocks, read_column, read_lines
 from tools.predict import load_predictor
 from training.evaluation import evaluate
+from utils import InputError
 
 SENTENCES = ["this film is good", "a bad movie", "her story was not so bad as all that", "warm"]
 
@@ -68,6 +69,8 @@ def test_a_masked_model_gives_each_sentence_the_same_in_a_batch_as_alone(rows):
 
 
 def test_quantize_stores_the_llama_as_int8_and_keeps_the_head(rows):
+    with pytest.raises(InputError, match="neither None nor 'int8'"):
+        load_predictor("kept.pt", quantize="int4")
     predictor = load_predictor("kept.pt", quantize="int8")
     assert predictor.model.llama.output.weight.dtype == torch.int8
     assert predictor.model.classifier_head.weight.dtype == torch.float32
@@ -139,8 +142,11 @@ def test_placeholder_labels_are_unknown(command, rows, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"0.0 ||| warm\n", ["x.txt:1", "'0.0 ||| warm' has no label", "0 to 1 or bad, good"]),
-        (b"\n1 ||| good\nfine ||| bad\n", ["x.txt:3", "'fine ||| bad' has no label"]),
+        (
+            b"0.0 ||| warm\n",
+            ["x.txt:1", "'0.0' is not a label; labels are 0 to 1 or bad, good"],
+        ),
+        (b"\n1 ||| good\nfine ||| bad\n", ["x.txt:3", "label 'fine' is not a label"]),
         (b"1 ||| good\n2 ||| warm\n", ["x.txt:2", "label 2 does not exist; labels are 0 to 1"]),
         (b"1 ||| good\nno label here\n", ["x.txt:2", "has no separator"]),
         (b"warm\n1 ||| good\n", ["x.txt:2", "but the first line does not", "on none"]),
@@ -182,7 +188,11 @@ def test_csv_and_tsv_cells_are_read_and_written_as_pythons_csv_module_does(comma
         ("id,text\n1,good\n", [], "--input x.csv: name its column of sentences by --column NAME"),
         ("id,text\n1,good\n", ["--column", "review"], "has no column 'review'; its columns are id"),
         ("", ["--column", "text"], "none, the file is empty"),
-        ('id,text\n1,"good', ["--column", "text"], "x.csv:2: is not CSV: unexpected end of data"),
+        (
+            'id,text\n1,"good',
+            ["--column", "text"],
+            "x.csv:2: is not CSV (unexpected end of data)",
+        ),
         ("id,text\n1\n", ["--column", "text"], "there is no sentence"),
     ],
 )

@@ -69,7 +69,7 @@ def dropout_masks() -> list[float]:
 @mock.patch.object(state, "source_digest", lambda: "whatever is edited meanwhile")
 def main(out: str) -> None:
     """Rank 0 writes the results to `out`, and the state behind one epoch to `out`.state.pt."""
-    with distributed.joined(use_gpu=False):
+    with distributed.process_group(use_gpu=False):
         results = [train_case(*case) for case in CASES]
         train_case(*CASES[0], epochs=1, state_file=StateFile(f"{out}.state.pt", SETTINGS))
         messages = []

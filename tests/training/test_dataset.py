@@ -174,13 +174,14 @@ def test_label_names_are_read_in_their_order(write):
     names = ["好", "差", "très bon", "1", "0"]
     assert read_label_names(write(json.dumps(names))) == names
     assert read_label_names(write("\ufeff" + json.dumps(names, ensure_ascii=False))) == names
+    assert read_label_names(write('["awful ", "\\tso so\\n"]')) == ["awful", "so so"]
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         *((c, f"different names such as [\"bad\", \"good\"], but {c}") for c in (
-            '{"bad": 0, "good": 1}', "null", '["bad", "bad"]', '["bad"]', "[]",
+            '{"bad": 0, "good": 1}', "null", '["bad", "bad"]', '["bad", "bad "]', '["bad"]', "[]",
             '["bad", null]', '[["bad"], ["good"]]', '["bad", " "]',
         )),
         ("", "1: is not JSON"),

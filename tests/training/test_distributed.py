@@ -47,7 +47,7 @@ def test_shares_differ_by_one_row_at_most_and_together_are_all(monkeypatch):
             shares = []
             for rank in range(size):
                 as_rank(monkeypatch, rank, rank, size)
-                shares.append(distributed.share(range(n)))
+                shares.append(distributed.shard(range(n)))
             assert sorted(row for rows in shares for row in rows) == list(range(n))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -126,7 +126,7 @@ def test_more_ranks_than_cuda_devices_end_every_rank_and_the_first_says_so(monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit if local_rank else InputError) as caught:  # noqa: SIM117
-        with distributed.joined(use_gpu=True):
+        with distributed.process_group(use_gpu=True):
             pass
     if local_rank == 0:
         assert "2 processes for 1 CUDA devices" in str(caught.value)
@@ -137,7 +137,7 @@ def test_only_the_first_process_of_a_machine_reports_an_error(monkeypatch, capsy
     for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
         as_rank(monkeypatch, rank, local_rank)
         with pytest.raises(SystemExit if local_rank else InputError):  # noqa: SIM117
-            with distributed.joined(use_gpu=False):
+            with distributed.process_group(use_gpu=False):
                 print(f"rank {rank}")
                 distributed.say("a line")
                 raise InputError("all of them have it")

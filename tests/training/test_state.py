@@ -379,6 +379,13 @@ def test_leftovers_of_a_killed_process_are_removed_and_no_other_files(tmp_path):
     with only_writer(tmp_path / "out[1]"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == kept
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for name in ("seed-1.pt", ".seed-1.state.pt.12.tmp"):
+        (weights / name).touch()
+    with only_writer(weights):  # a folder
+        pass
+    assert [path.name for path in weights.iterdir()] == ["seed-1.pt"]
 
 
 def test_a_disk_that_is_full_costs_no_earlier_result(long_run, command, uninterrupted):

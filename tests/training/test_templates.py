@@ -37,7 +37,7 @@ def test_bundled_templates_keep_their_words_in_the_order_of_the_labels():
 
 
 def test_an_unknown_data_set_is_asked_for_its_label_names():
-    for template in find_templates("mine", ["sports", "world news ", "science"]):
+    for template in find_templates("mine", ["sports", "world news", "science"]):
         assert template.labels == (("sports",), ("world news",), ("science",))
 
 
