@@ -103,7 +103,11 @@ def pack(folder: Path, aid: str) -> None:
     raise_for(too_large({name: (folder / name).stat().st_size for name in names}), folder)
     target, temporary = Path(f"{aid}.zip"), Path(f".{aid}.zip.{os.getpid()}.tmp")
     try:
-        write_zip(temporary, folder, names, aid)
+        try:
+            write_zip(temporary, folder, names, aid)
+        except OSError as error:
+            error.filename = error.filename or str(target)  # a full disk names no file
+            raise
         problems = inspect(temporary, aid, [folder / "data", DATA])
         print(f"left out: {', '.join(left_out) or 'nothing'}", flush=True)
         raise_for(problems, folder)

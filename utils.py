@@ -8,6 +8,7 @@ import importlib.util
 import os
 import random
 import reprlib
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -64,6 +65,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a letter of generated text
         sys.stdout.reconfigure(errors="backslashreplace")
+    if "WORLD_SIZE" not in os.environ:  # torchrun ends its processes at once
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main()
         sys.stdout.flush()  # a reader that closed the pipe is noticed here, not at exit
@@ -80,6 +83,13 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     _end_output()
     print(f"{command_name()}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _terminate(signum: int, _frame: object) -> NoReturn:
+    """End as Ctrl-C does, so that temporary files and locks are removed."""
+    stop = KeyboardInterrupt("terminated")
+    stop.exit_code = 128 + signum
+    raise stop
 
 
 def command_name() -> str:

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import http.client
 import json
+import os
 import shutil
 import signal
 import socket
@@ -157,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     socket.setdefaulttimeout(TIMEOUT_S)
     try:
         return fetch_all([f for f in files if f["name"] in (args.names or names)], args.assets_from)
+    except BrokenPipeError:  # `fetch.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         complain(f"error: {error}")
         return 2

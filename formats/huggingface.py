@@ -8,6 +8,7 @@ Shapes: H heads, D head size.
 """
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def write_model(
     model.tie_weights()
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else its owner's alone
 
 
 def read_model(folder: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:

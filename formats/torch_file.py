@@ -66,8 +66,8 @@ def save_torch_file(path: str | os.PathLike, content: dict[str, Any]) -> None:
     with atomic_write(path, "wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch hides the error of a full disk behind its own
-            if isinstance(error.__context__, OSError):
+        except RuntimeError as error:  # torch hides a full disk and Ctrl-C behind its own
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from None
             raise
 

@@ -141,9 +141,13 @@ class Overlap:
 
 
 def name_of(path: str) -> str:
-    """Return what a file is called in reports: "texts/films.2020.tsv.xz" -> "films.2020"."""
+    """Return what a file is called in reports: "texts/films.2020.tsv.xz" -> "films.2020".
+
+    Bytes that are not UTF-8 are escaped, because the reports are UTF-8.
+    """
     name = Path(path)
-    return (name.with_suffix("") if name.suffix.lower() in _OPENERS else name).stem
+    stem = (name.with_suffix("") if name.suffix.lower() in _OPENERS else name).stem
+    return stem.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def load_corpus(

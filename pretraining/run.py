@@ -72,6 +72,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.init and any(getattr(args, name) for name in SHAPE if name != "n_layers"):
         parser.error("--init brings its own shape; leave out --dim and the like")
+    if args.init == "":  # of an unset variable; it would train a new model
+        parser.error("--init '' names no file")
     if args.tokenizer_path and args.vocab_size:
         parser.error("--tokenizer_path brings its own vocabulary; leave out --vocab_size")
     if not args.text and not args.rated:

@@ -1,5 +1,6 @@
 """prepare_submit.py packs what belongs into ID.zip, and names all that is wrong in one error."""
 
+import errno
 import os
 import random
 import re
@@ -364,6 +365,16 @@ def test_script_says_in_one_line_what_it_cannot_work_with_and_exits_with_2(folde
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), (args, done.stderr)
         assert done.stderr.startswith("prepare_submit.py: error: ") and named in done.stderr
     assert sorted(here.iterdir()) == before
+
+
+def test_a_full_disk_is_one_line_that_names_the_zip(folder, here, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", write)
+    with pytest.raises(OSError, match=rf"No space left on device: '{ID}\.zip'"):
+        prepare_submit.main(folder, ID)
+    assert not list(here.iterdir())
 
 
 def test_a_reader_that_stops_early_is_no_traceback(folder, script, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from conftest import ROOT, ended
+from helpers import finish, start, wait_for
 from utils import (
     ArgumentParser,
     InputError,
@@ -87,6 +89,24 @@ def test_a_full_disk_behind_standard_output_is_one_line(end, err):
             encoding="utf-8",
         )
     assert (done.returncode, done.stderr) == (2, err)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_removes_temporary_files_and_is_one_line(number, code, word, tmp_path):
+    program = (
+        "import sys, time\nfrom utils import atomic_write, run_script\n"
+        "def main():\n    with atomic_write(sys.argv[1]):\n        time.sleep(100)\n"
+        "run_script(main)"
+    )
+    process = start([sys.executable, "-c", program, str(tmp_path / "out.txt")], ROOT)
+    wait_for(lambda: list(tmp_path.iterdir()), process)
+    process.send_signal(number)
+    assert finish(process) == (code, "", f"-c: {word}\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_return_value_is_the_exit_code(capsys):

@@ -10,6 +10,8 @@ cannot hold.
 """
 
 import argparse
+import errno
+import os
 import shutil
 import sys
 import tempfile
@@ -158,9 +160,16 @@ def export_hf(model: Llama, tokenizer: Tokenizer, out: Path) -> list[str]:
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".export-") as temporary:
         folder = Path(temporary, "folder")
         folder.mkdir()
-        shutil.copyfile(tokenizer.model_path, folder / "tokenizer.model")
-        huggingface.write_model(folder, model.config, weights_of(model), tokenizer)
-        if not huggingface.write_tokenizer(folder, tokenizer, model.config.max_seq_len):
+        try:
+            shutil.copyfile(tokenizer.model_path, folder / "tokenizer.model")
+            huggingface.write_model(folder, model.config, weights_of(model), tokenizer)
+            has_same = huggingface.write_tokenizer(folder, tokenizer, model.config.max_seq_len)
+        except Exception as error:  # each library has its own for a full disk
+            full = os.strerror(errno.ENOSPC)
+            if full not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, full, str(out)) from error
+        if not has_same:
             notes.append(
                 f"{tokenizer.model_path}: transformers' tokenizer.json cannot split texts as it "
                 f"does, so {out} has only tokenizer.model"

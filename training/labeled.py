@@ -84,6 +84,8 @@ def has_placeholder_labels(content: bytes) -> bool:
 def _read_bytes(path: Path) -> bytes:
     if not path.exists():
         raise InputError(f"{path}: no such file; `bash setup.sh` downloads the data")
+    if not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: is a pipe or a device, and data are read twice; make it a file")
     return path.read_bytes()
 
 

@@ -34,6 +34,7 @@ OWN_FILES = (
     *("README*.md", "structure.md", "CHANGELOG.md", "docs/*"),
     *("training/*.json", "benchmarks/*.json", "data/*.json"),
     *("data/mini/*", "data/*-train.txt", "data/*-dev.txt", "data/*-test.txt"),
+    *("results/LOG.md", "results/records/*", "sanity_check.data"),
 )
 
 
@@ -53,11 +54,11 @@ def _number(kind: type, is_valid: Callable, wanted: str) -> Callable[[str], int 
     return parse
 
 
-positive_int = _number(int, lambda n: n >= 1, "an integer of at least 1")
-non_negative_int = _number(int, lambda n: n >= 0, "an integer of at least 0")
+positive_int = _number(int, lambda n: 1 <= n < 2**63, "an integer in [1, 2**63)")
+non_negative_int = _number(int, lambda n: 0 <= n < 2**63, "an integer in [0, 2**63)")
 seed_int = _number(int, lambda n: 0 <= n < 2**32, "an integer in [0, 2**32)")
-positive_float = _number(float, lambda x: 0 < x < math.inf, "a number above 0")
-non_negative_float = _number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+positive_float = _number(float, lambda x: 0 < x < 1e30, "a number in (0, 1e30)")
+non_negative_float = _number(float, lambda x: 0 <= x < 1e30, "a number in [0, 1e30)")
 probability_below_one = _number(float, lambda x: 0 <= x < 1, "a number in [0, 1)")
 share = _number(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
 

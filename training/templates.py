@@ -61,7 +61,8 @@ def _parse(entry: dict[str, Any], label_names: list[str], place: str) -> Templat
     if len(labels) != len(label_names) or not is_complete:
         raise InputError(
             f"{place}: labels {labels}; the data has {len(label_names)} labels, so write one list "
-            "of strings for each, or leave `labels` out to use the labels' names"
+            "of strings for each, leave `labels` out to use the labels' names, or give other data "
+            "another file name"
         )
     at = words.index("{sentence}")
     before, after = " ".join(words[:at]), " ".join(words[at + 1 :])

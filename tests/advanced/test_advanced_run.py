@@ -502,7 +502,7 @@ def test_the_list_explains_each_method_in_a_line(advanced):
     [
         (["--method", "lora", "--method", "adapter"], "do not combine"),
         (["--seeds", "1,1"], "twice"),
-        (["--grid", "lr=1e-3,-1"], "'-1' is not a number above 0"),
+        (["--grid", "lr=1e-3,-1"], "'-1' is not a number in (0, 1e30)"),
         (["--grid", "epochs=1.5"], "'1.5' is not an integer"),
         (["--grid", "lr=1,1"], "with different values"),
         (["--grid", "lr=1", "--grid", "lr=2"], "each option once"),

@@ -46,6 +46,19 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(path):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_ctrl_c_in_the_middle_of_a_save_stays_ctrl_c(path, monkeypatch):
+    def save(_content, _file):
+        try:
+            raise KeyboardInterrupt
+        finally:  # as torch's writer, which cannot end a half-written file
+            raise RuntimeError("unexpected pos 51784512 vs 51784400")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        save_torch_file(path, {"n": 1})
+    assert not path.exists()
+
+
 def test_a_missing_file_is_an_oserror_with_its_name(path):
     with pytest.raises(FileNotFoundError) as caught:
         load_torch_file(path)

@@ -2,6 +2,7 @@
 
 import gzip
 import lzma
+import os
 import random
 import re
 
@@ -168,6 +169,7 @@ def test_a_text_falls_into_sentences(text, parts):
 def test_a_file_is_called_what_stands_before_its_suffixes():
     names = ["a/films.tsv.xz", "films.2020.txt", "films.2020.txt.gz", "films"]
     assert [name_of(name) for name in names] == ["films", "films.2020", "films.2020", "films"]
+    assert name_of(os.fsdecode(b"caf\xe9.txt")) == r"caf\udce9"  # Linux takes any bytes
 
 
 def write(path, *documents: str) -> str:

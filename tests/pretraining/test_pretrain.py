@@ -559,6 +559,7 @@ def test_training_on_its_kind_of_text_improves_a_published_model(call, tmp_path)
         (["--tokenizer_path", "t.model"], "leave out --vocab_size"),
         (["--init", "model.pt", "--dim", 8], "--init brings its own shape; leave out --dim"),
         (["--init", MINI, "--n_layers", 5], "--n_layers 5 is less than the 9"),
+        (["--init", ""], "--init '' names no file"),
         (["--resume"], "no saved state to --resume"),
         (["--batch_tokens", 640_000], "a batch takes 640,000; give more --text"),
     ],

@@ -1,6 +1,7 @@
 """Exports against transformers and llama2.c's published file; imports of transformers' folders."""
 
 import json
+import os
 import random
 import shutil
 import socket
@@ -468,14 +469,22 @@ def test_a_wrong_command_is_one_line_and_replaces_nothing(place, call, argv, nam
     assert before == {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_all_files_of_a_folder_may_be_read_by_the_same_users(theirs):
+    assert len({path.stat().st_mode for path in theirs.iterdir()}) == 1
+
+
 def test_an_export_that_fails_midway_leaves_nothing(transformers, place, call, monkeypatch):
     def fail(*_):
-        raise OSError(28, "No space left on device", "a file")
+        raise OSError(28, "No space left on device", "out")
 
-    monkeypatch.setattr(huggingface, "write_model", fail)
+    def fail_as_safetensors(*_):
+        raise Exception("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(huggingface, "write_model", fail_as_safetensors)
     monkeypatch.setattr(llama2c, "write_bin", fail)
     for to in ("hf", "llama2c"):
-        assert "No space left on device" in error_line(call("m.pt", "--to", to, "out"))
+        assert "out: No space left on device" in error_line(call("m.pt", "--to", to, "out"))
     assert sorted(path.name for path in place.iterdir()) == ["m.pt", "tokenizer.model"]
 
 

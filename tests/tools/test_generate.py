@@ -123,8 +123,8 @@ def test_a_terminal_gets_pieces_without_what_steers_it(command, monkeypatch):
     ("argv", "words"),
     [
         (["--top_p", "1.5"], "--top_p: '1.5' is not a number in (0, 1]"),
-        (["--top_k", "0"], "--top_k: '0' is not an integer of at least 1"),
-        (["--temperature", "-1"], "'-1' is not a number of at least 0"),
+        (["--top_k", "0"], "--top_k: '0' is not an integer in [1, 2**63)"),
+        (["--temperature", "-1"], "'-1' is not a number in [0, 1e30)"),
         (["--quantize", "int4"], "--quantize: invalid choice: 'int4'"),
         (["a", "b"], "unrecognized arguments: b"),
         (["--checkpoint", "model.pt"], "unrecognized arguments: --checkpoint"),

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 
 import pytest
@@ -49,6 +50,13 @@ def test_line_ends_blank_lines_and_a_byte_order_mark_change_nothing(write, end, 
 @pytest.mark.parametrize("sentence", ["a ||| b", "||| a", "a |||"])
 def test_a_line_is_split_at_its_first_separator(write, sentence):
     assert read_sentences(write(f"1 ||| {sentence}\n")) == [(sentence, 1)]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("read", [read_sentences, read_label_names])
+def test_a_pipe_is_refused_because_data_are_read_twice(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe or a device, and data are read twice" in refusal(read, tmp_path / "pipe")
 
 
 def test_label_minus_one_is_for_test_files(write):

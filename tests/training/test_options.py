@@ -188,6 +188,8 @@ def test_numbers_out_of_their_range_are_refused_with_the_value(parse, good, bad)
     ("argv", "words"),
     [
         (["--warmup", "1"], "'1' is not a number in [0, 1)"),
+        (["--lr", "1e40"], "'1e40' is not a number in (0, 1e30)"),
+        (["--batch_size", "9" * 20], "is not an integer in [1, 2**63)"),
         (["--train_acc", "none"], "--train_acc: invalid choice: 'none'"),
         (["--pretrained_model_path", "x.pt"], "did you mean --pretrained-model-path?"),
         (["--label_names=x.json"], "did you mean --label-names?"),
@@ -237,6 +239,7 @@ def test_a_folder_that_may_not_be_written_to_is_one_line(tmp_path):
     [
         *("*.py", "*/*.py", "advanced/*/*.py", "*.sh", "*.toml", "*.md", "docs/*"),
         *("training/*.json", "benchmarks/*.json", "data/*.json", "data/demo-*", "data/mini/*"),
+        *("results/LOG.md", "results/records/*"),
     ],
 )
 def test_an_output_is_no_file_of_the_project(pattern):
