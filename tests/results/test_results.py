@@ -7,6 +7,7 @@ import pytest
 
 from results import figures, history, page, report, studies
 from results.page import MAJORITY_CLASS
+from results.significance import holm, mcnemar
 from utils import InputError
 
 N_LABELS = {"sst": 5, "cfimdb": 2}
@@ -241,10 +242,22 @@ def test_the_prose_quotes_the_records():
     assert front.format(*percents) in text("README.md")
     assert "{}% 到 {}% 答對，其他做法則有 {}% 到 {}%".format(*percents) in text("README.zh-TW.md")
     findings = text("docs/results.md")
-    said = f"training accuracy is {low:.2f} to {high:.2f}, by fold, that of the other rows"
+    said = f"training accuracy is {low:.2f} to {high:.2f}, by fold, that of the other three modes"
     assert f"{said} {others_low:.2f} to {others_high:.2f}" in findings
     held_out = [run["dev"]["accuracy"] for run in folds["assignment"]["runs"]]
     assert f"({min(held_out):.3f} to {max(held_out):.3f}, by fold)" in findings
+    comparison = studies.compare_with_plain([*folds.values()], "dev")["assignment"]
+    gap, p = f"{-100 * comparison.difference:.1f}", page.p_value(comparison.p)
+    assert f"{gap} points below `plain` (p = {p})" in text("README.md")
+    assert f"低 {gap} 個百分點（p = {p}）" in text("README.zh-TW.md")
+    assert f"{gap} points below `plain`" in findings
+    rows = [studies.correct_answers(folds[name], "dev")[0] for name in ("full_last", "masked")]
+    own_row = studies.correct_answers(folds["assignment"], "dev")[0]
+    ps = [mcnemar(rows[0], own_row), mcnemar(rows[1], rows[0])]
+    gains = [f"{100 * (a.mean() - b.mean()):.1f}" for a, b in ((rows[0], own_row), rows[::-1])]
+    assert f"{gains[0]} points higher (McNemar's test, p = {ps[0]:.3f})" in findings
+    assert f"another {gains[1]} (p = {ps[1]:.3f})" in findings
+    assert f"both are {max(holm(ps)):.3f}" in findings
 
 
 def test_a_difference_that_rounds_to_zero_has_one_sign():
