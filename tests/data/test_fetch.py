@@ -5,10 +5,12 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import zipfile
@@ -279,6 +281,17 @@ def test_an_error_of_the_disk_is_one_line(server, root, capsys):
     assert run(root, entry(server.url + "right")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(root / "new") in line
+
+
+def test_a_reader_that_stops_early_is_no_error_of_a_file(server, root):
+    manifest = json.dumps({"files": [entry(server.url + "right")]})
+    (root / "data/manifest.json").write_text(manifest, encoding="utf-8")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "data/fetch.py"]
+    done = subprocess.run(command, cwd=root, stdout=writer, stderr=-1, encoding="utf-8")
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
