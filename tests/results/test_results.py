@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from results import figures, history, page, report, studies
 from results.page import MAJORITY_CLASS
@@ -251,6 +252,12 @@ def test_the_prose_quotes_the_records():
     assert f"{gap} points below `plain` (p = {p})" in text("README.md")
     assert f"低 {gap} 個百分點（p = {p}）" in text("README.zh-TW.md")
     assert f"{gap} points below `plain`" in findings
+    plain_folds = [run["dev"]["accuracy"] for run in folds["plain"]["runs"]]
+    over_folds = scipy.stats.ttest_rel(held_out, plain_folds).pvalue
+    assert (
+        sum(np.less(held_out, plain_folds)) == 4 and "lower in four of the five folds" in findings
+    )
+    assert f"a paired t-test over the folds has p = {over_folds:.2f}" in findings
     rows = [studies.correct_answers(folds[name], "dev")[0] for name in ("full_last", "masked")]
     own_row = studies.correct_answers(folds["assignment"], "dev")[0]
     ps = [mcnemar(rows[0], own_row), mcnemar(rows[1], rows[0])]
